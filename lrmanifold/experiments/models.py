@@ -1,0 +1,73 @@
+"""Dense reference networks, plain torch modules with readable names; ``factorize`` converts them.
+
+They take normalised images (N, C, H, W) and give logits (N, classes). Weights are torch's default
+initialisation: call ``torch.manual_seed`` first for the same network twice.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import nn
+
+from .data import Dataset
+
+NAMES = ("mlp", "lenet5")
+
+
+def mlp(in_features: int, classes: int, hidden: Sequence[int] = (256, 256)) -> nn.Sequential:
+    """Fully connected network ``fc1, act1, fc2, act2, ...`` with LeakyReLU between the layers.
+
+    Images are flattened first, so `in_features` is C * H * W. ``hidden=()`` is one linear layer.
+    """
+    sizes = [in_features, *hidden, classes]
+    if min(sizes) < 1:
+        raise ValueError(f"layer sizes must be at least 1, got {sizes}")
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    for i in range(1, len(sizes)):
+        if i > 1:
+            layers[f"act{i - 1}"] = nn.LeakyReLU()
+        layers[f"fc{i}"] = nn.Linear(sizes[i - 1], sizes[i])
+    return nn.Sequential(layers)
+
+
+def lenet5(in_channels: int = 1, classes: int = 10, image_size: int = 28) -> nn.Sequential:
+    """LeNet5 as in the CondLR paper: 20 and 50 filters 5 x 5, then 500 and `classes` units.
+
+    Each convolution (no padding) is followed by 2 x 2 max pooling; LeakyReLU throughout. For
+    28 x 28 images ``fc1`` has 50 * 4 * 4 = 800 inputs and the network 431,080 parameters. Images
+    below 16 x 16 leave no pixel for it: use :func:`mlp`.
+    """
+    side = ((image_size - 4) // 2 - 4) // 2
+    if side < 1:
+        raise ValueError(
+            "lenet5 needs images of at least 16 x 16 (5 x 5 convolution and 2 x 2 pooling, twice), "
+            f"got image_size={image_size}: use the mlp"
+        )
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(in_channels, 20, 5),
+            pool1=nn.MaxPool2d(2),
+            act1=nn.LeakyReLU(),
+            conv2=nn.Conv2d(20, 50, 5),
+            pool2=nn.MaxPool2d(2),
+            act2=nn.LeakyReLU(),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(50 * side * side, 500),
+            act3=nn.LeakyReLU(),
+            fc2=nn.Linear(500, classes),
+        )
+    )
+
+
+def build(name: str, dataset: Dataset) -> nn.Sequential:
+    """The named model ("mlp" or "lenet5") with the input and output sizes of `dataset`."""
+    channels, height, width = dataset.image_shape
+    if name == "mlp":
+        return mlp(channels * height * width, dataset.classes)
+    if name == "lenet5":
+        if height != width:
+            raise ValueError(f"lenet5 needs square images, got {height} x {width}: use the mlp")
+        return lenet5(channels, dataset.classes, height)
+    raise ValueError(f"name must be one of {NAMES}, got {name!r}")

@@ -1,0 +1,149 @@
+"""One training loop for all methods: cosine rate, seeded batches, spectra recorded on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..nn import LowRankLayer
+from .data import Dataset, batches
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a network is trained; the same for every method that is compared.
+
+    Attributes
+    ----------
+    epochs, batch_size : int
+    lr : float
+        Rate at the start; it follows a cosine to 0 over all steps.
+    momentum : float
+    seed : int
+        Of the order of the batches (and, by the callers, of the initial weights).
+    """
+
+    epochs: int = 5
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+
+
+@dataclass
+class History:
+    """What happened during training.
+
+    Attributes
+    ----------
+    loss : list of float
+        Mean training loss of each epoch.
+    spectra : dict
+        For each low-rank layer by name, its singular values (r,) before training and after every
+        epoch (of the first group, for grouped convolutions).
+    cond : list of float
+        Largest condition number of any low-rank layer seen at those moments.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    spectra: dict[str, list[list[float]]] = field(default_factory=dict)
+    cond: list[float] = field(default_factory=list)
+
+    def record(self, model: nn.Module) -> None:
+        """Append the present spectra and the largest condition number."""
+        worst = 1.0
+        for name, layer in model.named_modules():
+            if isinstance(layer, LowRankLayer):
+                s = layer.manifold.svdvals(layer.weight.detach()).reshape(-1, layer.rank)
+                worst = max(worst, float((s[:, 0] / s[:, -1]).max()))
+                self.spectra.setdefault(name, []).append(s[0].tolist())
+        if self.spectra:
+            self.cond.append(worst)
+
+
+class Normalized(nn.Module):
+    """A network that takes images in [0, 1]: subtracts the mean and divides by the std first."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, data: Dataset) -> None:
+        super().__init__()
+        shape = (1, -1, 1, 1)
+        self.register_buffer("mean", torch.tensor(data.mean).reshape(shape))
+        self.register_buffer("std", torch.tensor(data.std).reshape(shape))
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W) in [0, 1]."""
+        return self.network((x - self.mean) / self.std)
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Dataset,
+    settings: Settings,
+    *,
+    on_step: Callable[[], None] | None = None,
+) -> History:
+    """Train with cross entropy; the loop that every comparison uses.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Takes images in [0, 1].
+    optimizer : torch.optim.Optimizer
+        Its rates are scheduled by a cosine to 0.
+    data : Dataset
+    settings : Settings
+    on_step : callable, optional
+        Called after every step (progress bars).
+
+    Returns
+    -------
+    History
+
+    Raises
+    ------
+    FloatingPointError
+        If the loss of an epoch is not finite.
+    """
+    device = next(model.parameters()).device
+    steps = settings.epochs * -(-len(data.train_y) // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(settings.seed)
+    history = History()
+    history.record(model)
+    model.train()
+    for epoch in range(settings.epochs):
+        total, count = torch.zeros((), device=device), 0
+        for x, y in batches(data.train_x, data.train_y, settings.batch_size, generator=generator):
+            x, y = x.to(device), y.to(device)
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach() * len(y)
+            count += len(y)
+            if on_step is not None:
+                on_step()
+        history.loss.append(float(total) / count)
+        history.record(model)
+        if not torch.isfinite(total):
+            raise FloatingPointError(
+                f"the training loss is not finite after epoch {epoch + 1}: lower lr = {settings.lr}"
+            )
+    return history

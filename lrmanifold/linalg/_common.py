@@ -1,0 +1,31 @@
+"""Argument checks and the compute dtype, shared by all kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which geometry is computed: float32 for the half precisions, else the same."""
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def checked(A: Tensor, name: str) -> Tensor:
+    """Validate a matrix argument and lift it to its compute dtype."""
+    if A.ndim < 2:
+        raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(A.shape)}")
+    if not A.is_floating_point():
+        raise TypeError(f"{name} must be a real floating point tensor, got {A.dtype}")
+    A = A.to(compute_dtype(A.dtype))
+    if A.device.type == "cpu" and not bool(torch.isfinite(A).all()):
+        raise ValueError(f"{name} must be finite, got NaN or Inf in a tensor of {tuple(A.shape)}")
+    return A
+
+
+def check_square(S: Tensor, name: str) -> None:
+    """Raise unless the last two dimensions of `S` agree."""
+    if S.ndim < 2 or S.shape[-1] != S.shape[-2]:
+        raise ValueError(f"{name} must be square, got shape {tuple(S.shape)}")

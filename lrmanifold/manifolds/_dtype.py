@@ -1,0 +1,50 @@
+"""Half precision in, float32 inside, half precision out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..linalg import compute_dtype
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# How far from its manifold a stored point may be: rounding of storage, with room for a long run.
+_TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+
+
+def storage_tolerance(dtype: torch.dtype) -> float:
+    """Largest max |UᵀU - I| that counts as a point of the manifold in this dtype."""
+    return _TOLERANCE.get(dtype, 1e-4)
+
+
+def in_compute_dtype(method: F) -> F:
+    """Run a manifold method on float32 copies of half-precision tensors and cast its results back.
+
+    Points in bfloat16 are stored rounded (drift about 4e-3); sums over their products must not be.
+    """
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        dtype = tensors[0].dtype if tensors else torch.float32
+        wide = compute_dtype(dtype)
+        if wide == dtype:
+            return method(self, *args, **kwargs)
+        args = tuple(a.to(wide) if isinstance(a, Tensor) else a for a in args)
+        kwargs = {k: a.to(wide) if isinstance(a, Tensor) else a for k, a in kwargs.items()}
+        result = method(self, *args, **kwargs)
+        if isinstance(result, Tensor):
+            return result.to(dtype)
+        return tuple(x.to(dtype) for x in result)
+
+    return wrapped  # type: ignore[return-value]

@@ -1,0 +1,46 @@
+"""One tensor for U, S, V, and the products of packed tensors that every method needs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """Views of a packed tensor: of a point ``U S Vᵀ``, or of a tangent vector (U_p, M, V_p)."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+
+def pack(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+    """Stack the rows of U (m), S (r), V (n) into one tensor of shape (..., m + r + n, r)."""
+    return torch.cat((U, S, V), dim=-2)
+
+
+def unpack(X: Tensor, m: int, n: int) -> Factors:
+    """Slices of a packed tensor; no copy, and one concatenation in the backward pass."""
+    return Factors(*X.split([m, X.shape[-1], n], dim=-2))
+
+
+def perp(Q: Tensor, Z: Tensor) -> Tensor:
+    """(I - QQᵀ) Z for orthonormal Q, by thin products."""
+    return Z - Q @ (Q.mT @ Z)
+
+
+def change_of_base(X: Factors, xi: Factors, Y: Factors) -> Factors:
+    """Project the tangent vector `xi` at `X` onto the tangent space at `Y`.
+
+    With Z = U M Vᵀ + U_p Vᵀ + U V_pᵀ the blocks are U_yᵀ Z V_y, Z V_y and Zᵀ U_y projected; all from
+    r x r overlaps of the frames, 12 (m+n) r² flops.
+    """
+    a, c = Y.U.mT @ X.U, Y.U.mT @ xi.U
+    b, d = X.V.mT @ Y.V, xi.V.mT @ Y.V
+    inner = xi.S @ b + d
+    ZV = X.U @ inner + xi.U @ b
+    ZtU = X.V @ (a @ xi.S + c).mT + xi.V @ a.mT
+    M = a @ inner + c @ b
+    return Factors(ZV - Y.U @ M, M, ZtU - Y.V @ M.mT)

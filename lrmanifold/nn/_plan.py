@@ -1,0 +1,242 @@
+"""Which layers become low-rank, at which rank, and why the others stay dense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import linalg
+from ._layer import LowRankLayer
+from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .linear import LowRankLinear
+
+LAYERS: dict[type[nn.Module], Any] = {
+    nn.Linear: LowRankLinear,
+    nn.Conv1d: LowRankConv1d,
+    nn.Conv2d: LowRankConv2d,
+    nn.Conv3d: LowRankConv3d,
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one dense layer: its new `rank`, or None and the `reason` it stays dense."""
+
+    name: str
+    shape: tuple[int, int]
+    groups: int
+    rank: int | None
+    reason: str
+
+    @property
+    def dense_weights(self) -> int:
+        """Entries of the dense weight."""
+        return self.groups * self.shape[0] * self.shape[1]
+
+    @property
+    def kept_weights(self) -> int:
+        """Entries of the weight after the decision."""
+        if self.rank is None:
+            return self.dense_weights
+        return packed_size(self.shape, self.rank, self.groups)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for all dense layers of a model, in the order of its modules; prints as a table."""
+
+    decisions: tuple[Decision, ...]
+    other_weights: int
+
+    @property
+    def compression(self) -> float:
+        """Share of the whole model's parameters that is removed."""
+        before = self.other_weights + sum(d.dense_weights for d in self.decisions)
+        after = self.other_weights + sum(d.kept_weights for d in self.decisions)
+        return 1.0 - after / before if before else 0.0
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "rank", "weights", "kept", "note")]
+        for d in self.decisions:
+            shape = f"{d.shape[0]} x {d.shape[1]}" + (f" x {d.groups}" if d.groups > 1 else "")
+            rank = "dense" if d.rank is None else str(d.rank)
+            rows.append((d.name, shape, rank, f"{d.dense_weights:,}", f"{d.kept_weights:,}", d.reason))
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+                 for row in rows]
+        return "\n".join([*lines, f"whole model: {self.compression:.1%} of the parameters removed"])
+
+
+def packed_size(shape: tuple[int, int], rank: int, groups: int = 1) -> int:
+    """Entries (m + r + n) r of a packed weight, times the groups."""
+    return groups * (shape[0] + rank + shape[1]) * rank
+
+
+def matrix_of(module: nn.Module) -> tuple[tuple[int, int], int]:
+    """Shape (m, n) of the matricised weight of each group, and the number of groups."""
+    weight: Any = module.weight
+    groups = getattr(module, "groups", 1)
+    return (weight.shape[0] // groups, math.prod(weight.shape[1:])), groups
+
+
+def _matches(name: str, patterns: str | Iterable[str] | None) -> bool:
+    if patterns is None:
+        return False
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    return any(fnmatchcase(name, p) for p in patterns)
+
+
+def _obstacles(model: nn.Module) -> dict[int, str]:
+    """Modules (by id) whose weight something else reads directly, with the reason."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                owners[id(p)] = owners.get(id(p), 0) + 1
+    found: dict[int, str] = {}
+    for module in model.modules():
+        if type(module) in LAYERS and owners.get(id(module.weight), 0) > 1:
+            found[id(module)] = "its weight is tied to another module's"
+        if isinstance(module, nn.MultiheadAttention):
+            found[id(module.out_proj)] = "nn.MultiheadAttention reads its weight directly"
+    return found
+
+
+def _rank_from(rule: Any, name: str, limit: int) -> int | None:
+    """Rank of one layer from an int, a share of min(m, n), or a dict of name patterns."""
+    if isinstance(rule, Mapping):
+        for pattern, value in rule.items():
+            if fnmatchcase(name, pattern):
+                return _rank_from(value, name, limit)
+        return None
+    if isinstance(rule, bool) or not isinstance(rule, (int, float)):
+        raise TypeError(f"rank must be an int, a float or a dict of them, got {rule!r}")
+    if isinstance(rule, int):
+        if rule < 1:
+            raise ValueError(f"rank must be at least 1, got {rule}")
+        return min(rule, limit)
+    if not 0.0 < rule <= 1.0:
+        raise ValueError(f"rank as a share of min(m, n) must be in (0, 1], got {rule}")
+    return max(1, round(rule * limit))
+
+
+def _energy_rank(module: nn.Module, energy: float) -> int:
+    """Smallest rank with that share of ‖W‖² (for groups: the largest of theirs)."""
+    (m, n), groups = matrix_of(module)
+    weight: Any = module.weight
+    s2 = linalg.svdvals(weight.detach().reshape(groups, m, n).double()).square()
+    share = s2.cumsum(-1) / s2.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    # The last partial sum may be 1 - roundoff.
+    return min(min(m, n), int((share < energy - 1e-12).sum(-1).max()) + 1)
+
+
+def _candidates(model: nn.Module, include: Any, exclude: Any) -> list[tuple[str, nn.Module, str]]:
+    """(name, module, reason to stay dense or "") of every dense layer, shared ones once."""
+    obstacles = _obstacles(model)
+    out = []
+    for name, module in model.named_modules():
+        base = next((t for t in LAYERS if isinstance(module, t)), None)
+        if base is None or isinstance(module, LowRankLayer):
+            continue
+        reason = ""
+        if include is not None and not _matches(name, include):
+            reason = "not included"
+        elif _matches(name, exclude):
+            reason = "excluded"
+        elif id(module) in obstacles:
+            reason = obstacles[id(module)]
+        elif isinstance(module, nn.modules.lazy.LazyModuleMixin):
+            reason = "lazy: run a batch through the model first"
+        elif type(module) is not base:
+            reason = f"a subclass ({type(module).__name__}) with a forward of its own"
+        out.append((name, module, reason))
+    return out
+
+
+def make_plan(
+    model: nn.Module,
+    *,
+    rank: Any = None,
+    compression: float | None = None,
+    energy: float | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    keep_larger: bool = False,
+) -> Plan:
+    """Decide the rank of every dense layer; arguments as in :func:`lrmanifold.factorize`."""
+    given = [k for k, v in (("rank", rank), ("compression", compression), ("energy", energy))
+             if v is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"exactly one of rank, compression and energy must be given, got {given or 'none'}"
+        )
+    candidates = _candidates(model, include, exclude)
+    if isinstance(rank, Mapping):
+        for pattern in rank:
+            if not any(fnmatchcase(name, pattern) for name, _, _ in candidates):
+                raise ValueError(
+                    f"rank pattern {pattern!r} matches no layer; there are "
+                    f"{[name for name, _, _ in candidates]}"
+                )
+    total = sum(p.numel() for p in model.parameters())
+    dense = sum(math.prod(matrix_of(mod)[0]) * matrix_of(mod)[1] if _sized(mod) else 0
+                for _, mod, _ in candidates)
+
+    def plan_with(choose: Callable[[str, nn.Module, int], int | None]) -> Plan:
+        decisions = tuple(
+            _decide(name, module, reason, choose, keep_larger)
+            for name, module, reason in candidates
+            if _sized(module)
+        )
+        return Plan(decisions, total - dense)
+
+    if compression is not None:
+        return _plan_for_compression(compression, plan_with)
+    if energy is not None:
+        if not 0.0 < energy <= 1.0:
+            raise ValueError(f"energy must be in (0, 1], got {energy}")
+        return plan_with(lambda name, module, limit: _energy_rank(module, energy))
+    return plan_with(lambda name, module, limit: _rank_from(rank, name, limit))
+
+
+def _sized(module: nn.Module) -> bool:
+    return not isinstance(module.weight, nn.parameter.UninitializedParameter)
+
+
+def _decide(name, module, reason, choose, keep_larger) -> Decision:
+    shape, groups = matrix_of(module)
+    if reason:
+        return Decision(name, shape, groups, None, reason)
+    rank = choose(name, module, min(shape))
+    if rank is None:
+        return Decision(name, shape, groups, None, "no rank given for it")
+    if packed_size(shape, rank, 1) >= shape[0] * shape[1] and not keep_larger:
+        return Decision(name, shape, groups, None, f"would not get smaller at rank {rank}")
+    return Decision(name, shape, groups, rank, "")
+
+
+def _plan_for_compression(target: float, plan_with: Callable[..., Plan]) -> Plan:
+    """The largest common share of min(m, n) that removes at least `target` of the parameters."""
+    if not 0.0 < target < 1.0:
+        raise ValueError(f"compression must be in (0, 1), got {target}")
+
+    def at(share: float) -> Plan:
+        return plan_with(lambda name, module, limit: max(1, int(share * limit + 1e-9)))
+
+    smallest = at(0.0)
+    if smallest.compression < target:
+        raise ValueError(
+            f"compression={target} cannot be reached: with every chosen layer at rank 1, "
+            f"{smallest.compression:.1%} of the parameters are removed"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if at(middle).compression >= target else (low, middle)
+    return at(low)

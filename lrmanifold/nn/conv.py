@@ -1,0 +1,198 @@
+"""Low-rank convolutions: r filters of the full size, then a 1 x 1 convolution."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ._layer import LowRankLayer, make_manifold
+
+
+class _LowRankConvNd(LowRankLayer):
+    """Shared by the three dimensions; see :class:`LowRankConv2d`."""
+
+    _dense_class: ClassVar[type[nn.Module]]
+    _convolve: ClassVar[Any]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        rank: int,
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        tau: float | None = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        # torch's own layer, without storage, validates the arguments and works out the padding.
+        dense: Any = self._dense_class(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device="meta",
+        )
+        m = out_channels // groups
+        n = in_channels // groups * math.prod(dense.kernel_size)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        lead = (groups,) if groups > 1 else ()
+        super().__init__(make_manifold(m, n, rank, tau), lead, **factory)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride = dense.kernel_size, dense.stride
+        self.padding, self.dilation = dense.padding, dense.dilation
+        self.padding_mode = padding_mode
+        self._pad = tuple(dense._reversed_padding_repeated_twice)
+        self._register_bias(out_channels if bias else None, **factory)
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (batch, in_channels, ...) or (in_channels, ...), as torch's layer."""
+        U, S, V = self.factors
+        ones = (1,) * len(self.kernel_size)
+        filters = V.mT.reshape(-1, self.in_channels // self.groups, *self.kernel_size)
+        mix = (U @ S).reshape(self.out_channels, -1, *ones)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._pad, mode=self.padding_mode), 0
+        convolve = type(self)._convolve
+        z = convolve(x, filters, None, self.stride, padding, self.dilation, self.groups)
+        return convolve(z, mix, self.bias, 1, 0, 1, self.groups)
+
+    @classmethod
+    def from_dense(cls, module: nn.Module, rank: int, *, tau: float | None = 0.1, init="svd"):
+        """A low-rank convolution from a dense one, by the SVD of its matricised kernel.
+
+        Parameters
+        ----------
+        module : nn.Conv1d, nn.Conv2d or nn.Conv3d
+            Of this layer's dimension.
+        rank : int
+            In 1..min(out_channels/groups, in_channels/groups * prod(kernel_size)).
+        tau : float or None
+        init : {"svd", "random"}
+            As in :meth:`LowRankLinear.from_dense`.
+        """
+        if not isinstance(module, cls._dense_class):
+            raise TypeError(
+                f"module must be a {cls._dense_class.__name__}, got {type(module).__name__}"
+            )
+        dense: Any = module
+        layer = cls(
+            dense.in_channels,
+            dense.out_channels,
+            dense.kernel_size,
+            rank,
+            dense.stride,
+            dense.padding,
+            dense.dilation,
+            dense.groups,
+            dense.bias is not None,
+            dense.padding_mode,
+            tau=tau,
+            device=dense.weight.device,
+            dtype=dense.weight.dtype,
+        )
+        lead = layer.weight.shape[:-2]
+        matrix = dense.weight.reshape(*lead, layer.manifold.m, layer.manifold.n)
+        layer._take_over(dense, matrix, init)
+        return layer
+
+    def to_dense(self) -> nn.Module:
+        """torch's convolution with the same function."""
+        dense = self._dense_class(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        self._hand_over(dense)
+        return dense
+
+    def dense_weight(self) -> Tensor:
+        """The kernel, shape (out_channels, in_channels / groups, *kernel_size), with gradients."""
+        matrix = self.manifold.to_dense(self.weight)
+        return matrix.reshape(self.out_channels, -1, *self.kernel_size)
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"{self.in_channels}, {self.out_channels}",
+            f"kernel_size={self.kernel_size}",
+            f"stride={self.stride}",
+        ]
+        for name, default in (("padding", (0,)), ("dilation", (1,))):
+            value = getattr(self, name)
+            if value != default * len(self.kernel_size):
+                parts.append(f"{name}={value!r}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        if self.bias is None:
+            parts.append("bias=False")
+        if self.padding_mode != "zeros":
+            parts.append(f"padding_mode={self.padding_mode!r}")
+        return ", ".join([*parts, self._geometry_repr()])
+
+
+class LowRankConv1d(_LowRankConvNd):
+    """Low-rank ``nn.Conv1d``; see :class:`LowRankConv2d`."""
+
+    _dense_class = nn.Conv1d
+    _convolve = staticmethod(F.conv1d)
+
+
+class LowRankConv2d(_LowRankConvNd):
+    """Drop-in for ``nn.Conv2d`` whose matricised kernel is well-conditioned of rank r.
+
+    The kernel, as a matrix (out_channels) x (in_channels · prod(kernel_size)), is U S Vᵀ. The layer
+    runs as a convolution with the r filters Vᵀ followed by a 1 x 1 convolution with U S; no im2col.
+    With groups, every group has a matrix of its own: the weight has the groups as a batch dimension
+    (groups, m + r + n, r), m = out_channels/groups, n = in_channels/groups · prod(kernel_size).
+
+    The condition number bounded here is that of the matricised kernel. It is *not* that of the
+    convolution as an operator on images (mathematics 6).
+
+    Parameters
+    ----------
+    in_channels, out_channels, kernel_size
+        As in torch.
+    rank : int
+        In 1..min(m, n) of the matrix above.
+    stride, padding, dilation, groups, bias, padding_mode
+        As in torch, ``padding="same"`` and all padding modes included.
+    tau : float or None
+        The condition number of the matrix stays at most 1 + tau; None for no bound.
+    device, dtype
+        As in torch.
+    """
+
+    _dense_class = nn.Conv2d
+    _convolve = staticmethod(F.conv2d)
+
+
+class LowRankConv3d(_LowRankConvNd):
+    """Low-rank ``nn.Conv3d``; see :class:`LowRankConv2d`."""
+
+    _dense_class = nn.Conv3d
+    _convolve = staticmethod(F.conv3d)

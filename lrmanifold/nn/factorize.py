@@ -1,0 +1,133 @@
+"""From a dense model to a low-rank one and back, in place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ._layer import LowRankLayer
+from ._plan import LAYERS, Plan, make_plan
+
+logger = logging.getLogger("lrmanifold")
+
+
+def factorize(
+    model: nn.Module,
+    *,
+    rank: int | float | Mapping[str, int | float] | None = None,
+    compression: float | None = None,
+    energy: float | None = None,
+    tau: float | None = 0.1,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    init: str = "svd",
+    keep_larger: bool = False,
+    summary: Callable[[Plan], Any] | None = None,
+) -> nn.Module:
+    """Replace linear and convolutional layers by low-rank ones, in place.
+
+    The module tree and all names stay; a module used in several places is replaced once and stays
+    shared. Layers stay dense when they would not get smaller, when their weight is tied to another
+    module's or read directly (inside ``nn.MultiheadAttention``), and when they are subclasses.
+
+    Parameters
+    ----------
+    model : nn.Module
+    rank : int, float or dict
+        The rank (cut to min(m, n) of each layer); as a float, a share of min(m, n); as a dict, from
+        glob patterns on qualified names to either, the first match counts and layers without one
+        stay dense.
+    compression : float
+        Share of the *whole model's* parameters to remove, in (0, 1): the ranks are the largest
+        common share of min(m, n) that removes at least that much.
+    energy : float
+        Share of ‖W‖² that the truncated SVD of each layer keeps, in (0, 1].
+    tau : float or None
+        Condition numbers stay at most 1 + tau; None for no bound.
+    include, exclude : str or sequence of str
+        Glob patterns on qualified module names; all layers by default.
+    init : {"svd", "random"}
+        From the dense weights, or fresh.
+    keep_larger : bool
+        Factorize also layers that get no smaller by it.
+    summary : callable, optional
+        Called with the :class:`~lrmanifold.nn.Plan`, e.g. ``summary=print``. The plan also goes to
+        the logger "lrmanifold" at level INFO.
+
+    Returns
+    -------
+    nn.Module
+        `model`; if `model` is itself a dense layer, the low-rank layer.
+
+    Raises
+    ------
+    ValueError
+        Unless exactly one of rank, compression and energy is given and can be met, or if a pattern
+        matches nothing. Nothing is changed then.
+    """
+    plan = make_plan(
+        model,
+        rank=rank,
+        compression=compression,
+        energy=energy,
+        include=include,
+        exclude=exclude,
+        keep_larger=keep_larger,
+    )
+    dense = dict(model.named_modules())
+    # All new layers exist before the first old one is replaced: an error changes nothing.
+    replacements: dict[int, nn.Module] = {
+        id(dense[d.name]): LAYERS[type(dense[d.name])].from_dense(
+            dense[d.name], d.rank, tau=tau, init=init
+        )
+        for d in plan.decisions
+        if d.rank is not None
+    }
+    logger.info("factorize:\n%s", plan)
+    if summary is not None:
+        summary(plan)
+    return _replace(model, replacements)
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Replace every low-rank layer by the dense one with the same function, in place.
+
+    The inverse of :func:`factorize` for deployment on code that knows torch's layers only.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    nn.Module
+        `model`; if `model` is itself a low-rank layer, the dense layer.
+    """
+    replacements: dict[int, nn.Module] = {
+        id(module): module.to_dense()
+        for module in model.modules()
+        if isinstance(module, LowRankLayer)
+    }
+    return _replace(model, replacements)
+
+
+def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
+    if id(model) in replacements:
+        return replacements[id(model)]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
+        _avoid_fused_path(parent)
+    return model
+
+
+def _avoid_fused_path(module: nn.Module) -> None:
+    """torch's fused encoder layer reads ``linear1.weight`` as a dense matrix: choose its other path."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        layers = (module.linear1, module.linear2)
+        if any(isinstance(layer, LowRankLayer) for layer in layers):
+            module.activation_relu_or_gelu = 0

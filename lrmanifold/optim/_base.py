@@ -1,0 +1,242 @@
+"""What every optimizer here shares: the memory of geometry, and steps that survive bad gradients."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor
+
+from ..errors import GeometryError
+from ..manifolds import FixedRank
+from ..manifolds._dtype import storage_tolerance
+
+Ok = bool | Tensor
+
+# Rounding that a projection repairs without changing what the network computes by more than this.
+_REPAIRABLE = 0.05
+# On the CPU the geometry is measured this often, to catch writes that torch does not count.
+_CHECK_EVERY = 100
+
+
+class GeometricOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers: each parameter is moved on the manifold it had when it was added.
+
+    Subclasses implement :meth:`_update`. This class validates options, looks after parameters that
+    lost their manifold, guards against NaN and Inf in gradients, and counts what it skipped.
+    """
+
+    # Options that must be finite and non-negative, checked for every group.
+    _non_negative: tuple[str, ...] = ("lr", "weight_decay", "penalty")
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._geometry: list[list[geoopt.Manifold | None]] = []
+        self._versions: dict[Tensor, int] = {}
+        super().__init__(params, defaults)
+
+    # -- groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; remembers the manifold of each of its parameters."""
+        super().add_param_group(param_group)
+        try:
+            self._check_options(self.param_groups[-1])
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+        self._geometry.append([_manifold_of(p) for p in self.param_groups[-1]["params"]])
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        for key in self._non_negative:
+            value = group.get(key, 0.0)
+            if isinstance(value, Tensor):
+                continue
+            if not (isinstance(value, (int, float)) and 0.0 <= value < math.inf):
+                raise ValueError(f"{key} must be a finite number >= 0, got {value!r}")
+        if group.get("weight_decay") or group.get("penalty"):
+            for p in group["params"]:
+                manifold = _manifold_of(p)
+                if manifold is not None and not isinstance(manifold, FixedRank):
+                    raise ValueError(
+                        f"weight_decay and penalty must be 0 for parameters on {manifold.name}: "
+                        "they act on the core of a low-rank weight; put the parameter in a group "
+                        "of its own"
+                    )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._versions = {}
+        self._geometry = [[_manifold_of(p) for p in g["params"]] for g in self.param_groups]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state; continues bit for bit where the saved optimizer stopped."""
+        geometry = self._geometry
+        super().load_state_dict(state_dict)
+        self._geometry = geometry
+        self._versions = {}
+        # torch casts all state to the parameter's dtype; the counters must stay integers.
+        saved = state_dict["state"]
+        ids = [k for g in state_dict["param_groups"] for k in g["params"]]
+        params = [p for g in self.param_groups for p in g["params"]]
+        for key, p in zip(ids, params, strict=True):
+            for name in ("skipped", "step"):
+                if name in saved.get(key, {}):
+                    value = torch.as_tensor(saved[key][name])
+                    self.state[p][name] = value.to(device=self.state[p][name].device, copy=True)
+
+    def rebind(self, old: Tensor, new: Tensor) -> None:
+        """Replace a parameter by another one, with its manifold, keeping its place and its state.
+
+        For code that changes a weight's shape, such as
+        :class:`~lrmanifold.optim.RankScheduler`; the state tensors are the caller's to resize.
+        """
+        for group, geometry in zip(self.param_groups, self._geometry, strict=True):
+            for i, p in enumerate(group["params"]):
+                if p is old:
+                    group["params"][i] = new
+                    geometry[i] = _manifold_of(new)
+                    self._versions.pop(old, None)
+                    if old in self.state:
+                        self.state[new] = self.state.pop(old)
+                    return
+        raise ValueError("the parameter to rebind is not one of this optimizer's")
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of parameter updates left out for a NaN or Inf gradient (waits for the device)."""
+        return sum(int(s["skipped"]) for s in self.state.values() if "skipped" in s)
+
+    # -- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step from the gradients present; parameters without a gradient stay as they are.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Re-evaluates the model and returns the loss; called once, with gradients enabled.
+
+        Raises
+        ------
+        GeometryError
+            If a parameter lost its manifold, or is off it by more than rounding.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, p, manifold, label in self._parameters():
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError(f"sparse gradients are not supported, got one for {label}")
+            self._guarded_update(group, p, manifold, label)
+        return loss
+
+    def _parameters(
+        self,
+    ) -> Iterator[tuple[dict[str, Any], Tensor, geoopt.Manifold | None, str]]:
+        """Every parameter with its group, its checked manifold and a label for messages."""
+        for g, (group, geometry) in enumerate(zip(self.param_groups, self._geometry, strict=True)):
+            names = group.get("param_names")
+            for i, p in enumerate(group["params"]):
+                label = repr(names[i]) if names else f"parameter {i} of group {g}"
+                known, now = geometry[i], _manifold_of(p)
+                if known is None and now is not None:
+                    geometry[i] = known = now
+                elif known is not None and not _same_kind(known, now):
+                    raise GeometryError(
+                        f"{label} was on {known.name} and now is "
+                        f"{'an ordinary tensor' if now is None else 'on ' + str(now.name)}, shape "
+                        f"{tuple(p.shape)}: its manifold was lost; wrap it again in "
+                        "geoopt.ManifoldParameter(p, manifold=...) or build a new optimizer"
+                    )
+                yield group, p, now, label
+
+    def _guarded_update(
+        self, group: dict[str, Any], p: Tensor, manifold: geoopt.Manifold | None, label: str
+    ) -> None:
+        state, grad = self.state[p], p.grad
+        assert grad is not None
+        if "skipped" not in state:
+            state["skipped"] = torch.zeros((), dtype=torch.int64, device=p.device)
+            state["step"] = torch.zeros((), dtype=torch.int64)
+        if manifold is not None:
+            self._ensure_on_manifold(p, manifold, state, label)
+        finite = torch.isfinite(grad).all()
+        ok: Ok = finite
+        if p.device.type == "cpu":
+            ok = bool(finite)
+            if not ok and not group.get("skip_nonfinite", True):
+                raise FloatingPointError(f"the gradient of {label} holds NaN or Inf")
+            if not ok:
+                state["skipped"] += 1
+                return
+        elif group.get("skip_nonfinite", True):
+            # No host synchronisation: compute on zeros, then keep the old values where not finite.
+            grad = torch.where(finite, grad, torch.zeros_like(grad))
+            state["skipped"] += (~finite).to(torch.int64)
+        else:
+            ok = True
+        state["step"] += 1
+        self._update(p, -grad if group.get("maximize") else grad, manifold, group, state, ok)
+        self._versions[p] = p._version
+
+    @abstractmethod
+    def _update(
+        self,
+        p: Tensor,
+        grad: Tensor,
+        manifold: geoopt.Manifold | None,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        ok: Ok,
+    ) -> None:
+        """Move `p` and its state; `grad` is finite and must not be written to."""
+
+    # -- geometry
+
+    def _ensure_on_manifold(
+        self, p: Tensor, manifold: geoopt.Manifold, state: dict[str, Any], label: str
+    ) -> None:
+        """Measure the point when somebody else wrote to it; repair rounding, refuse the rest."""
+        untouched = self._versions.get(p) == p._version
+        periodic = p.device.type == "cpu" and int(state["step"]) % _CHECK_EVERY == 0
+        if untouched and not periodic:
+            return
+        tolerance = storage_tolerance(p.dtype)
+        ok, _ = manifold.check_point_on_manifold(p, explain=True, atol=tolerance, rtol=tolerance)
+        if ok:
+            return
+        repair = max(_REPAIRABLE, tolerance)
+        ok, reason = manifold.check_point_on_manifold(p, explain=True, atol=repair, rtol=repair)
+        if not ok:
+            raise GeometryError(
+                f"{label} is not on its manifold {manifold.name}: {reason}. If it was written to on "
+                "purpose, bring it back first: p.copy_(p.manifold.projx(p))"
+            )
+        p.copy_(manifold.projx(p))
+
+
+def commit(target: Tensor, value: Tensor, ok: Ok) -> None:
+    """Write `value` into `target` where `ok`; a tensor `ok` never waits for the device."""
+    target.copy_(value if isinstance(ok, bool) else torch.where(ok, value, target))
+
+
+def _manifold_of(p: Any) -> geoopt.Manifold | None:
+    manifold = getattr(p, "manifold", None)
+    # geoopt's default for a ManifoldParameter without geometry: an ordinary parameter.
+    return None if isinstance(manifold, geoopt.Euclidean) else manifold
+
+
+def _same_kind(known: geoopt.Manifold, now: geoopt.Manifold | None) -> bool:
+    if now is known:
+        return True
+    return type(now) is type(known) and getattr(now, "point_shape", None) == getattr(
+        known, "point_shape", None
+    )

@@ -1,0 +1,64 @@
+"""Ready parameter groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import GeometryError
+from ._base import _manifold_of
+
+
+def param_groups(
+    model: nn.Module, *, lr: float | None = None, weight_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Named groups for an optimizer: on a manifold, decayed, not decayed.
+
+    Matrices and larger tensors are decayed; biases, norms and scalars (fewer than 2 dimensions) are
+    not. Decay on a manifold weight acts on its core alone.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Parameters that need no gradient are left out; shared ones are listed once.
+    lr, weight_decay : float, optional
+        Set on the groups; where None, the optimizer's defaults hold (0 for the group not decayed).
+
+    Returns
+    -------
+    list of dict
+        Keys ``name`` ("manifold", "decay" or "no_decay") and ``params`` as (name, parameter) pairs.
+        Groups without parameters are left out.
+
+    Raises
+    ------
+    GeometryError
+        If a low-rank layer's weight has lost its manifold.
+    """
+    for name, module in model.named_modules():
+        owned = getattr(module, "manifold", None)
+        weight = getattr(module, "weight", None)
+        if owned is not None and weight is not None and _manifold_of(weight) is None:
+            raise GeometryError(
+                f"{name}.weight (shape {tuple(weight.shape)}) has lost its manifold {owned.name}"
+            )
+    buckets: dict[str, list] = {"manifold": [], "decay": [], "no_decay": []}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        kind = "decay" if p.ndim >= 2 else "no_decay"
+        buckets["manifold" if _manifold_of(p) is not None else kind].append((name, p))
+    groups = []
+    for kind, params in buckets.items():
+        if not params:
+            continue
+        group: dict[str, Any] = {"name": kind, "params": params}
+        if lr is not None:
+            group["lr"] = lr
+        if weight_decay is not None:
+            group["weight_decay"] = weight_decay
+        if kind == "no_decay":
+            group["weight_decay"] = 0.0
+        groups.append(group)
+    return groups
