@@ -118,7 +118,8 @@ def test_unclipped_fgsm_is_the_scaled_attack_on_normalised_input(device):
     (g,) = torch.autograd.grad(loss, x_norm)
     expected = x_norm + 0.3 * g.sign() / std
     z = fgsm(net, x, y, 0.3, clip=None, mean=MEAN, std=STD)
-    assert z.min() < 0 and z.max() > 1
+    assert z.min() < 0
+    assert z.max() > 1
     torch.testing.assert_close((z - mean) / std, expected.detach(), rtol=0, atol=1e-12)
 
 
@@ -183,13 +184,13 @@ def test_the_result_lies_in_the_ball_and_in_the_clip_range(
             net, x, y, eps, steps=steps, step_size=eps, restarts=2 if start else 1,
             random_start=start, norm=norm, clip=clip, generator=generator,
         )  # fmt: skip
-    assert z.shape == x.shape and z.dtype == x.dtype and not z.requires_grad
+    assert (z.shape, z.dtype, z.requires_grad) == (x.shape, x.dtype, False)
     change = (z - x).flatten(1)
     size = change.abs().amax(1) if norm == "linf" else change.norm(dim=1)
     rounding = 8 * torch.finfo(dtype).eps * (eps + 4 * x.abs().max().item() * shape[-1])
     assert (size <= eps + rounding).all()
     if clip is not None:
-        assert low <= z.min() and z.max() <= high
+        assert low <= z.min() <= z.max() <= high
 
 
 def test_random_starts_fill_the_ball_evenly(device):
@@ -211,7 +212,8 @@ def test_strength_zero_returns_the_image_bit_for_bit(norm, device):
     net = convnet(device)
     x, y = images(device)
     for z in (fgsm(net, x, y, 0, norm=norm), pgd(net, x, y, 0.0, norm=norm, restarts=3)):
-        assert torch.equal(z, x) and z.data_ptr() != x.data_ptr()
+        assert torch.equal(z, x)
+        assert z.data_ptr() != x.data_ptr()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -253,9 +255,7 @@ def test_restarts_are_never_weaker_and_sometimes_stronger(norm, device):
         fooled, margin = [], []
         for restarts in (1, 2, 6):
             generator = torch.Generator().manual_seed(100 + seed)
-            z = pgd(
-                wavy, x, y, 0.3, steps=4, restarts=restarts, norm=norm, generator=generator
-            )
+            z = pgd(wavy, x, y, 0.3, steps=4, restarts=restarts, norm=norm, generator=generator)
             logits = wavy(z)
             fooled.append(logits.argmax(1) != y)
             own = logits.gather(1, y[:, None])[:, 0]
@@ -275,7 +275,8 @@ def test_equal_generators_give_equal_attacks_and_leave_the_global_one_alone(devi
         pgd(net, x, y, 0.1, restarts=2, generator=torch.Generator().manual_seed(s))
         for s in (7, 7, 8)
     ]
-    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -320,7 +321,7 @@ def test_the_model_and_the_images_are_left_bit_for_bit_as_found(context, device)
         pgd(net, x, y, 0.1, steps=2, restarts=2)
         condition_number(net, x)
         accuracy_under_attack(net, (x, y), pgd, [0, 0.1], steps=2)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="y must be"):
             pgd(net, x, y + 9, 0.1)
         with pytest.raises(ArithmeticError):
             accuracy_under_attack(net, (x, y), nan_logits, [0.1])
@@ -328,8 +329,9 @@ def test_the_model_and_the_images_are_left_bit_for_bit_as_found(context, device)
     assert before[:2] == after[:2]
     for old, new in zip(before[2] + before[3], after[2] + after[3], strict=True):
         assert (old is None and new is None) or torch.equal(old, new)
-    assert x.grad is None and x.requires_grad
-    assert torch.equal(x, x0) and torch.equal(y, y0)
+    assert (x.grad, x.requires_grad) == (None, True)
+    assert torch.equal(x, x0)
+    assert torch.equal(y, y0)
 
 
 def test_a_module_is_attacked_in_evaluation_mode(device):
@@ -498,16 +500,12 @@ def test_condition_number_of_a_linear_map_is_norm_times_x_over_ax(
     A = (U * sigma @ V.T).to(device)
     x = torch.randn(3, n, generator=generator).double().to(device)
     expected = sigma[0].item() * x.norm(dim=1) / (x @ A.T).norm(dim=1)
-    torch.testing.assert_close(
-        condition_number(lambda z: z @ A.T, x), expected, rtol=1e-7, atol=0
-    )
+    torch.testing.assert_close(condition_number(lambda z: z @ A.T, x), expected, rtol=1e-7, atol=0)
 
 
 def test_condition_number_of_a_map_that_is_locally_constant_is_zero(device):
     x = torch.rand(3, 4, device=device)
-    assert torch.equal(
-        condition_number(lambda z: 0 * z + 1, x), torch.zeros(3, device=device)
-    )
+    assert torch.equal(condition_number(lambda z: 0 * z + 1, x), torch.zeros(3, device=device))
 
 
 def test_condition_number_is_right_for_a_saturated_network_in_float32(device):
