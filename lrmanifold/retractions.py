@@ -1,7 +1,7 @@
 r"""Integrators: maps from a point and a tangent vector to a point, one signature for all.
 
 A low-rank retraction *is* an integrator for the increment ξ: every function here takes
-``(manifold, X, xi)``, with `X` a packed point U S Vᵀ and `xi` a packed tangent vector (U_p, M, V_p),
+``(manifold, X, xi)``, with `X` a packed point U S Vᵀ, `xi` a packed tangent vector (U_p, M, V_p),
 both of shape (..., m + r + n, r), and returns a packed point near W + ξ. All end with
 ``manifold.project_core``, so that on :class:`~lrmanifold.WellConditioned` the result is in the set.
 Costs count flops in units of (m+n) r², beside O(r³) for the cores.
@@ -19,8 +19,8 @@ name                order   cost        choose it
 ``parallel_bug``    2       16          the same, all three updates in parallel
 ==================  ======  ==========  ==========================================================
 
-"Order 2" means that the tangential part of d²/dt² R(tξ) vanishes at 0, so that the curve agrees with
-the geodesic up to O(t³).
+"Order 2" means that the tangential part of d²/dt² R(tξ) vanishes at 0, so that the curve agrees
+with the geodesic up to O(t³).
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def _galerkin(X, xi, U: Tensor, V: Tensor) -> Tensor:
 def svd(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
     """Metric projection of W + ξ: truncated SVD through a 2r x 2r core. Second order.
 
-    ``W + ξ = [U U_p] [[S + M, I], [I, 0]] [V V_p]ᵀ``; two Householder QR of 2r columns, 16 units, and
-    an SVD of size 2r. Works for any step and any S, singular included, and takes vectors that are
+    ``W + ξ = [U U_p] [[S + M, I], [I, 0]] [V V_p]ᵀ``; two Householder QR of 2r columns, 16 units,
+    and an SVD of size 2r. Works for any step and any S, singular included, and takes vectors that are
     not quite tangent. Differs from W + ξ by at most t²‖U_p‖‖V_p‖/(σ_r - t‖M‖₂) (mathematics 2).
     """
     Xf, xif = manifold.unpack(X), manifold.unpack(xi)
@@ -194,7 +194,7 @@ def factored(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
 def ksl(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
     """Projector splitting for the increment ξ: K forwards, S backwards, L forwards. Second order.
 
-    10 units, no inverse of S: as accurate for σ_r = 1e-12 as for σ_r = 1. Exact if W + ξ has rank r.
+    10 units, no inverse of S: as accurate for σ_r = 1e-12 as for 1. Exact if W + ξ has rank r.
     Sequential in K, S, L. Lubich and Oseledets 2014 (mathematics 7).
     """
     Xf, increment = manifold.unpack(X), _Increment(manifold, X, xi)

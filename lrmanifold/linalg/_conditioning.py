@@ -62,7 +62,8 @@ def metric_threshold(s: Tensor, kappa: float) -> Tensor:
         below = torch.searchsorted(up, kappa * t, right=True)
         small = sums.gather(-1, q)
         big = sums[..., -1:] - sums.gather(-1, below)
-        return q, r - below, small, big
+        # float64 counts: an int64 tensor times a Python float would be float32
+        return q.to(up.dtype), (r - below).to(up.dtype), small, big
 
     q, p, small, big = counts(breaks)
     slope = q * breaks - small + kappa * (kappa * p * breaks - big)
@@ -105,7 +106,7 @@ def spectral_clip(S: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor
     r"""Bring the singular values of `S` into a band of ratio ``1 + tau``.
 
     ``centre="metric"`` is the exact Frobenius projection onto
-    :math:`\{S : \sigma_{\max} \le (1+\tau)\sigma_{\min}\}`: idempotent, and the identity on feasible
+    :math:`\{S : \sigma_{\max} \le (1+\tau)\sigma_{\min}\}`: idempotent, the identity on feasible
     input. With `tau` = 0 it is the mean singular value times the polar factor.
     ``centre="mean"`` is the clamp published with CondLR, onto
     :math:`[\bar\sigma(1-d), \bar\sigma(1+d)]`, d = τ/(2+τ): feasible too, but no projection. It
@@ -149,9 +150,14 @@ def spectral_clip(S: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor
     feasible = s[..., 0] <= (1.0 + tau) * slack * s[..., -1]
     if centre == "metric" and bool(feasible.all()):
         return S.to(dtype)
-    change = clip_values(s, tau, centre=centre) - s
+    values = clip_values(s, tau, centre=centre)
     # Only what leaves the band is changed: S + U diag(change) Vh keeps the rest to the last bit.
-    clipped = S + (U * change[..., None, :]) @ Vh
+    clipped = S + (U * (values - s)[..., None, :]) @ Vh
+    # But what is left of a dominant singular value would drown in its rounding.
+    dominant = s[..., 0] > 2.0 * values[..., 0]
+    if bool(dominant.any()):
+        rebuilt = (U * values[..., None, :]) @ Vh
+        clipped = torch.where(dominant[..., None, None], rebuilt, clipped)
     if centre == "metric":
         clipped = torch.where(feasible[..., None, None], S, clipped)
     return clipped.to(dtype)
@@ -194,9 +200,9 @@ def conditioning_penalty(S: Tensor, *, squared: bool = False) -> Tensor:
     value = E.square().sum((-2, -1))
     if not squared:
         # where twice: the square root's infinite slope at 0 would turn the subgradient into NaN.
-        positive = value > 0
-        root = torch.where(positive, value, torch.ones_like(value)).sqrt()
-        value = torch.where(positive, root, torch.zeros_like(value))
+        zero = value == 0
+        root = torch.where(zero, torch.ones_like(value), value).sqrt()
+        value = torch.where(zero, torch.zeros_like(value), root)
     return value.to(dtype)
 
 

@@ -17,8 +17,8 @@ def scaled_newton_schulz(X: Tensor, *, lower: float | None = None) -> Tensor:
     r"""Polar factor of a matrix with singular values in ``[lower, 1]``, by products only.
 
     The iteration is :math:`X \leftarrow \tfrac12 \mu X (3I - \mu^2 X^\top X)` with the scaling
-    :math:`\mu^2 = 3/(1 + l + l^2)` that is optimal for singular values in :math:`[l, 1]`; a small
-    singular value grows by up to :math:`3\sqrt3/2` a step instead of 3/2.
+    :math:`\mu^2 = 3/(1 + l + l^2)` that is optimal for singular values in :math:`[l, 1]`, but at
+    most Chen and Chow's 1.6977: a small singular value grows by up to 2.55 a step instead of 3/2.
 
     Parameters
     ----------
@@ -41,10 +41,10 @@ def scaled_newton_schulz(X: Tensor, *, lower: float | None = None) -> Tensor:
     bound = eps / 10 if lower is None else lower
     identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     while bound < 1 - 1e-3:
-        scale2 = 3.0 / (1.0 + bound + bound * bound)
-        mu = math.sqrt(scale2)
-        X = (0.5 * mu) * (X @ (3.0 * identity - scale2 * (X.mT @ X)))
-        bound = 0.5 * mu * bound * (3.0 - scale2 * bound * bound)
+        # The cap maps 1 to 0.1. Without it 1 would go to l, and there its sign be lost to rounding.
+        mu = min(math.sqrt(3.0 / (1.0 + bound + bound * bound)), 1.69770248526)
+        X = (0.5 * mu) * (X @ (3.0 * identity - mu * mu * (X.mT @ X)))
+        bound = min(0.5 * mu * x * (3.0 - mu * mu * x * x) for x in (bound, 1.0))
     # Two plain steps: the error 1 - sigma is squared by each, so 1e-3 ends below the roundoff.
     steps = 2 if eps > 1e-10 else 3
     for _ in range(steps):
@@ -113,7 +113,9 @@ def clip_by_sign(S: Tensor, tau: float, *, mean: bool = False, resolution: float
         t = average * (2.0 / (1.0 + kappa))
         for lower in () if tau == 0 else (1e-3,) * 6 + (resolution,) * 4:
             low, high = _signs(
-                t[..., None, None] * identity - H, H - (kappa * t)[..., None, None] * identity, lower
+                t[..., None, None] * identity - H,
+                H - (kappa * t)[..., None, None] * identity,
+                lower,
             )
             q, p = 0.5 * (r + _trace(low)), 0.5 * (r + _trace(high))
             small = 0.5 * (trace + (low * H).sum((-2, -1)))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._common import checked
 from ._newton_schulz import polar_square
-from ._svd import svd
+from ._svd import svd, svdvals
 
 
 def _check_tall(A: Tensor, name: str) -> None:
@@ -46,17 +46,20 @@ def _householder(A: Tensor) -> tuple[Tensor, Tensor]:
 def solve_right(B: Tensor, A: Tensor) -> Tensor:
     """``B A⁻¹`` for square `A`, shape (..., k, r) and (..., r, r), without a host synchronisation.
 
+    By the explicit inverse: its forward error is that of a solve, eps cond(A), and for many rows the
+    product runs several times faster than a triangular solve from the right.
+
     Raises
     ------
     torch.linalg.LinAlgError
         On the CPU, if `A` is exactly singular. On an accelerator the result is Inf or NaN.
     """
-    X, info = torch.linalg.solve_ex(A, B, left=False)
+    inverse, info = torch.linalg.inv_ex(A)
     if A.device.type == "cpu" and bool((info > 0).any()):
         raise torch.linalg.LinAlgError(
             f"the core S (shape {tuple(A.shape)}) is singular: the rank of the point has dropped"
         )
-    return X
+    return B @ inverse
 
 
 def _defect(Q: Tensor) -> Tensor:
@@ -113,8 +116,9 @@ def _qr_checked(A: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(good.all()):
         # Rows and columns of failed Cholesky factors may hold NaN: select, never blend.
         Qh, Rh = _householder(A / scale)
-        diagonal = Rh.diagonal(dim1=-2, dim2=-1).abs()
-        rank_lost = diagonal.amin(-1) <= torch.finfo(A.dtype).eps * diagonal.amax(-1)
+        # A lost rank leaves sigma_min about eps; cond 1e6, which must pass, 8 eps in float32.
+        sigma = svdvals(Rh)
+        rank_lost = sigma[..., -1] <= 4.0 * torch.finfo(A.dtype).eps * sigma[..., 0]
         if bool((rank_lost & ~good).any()):
             raise ValueError(
                 "A must have full column rank, got a matrix whose columns are dependent "
@@ -140,7 +144,7 @@ def orthonormalize(A: Tensor) -> Tensor:
 
     Cholesky-QR, ``R = chol(AᵀA)``, ``Q = A R⁻¹``, done twice: all work is in matrix products and
     one triangular solve, 8 n r² flops. One pass loses ``eps cond(A)²``; the second restores full
-    orthonormality when the first was right to 1e-2. Where it was not (``cond(A)`` above about 1e2 in
+    orthonormality when the first was right to 1e-2. Where it was not (``cond(A)`` over about 1e2 in
     float32, 1e7 in float64), or Cholesky broke down, that matrix of the batch alone is done by
     Householder reflections. On an accelerator the decision would cost a host synchronisation:
     there three shifted passes in float64 are made, which covers every condition number up to 1e6
@@ -231,10 +235,11 @@ def polar(A: Tensor) -> Tensor:
     defect = torch.linalg.matrix_norm(scaled - identity)
     near = (defect <= 0.5) & (scale[..., 0, 0] > tiny) & torch.isfinite(defect)
     if bool(near.all()):
-        worst = float(defect.max()) if defect.numel() else 0.0
-        root = _inverse_square_root_near_identity(
-            scaled, _iterations_for(worst, torch.finfo(A.dtype).eps)
-        )
+        worst = float(defect.detach().max()) if defect.numel() else 0.0
+        steps = _iterations_for(worst, torch.finfo(A.dtype).eps)
+        if A.requires_grad and torch.is_grad_enabled():
+            steps += 2  # the value has converged, its first and second derivative not yet
+        root = _inverse_square_root_near_identity(scaled, steps)
         return (A @ (root / scale.sqrt())).to(dtype)
     if A.ndim > 2:
         flat = A.reshape(-1, *A.shape[-2:])

@@ -26,15 +26,19 @@ def unpack(X: Tensor, m: int, n: int) -> Factors:
     return Factors(*X.split([m, X.shape[-1], n], dim=-2))
 
 
-def perp(Q: Tensor, Z: Tensor) -> Tensor:
-    """(I - QQᵀ) Z for orthonormal Q, by thin products."""
-    return Z - Q @ (Q.mT @ Z)
+def perp(Q: Tensor, Z: Tensor, overlap: Tensor | None = None) -> Tensor:
+    """(I - QQᵀ) Z for orthonormal Q, by thin products; `overlap` is QᵀZ if it is known."""
+    if Q.shape[-2] == Q.shape[-1]:
+        # Nothing is orthogonal to a full basis. Roundoff here would be blown up to unit size by
+        # optimizers that divide each block by its own norm.
+        return torch.zeros_like(Z)
+    return Z - Q @ (Q.mT @ Z if overlap is None else overlap)
 
 
 def change_of_base(X: Factors, xi: Factors, Y: Factors) -> Factors:
     """Project the tangent vector `xi` at `X` onto the tangent space at `Y`.
 
-    With Z = U M Vᵀ + U_p Vᵀ + U V_pᵀ the blocks are U_yᵀ Z V_y, Z V_y and Zᵀ U_y projected; all from
+    With Z = U M Vᵀ + U_p Vᵀ + U V_pᵀ the blocks are U_yᵀ Z V_y, and Z V_y and Zᵀ U_y projected, from
     r x r overlaps of the frames, 12 (m+n) r² flops.
     """
     a, c = Y.U.mT @ X.U, Y.U.mT @ xi.U
@@ -43,4 +47,4 @@ def change_of_base(X: Factors, xi: Factors, Y: Factors) -> Factors:
     ZV = X.U @ inner + xi.U @ b
     ZtU = X.V @ (a @ xi.S + c).mT + xi.V @ a.mT
     M = a @ inner + c @ b
-    return Factors(ZV - Y.U @ M, M, ZtU - Y.V @ M.mT)
+    return Factors(perp(Y.U, ZV, M), M, perp(Y.V, ZtU, M.mT))

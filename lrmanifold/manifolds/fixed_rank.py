@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import geoopt
 import torch
@@ -13,11 +14,14 @@ from torch import Tensor
 from .. import linalg, retractions
 from ._dtype import in_compute_dtype
 from ._geodesic import geodesic
+from ._hessian import ehess2rhess, lift
 from ._packing import Factors, change_of_base, pack, perp, unpack
+
+Gradient = Literal["factors", "probe"]
 
 
 class FixedRank(geoopt.Manifold):
-    r"""Matrices of fixed rank, :math:`\mathcal M_r = \{W \in R^{m \times n} : \mathrm{rank}\,W = r\}`.
+    r"""Matrices of rank r, :math:`\mathcal M_r = \{W \in R^{m \times n} : \mathrm{rank}\,W = r\}`.
 
     **Representation**: W = U S Vᵀ, U and V orthonormal, S a full invertible r x r matrix (never a
     diagonal: well-conditioned cores are where singular values coincide). A point is one packed
@@ -41,6 +45,11 @@ class FixedRank(geoopt.Manifold):
     retraction : str or callable
         A name of :func:`lrmanifold.retractions.available`, or a function
         ``(manifold, X, xi) -> Y``. "svd", the metric projection of W + ξ, by default.
+    gradient : {"factors", "probe"}
+        What :meth:`egrad2rgrad` is given: the gradient with respect to (U, S, V), as autograd
+        returns it; or (GV, UᵀGV, GᵀU), as the layers of :mod:`lrmanifold.nn` return it with
+        ``gradient="probe"``. The latter needs no inverse of S, and a singular S counts as a point
+        (mathematics 1).
 
     References
     ----------
@@ -53,15 +62,23 @@ class FixedRank(geoopt.Manifold):
     reversible = False
 
     def __init__(
-        self, m: int, n: int, rank: int, *, retraction: str | Callable[..., Tensor] = "svd"
+        self,
+        m: int,
+        n: int,
+        rank: int,
+        *,
+        retraction: str | Callable[..., Tensor] = "svd",
+        gradient: Gradient = "factors",
     ) -> None:
         super().__init__()
         for key, value in (("m", m), ("n", n)):
             if int(value) != value or value < 1:
                 raise ValueError(f"{key} must be a positive integer, got {value}")
-        if int(rank) != rank or not 1 <= rank <= min(m, n):
-            raise ValueError(f"rank must be in 1..min(m, n) = {min(m, n)}, got {rank}")
+        self._check_rank(rank, min(m, n))
+        if gradient not in ("factors", "probe"):
+            raise ValueError(f"gradient must be 'factors' or 'probe', got {gradient!r}")
         self.m, self.n, self.rank = int(m), int(n), int(rank)
+        self.gradient: Gradient = gradient
         self.retraction = retraction
         self._retract = retractions.get(retraction)
 
@@ -80,20 +97,28 @@ class FixedRank(geoopt.Manifold):
         """Shape (m + r + n, r) of one packed point or tangent vector."""
         return (self.m + self.rank + self.n, self.rank)
 
-    def with_rank(self, rank: int) -> FixedRank:
-        """The same manifold, with the same choices, at another rank."""
-        return type(self)(self.m, self.n, rank, **self._choices())
+    @staticmethod
+    def _check_rank(rank: int, limit: int) -> None:
+        if int(rank) != rank or not 1 <= rank <= limit:
+            raise ValueError(f"rank must be in 1..min(m, n) = {limit}, got {rank}")
 
-    def _choices(self) -> dict:
-        return {"retraction": self.retraction}
+    def set_rank_(self, rank: int) -> FixedRank:
+        """Change the rank in place, for all that hold this object: layer, weight, optimizer.
+
+        The tensors must follow; :func:`lrmanifold.optim.resize` does both.
+        """
+        self._check_rank(rank, min(self.m, self.n))
+        self.rank = int(rank)
+        return self
 
     def pack(self, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
         """One tensor (..., m + r + n, r) from U (..., m, r), S (..., r, r), V (..., n, r)."""
         r = self.rank
         for key, A, want in (("U", U, (self.m, r)), ("S", S, (r, r)), ("V", V, (self.n, r))):
             if tuple(A.shape[-2:]) != want:
-                raise ValueError(f"{key} must have shape (..., {want[0]}, {want[1]}), "
-                                 f"got {tuple(A.shape)}")
+                raise ValueError(
+                    f"{key} must have shape (..., {want[0]}, {want[1]}), got {tuple(A.shape)}"
+                )
         return pack(U, S, V)
 
     def unpack(self, X: Tensor) -> Factors:
@@ -106,8 +131,14 @@ class FixedRank(geoopt.Manifold):
         return unpack(X, self.m, self.n)
 
     def to_dense(self, X: Tensor) -> Tensor:
-        """The matrix U S Vᵀ, shape (..., m, n). Differentiable."""
+        """The matrix U S Vᵀ, shape (..., m, n). Differentiable.
+
+        With ``gradient="probe"`` the gradients are those that :meth:`egrad2rgrad` then expects.
+        """
         U, S, V = self.unpack(X)
+        if self.gradient == "probe" and X.requires_grad and torch.is_grad_enabled():
+            U_, V_ = U.detach(), V.detach()
+            return (U_ @ S + (U - U_)) @ V_.mT + U_ @ (V - V_).mT
         return U @ S @ V.mT
 
     def tangent_to_dense(self, X: Tensor, xi: Tensor) -> Tensor:
@@ -167,12 +198,19 @@ class FixedRank(geoopt.Manifold):
     def _check_point_on_manifold(self, x, *, atol=1e-5, rtol=1e-5):
         if not torch.isfinite(x).all():
             return False, "`x` holds NaN or Inf"
+        if x.numel() == 0:
+            return True, None
         X = self.unpack(x.to(linalg.compute_dtype(x.dtype)))
         for key, Q in (("U", X.U), ("V", X.V)):
             defect = self._orthonormality_defect(Q).max().item()
             if defect > atol + rtol:
-                return False, f"factor {key} is not orthonormal: max |{key}ᵀ{key} - I| = {defect:.2e}"
+                return (
+                    False,
+                    f"factor {key} is not orthonormal: max |{key}ᵀ{key} - I| = {defect:.2e}",
+                )
         s = linalg.svdvals(X.S)
+        if self.gradient == "probe" and type(self) is FixedRank:
+            return True, None
         if bool((s[..., -1] <= torch.finfo(x.dtype).tiny).any()):
             return False, f"core S is singular (smallest singular value {s.min().item():.2e})"
         return self._check_core(s, atol=atol, rtol=rtol)
@@ -256,8 +294,8 @@ class FixedRank(geoopt.Manifold):
 
         M = g_S, U_p = (I - UUᵀ) g_U S⁻ᵀ, V_p = (I - VVᵀ) g_V S⁻¹ (mathematics 1): the projection
         P_W G of the dense gradient, which is never formed. 6 (m+n) r² flops. In float32 the solve
-        loses ``eps cond(S)``. A decay `wd * X` added to `u`, as geoopt's optimizers do, acts on S
-        alone.
+        loses ``eps cond(S)``; with ``gradient="probe"`` there is none, U_p = (I - UUᵀ) GV. A decay
+        `wd * X` added to `u`, as geoopt's optimizers do, acts on S alone.
 
         Raises
         ------
@@ -266,9 +304,48 @@ class FixedRank(geoopt.Manifold):
         """
         U, S, V = self.unpack(x)
         g_U, g_S, g_V = self.unpack(u)
+        if self.gradient == "probe":
+            return pack(perp(U, g_U), g_S, perp(V, g_V))
         U_p = linalg.solve_right(perp(U, g_U), S.mT)
         V_p = linalg.solve_right(perp(V, g_V), S)
         return pack(U_p, g_S, V_p)
+
+    @in_compute_dtype
+    def lift(self, x: Tensor, xi: Tensor) -> Tensor:
+        """Packed velocity (U_p S⁻¹, M, V_p S⁻ᵀ) of the factors that moves the matrix along ξ.
+
+        The horizontal lift: what to differentiate a function of the packed tensor along, to get its
+        derivative along the tangent vector `xi`.
+        """
+        return pack(*lift(self.unpack(x), self.unpack(xi)))
+
+    @in_compute_dtype
+    def ehess2rhess(self, x: Tensor, egrad: Tensor, ehess: Tensor, xi: Tensor) -> Tensor:
+        r"""Riemannian Hessian-vector product, packed, in factored form: O((m+n) r²).
+
+        P_W(∇²f[ξ]) plus the curvature term, with blocks (I - UUᵀ) G V_p S⁻ᵀ and
+        (I - VVᵀ) GᵀU_p S⁻¹ (Vandereycken 2013, proposition 2.3; mathematics 3, L3.6).
+
+        Parameters
+        ----------
+        x : Tensor, shape (..., m + r + n, r)
+        egrad : Tensor
+            Gradient with respect to the packed tensor, as autograd returns it.
+        ehess : Tensor
+            Derivative of `egrad` along ``lift(x, xi)``: a Hessian-vector product of the function of
+            the packed tensor.
+        xi : Tensor
+            Packed tangent vector at `x`.
+
+        Returns
+        -------
+        Tensor, shape of `x`
+        """
+        return pack(
+            *ehess2rhess(
+                self.unpack(x), self.unpack(egrad), self.unpack(ehess), self.unpack(xi)
+            )
+        )
 
     @in_compute_dtype
     def project_ambient(self, X: Tensor, Z: Tensor) -> Tensor:
@@ -276,7 +353,7 @@ class FixedRank(geoopt.Manifold):
         U, _, V = self.unpack(X)
         ZV, ZtU = Z @ V, Z.mT @ U
         M = U.mT @ ZV
-        return pack(ZV - U @ M, M, ZtU - V @ M.mT)
+        return pack(perp(U, ZV, M), M, perp(V, ZtU, M.mT))
 
     @in_compute_dtype
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:

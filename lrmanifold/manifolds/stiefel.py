@@ -71,7 +71,10 @@ class Stiefel(geoopt.Manifold):
     def _check_shape(self, shape, name):
         ok, reason = super()._check_shape(shape, name)
         if ok and shape[-1] > shape[-2]:
-            return False, f"`{name}` needs n >= r, got n = {shape[-2]} rows, r = {shape[-1]} columns"
+            return (
+                False,
+                f"`{name}` needs n >= r, got n = {shape[-2]} rows, r = {shape[-1]} columns",
+            )
         return ok, reason
 
     def _check_point_on_manifold(self, x, *, atol=1e-5, rtol=1e-5):
@@ -113,7 +116,7 @@ class Stiefel(geoopt.Manifold):
         return self.proju(x, u)
 
     def projx(self, x: Tensor) -> Tensor:
-        """Nearest frame: the polar factor. Raises ValueError for a rank-deficient `x` on the CPU."""
+        """Nearest frame: the polar factor. ValueError for a rank-deficient `x` on the CPU."""
         return linalg.polar(x)
 
     @in_compute_dtype

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from .fixed_rank import FixedRank
+from .fixed_rank import FixedRank, Gradient
 
 
 class WellConditioned(FixedRank):
@@ -16,7 +16,7 @@ class WellConditioned(FixedRank):
     :math:`\mathcal M_r^\tau = \{W \in \mathcal M_r : \sigma_1(W) \le (1+\tau)\,\sigma_r(W)\}`.
 
     Representation, tangent vectors and metric are those of :class:`FixedRank`, of which this is a
-    closed subset (a manifold with a curved boundary; for τ = 0 a smooth manifold, the scaled partial
+    closed subset (a manifold with a curved boundary; for τ = 0 smooth, the scaled partial
     isometries α Q). `projx`, `retr`, `expmap`, `random`, `origin` and `from_dense` return points of
     the set, so any optimizer that moves by them stays robust. Tangent vectors are those of M_r: at
     the boundary the outward part of a step is removed by the projection that ends the retraction.
@@ -33,6 +33,8 @@ class WellConditioned(FixedRank):
         CondLR; see :func:`lrmanifold.linalg.spectral_clip`.
     retraction : str or callable
         "factored" (the CondLR step) by default. The projection of the core follows any of them.
+    gradient : {"factors", "probe"}
+        As in :class:`FixedRank`.
 
     References
     ----------
@@ -51,8 +53,9 @@ class WellConditioned(FixedRank):
         tau: float,
         centre: linalg.Centre = "metric",
         retraction: str | Callable[..., Tensor] = "factored",
+        gradient: Gradient = "factors",
     ) -> None:
-        super().__init__(m, n, rank, retraction=retraction)
+        super().__init__(m, n, rank, retraction=retraction, gradient=gradient)
         if not 0.0 <= float(tau) < float("inf"):
             raise ValueError(f"tau must be a finite number >= 0, got {tau}")
         if centre not in ("metric", "mean"):
@@ -62,9 +65,6 @@ class WellConditioned(FixedRank):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tau={self.tau:g}, centre={self.centre!r}"
-
-    def _choices(self) -> dict:
-        return {**super()._choices(), "tau": self.tau, "centre": self.centre}
 
     def project_core(self, S: Tensor) -> Tensor:
         """The core with its spectrum clipped to a band of ratio 1 + tau."""

@@ -10,16 +10,39 @@ import geoopt
 import torch
 from torch import Tensor, nn
 
+from .. import linalg
+from .._parameter import replace_data
 from ..errors import GeometryError
 from ..manifolds import Factors, FixedRank, WellConditioned
 from ..manifolds._dtype import storage_tolerance
+from ..manifolds.fixed_rank import Gradient
 
 
-def make_manifold(m: int, n: int, rank: int, tau: float | None) -> FixedRank:
-    """:class:`WellConditioned` for a number `tau`, plain :class:`FixedRank` for None."""
+def make_manifold(
+    m: int,
+    n: int,
+    rank: int,
+    *,
+    tau: float | None,
+    gradient: Gradient = "factors",
+    retraction: str | None = None,
+) -> FixedRank:
+    """:class:`WellConditioned` for a number `tau`, plain :class:`FixedRank` for None.
+
+    The retraction is "factored" unless S may be singular: a plain fixed-rank weight with probe
+    gradients moves by "bug", which has no inverse of S.
+    """
     if tau is None:
-        return FixedRank(m, n, rank, retraction="factored")
-    return WellConditioned(m, n, rank, tau=tau)
+        fallback = "factored" if gradient == "factors" else "bug"
+        return FixedRank(m, n, rank, retraction=retraction or fallback, gradient=gradient)
+    return WellConditioned(
+        m, n, rank, tau=tau, retraction=retraction or "factored", gradient=gradient
+    )
+
+
+def _alike(a: geoopt.Manifold, b: geoopt.Manifold) -> bool:
+    keys = ("m", "n", "rank", "retraction", "gradient", "tau", "centre")
+    return type(a) is type(b) and all(getattr(a, k, None) == getattr(b, k, None) for k in keys)
 
 
 class LowRankLayer(nn.Module):
@@ -43,7 +66,7 @@ class LowRankLayer(nn.Module):
     def __init__(self, manifold: FixedRank, lead: tuple[int, ...], **factory: Any) -> None:
         super().__init__()
         # Not a submodule: it has no parameters, and the module tree stays that of the dense model.
-        self.__dict__["_manifold"] = manifold
+        self.__dict__["_manifold"], self.__dict__["_lead"] = manifold, lead
         weight = torch.empty(*lead, *manifold.point_shape, **factory)
         if not weight.is_floating_point():
             raise TypeError(f"dtype must be a real floating point type, got {weight.dtype}")
@@ -77,24 +100,6 @@ class LowRankLayer(nn.Module):
         m, n, r = self.manifold.m, self.manifold.n, self.manifold.rank
         return 1.0 - (m + r + n) * r / (m * n)
 
-    def set_point(self, manifold: FixedRank, X: Tensor) -> geoopt.ManifoldParameter:
-        """Put the layer on another manifold of the same m and n, at the point `X`.
-
-        Returns the new parameter; an optimizer is told with ``optimizer.rebind(old, new)``.
-        """
-        if (manifold.m, manifold.n) != (self.manifold.m, self.manifold.n):
-            raise ValueError(
-                f"manifold must be of {self.manifold.m} x {self.manifold.n} matrices, "
-                f"got {manifold.m} x {manifold.n}"
-            )
-        before, self.__dict__["_manifold"] = self.manifold, manifold
-        try:
-            self.weight = nn.Parameter(X.detach(), requires_grad=self.weight.requires_grad)
-        except (GeometryError, ValueError):
-            self.__dict__["_manifold"] = before
-            raise
-        return self.weight
-
     def reset_parameters(self) -> None:
         """Haar-uniform bases and S = αI with the Frobenius norm of torch's default dense weight.
 
@@ -105,7 +110,7 @@ class LowRankLayer(nn.Module):
             return
         M = self.manifold
         with torch.no_grad():
-            shape, dtype = self.weight.shape, torch.float32
+            shape, dtype = self.weight.shape, linalg.compute_dtype(self.weight.dtype)
             X = M.random(*shape, dtype=dtype, device=self.weight.device)
             scale = math.sqrt(M.m / (3.0 * M.rank))
             S = scale * torch.eye(M.rank, dtype=dtype, device=X.device)
@@ -133,7 +138,7 @@ class LowRankLayer(nn.Module):
                 self.weight.copy_(self.manifold.from_dense(matrix.detach()))
             if self.bias is not None:
                 self.bias.copy_(bias)  # type: ignore[arg-type]
-                self.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr]
+                self.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr, arg-type]
         self.weight.requires_grad_(weight.requires_grad)  # type: ignore[union-attr]
         self.train(module.training)
 
@@ -156,39 +161,79 @@ class LowRankLayer(nn.Module):
 
         Tensors without values (meta) pass.
         """
+        shape = (*self.__dict__["_lead"], *self.manifold.point_shape)
+        if tuple(X.shape) != shape:
+            size = f"{self.manifold.m} x {self.manifold.n}"
+            return f"its shape must be {shape}, rank {self.rank} of {size}, got {tuple(X.shape)}"
         if X.is_meta:
-            ok, reason = self.manifold.check_point(X, explain=True)
-            return None if ok else reason
+            return None
         tol = storage_tolerance(X.dtype)
         ok, reason = self.manifold.check_point_on_manifold(X, explain=True, atol=tol, rtol=tol)
         return None if ok else reason
 
-    def _wrapped(self, weight: Tensor) -> geoopt.ManifoldParameter:
-        wrapped = geoopt.ManifoldParameter(
-            weight.data, manifold=self.manifold, requires_grad=weight.requires_grad
-        )
-        wrapped.grad = weight.grad
-        return wrapped
+    def _adopt(self, weight: Any) -> None:
+        """Make `weight` a ManifoldParameter of this layer's manifold, unless it is one.
+
+        In place, as ``torch.utils.swap_tensors`` does it: who holds the parameter, an optimizer
+        or a layer it is tied to, holds the same one afterwards.
+        """
+        known = getattr(weight, "manifold", None)
+        if known is self.manifold:
+            return
+        if known is None or isinstance(known, geoopt.Euclidean):
+            if type(weight) not in (nn.Parameter, geoopt.ManifoldParameter):
+                raise GeometryError(
+                    f"weight must be an nn.Parameter or a geoopt.ManifoldParameter to be put on "
+                    f"{self.manifold}, got {type(weight).__name__}"
+                )
+            weight.__class__ = geoopt.ManifoldParameter
+            weight.manifold = self.manifold
+        elif _alike(known, self.manifold):
+            self.__dict__["_manifold"] = known
+        else:
+            raise GeometryError(f"weight must be on {self.manifold}, got one on {known}")
 
     # -- doors through which torch replaces a weight
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and isinstance(value, nn.Parameter):
-            reason = self._defect(value.data)
-            if reason is not None:
-                raise GeometryError(f"weight must be a point of {self.manifold}: {reason}")
-            if getattr(value, "manifold", None) is not self.manifold:
-                value = self._wrapped(value)
+        if name == "weight" and not self.__dict__.get("_is_replica"):
+            self._check_weight(value)
         super().__setattr__(name, value)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's; a weight must be a point of the manifold."""
+        if name == "weight" and "weight" in self._parameters:
+            self._check_weight(param)
+        super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            raise GeometryError(
+                "weight cannot be removed from a low-rank layer: parametrized, pruned or flattened "
+                "factors leave the manifold; densify the layer first"
+            )
+        super().__delattr__(name)
+
+    def _check_weight(self, value: Any) -> None:
+        if not isinstance(value, nn.Parameter):
+            raise GeometryError(
+                f"weight must be a parameter on {self.manifold}, got {type(value).__name__}"
+            )
+        reason = self._defect(value.data)
+        if reason is not None:
+            raise GeometryError(f"weight must be a point of {self.manifold}: {reason}")
+        self._adopt(value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLayer:
+        def plain(t: Tensor) -> Tensor:
+            # A conversion to what it is returns the parameter, which nn.Parameter(...) refuses.
+            converted = fn(t)
+            return converted.detach() if isinstance(converted, geoopt.ManifoldTensor) else converted
+
         before = self.weight.dtype
-        super()._apply(fn, recurse)
-        weight = self._parameters["weight"]
-        assert weight is not None
-        if getattr(weight, "manifold", None) is not self.manifold:
-            weight = self._parameters["weight"] = self._wrapped(weight)
-        if weight.dtype != before:
+        super()._apply(plain, recurse)
+        self._adopt(self._parameters["weight"])
+        if self.weight.dtype != before:
             self._remove_rounding()
         return self
 
@@ -203,17 +248,70 @@ class LowRankLayer(nn.Module):
     ) -> None:
         key = prefix + "weight"
         value = state_dict.get(key)
-        refused = None
-        if isinstance(value, Tensor) and value.shape == self.weight.shape:
-            refused = self._defect(value)
-            if refused is not None:
-                error_msgs.append(f"{key} is not a point of {self.manifold}: {refused}")
-                state_dict = {**state_dict, key: self.weight.detach()}
+        if isinstance(value, Tensor):
+            before, after = self.manifold.rank, self._rank_of(value)
+            self.manifold.set_rank_(after)
+            reason = self._defect(value)
+            if reason is not None:
+                # Return before anything of this layer is loaded, its bias included.
+                self.manifold.set_rank_(before)
+                if self._is_dense(value):
+                    reason = (
+                        f"{tuple(value.shape)} is the shape of the dense weight; load it into the "
+                        "dense model and factorize that"
+                    )
+                error_msgs.append(f"{key} is not a point of {self.manifold}: {reason}")
+                return
+            if after != before:
+                replace_data(self.weight, self.weight.data.new_empty(value.shape))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if refused is None and isinstance(value, Tensor) and value.dtype != self.weight.dtype:
+        # torch swaps instead of setting, or not, by a global switch.
+        self._adopt(self._parameters["weight"])
+        if isinstance(value, Tensor) and value.dtype != self.weight.dtype:
             self._remove_rounding()
+
+    def _rank_of(self, value: Tensor) -> int:
+        """Rank of a checkpoint, which may be another one: adaptive runs save layers of any rank."""
+        r, M = value.shape[-1] if value.ndim >= 2 else 0, self.manifold
+        fits = tuple(value.shape) == (*self.__dict__["_lead"], M.m + r + M.n, r)
+        return r if fits and 1 <= r <= min(M.m, M.n) else M.rank
+
+    def _is_dense(self, value: Tensor) -> bool:
+        size = math.prod(self.__dict__["_lead"]) * self.manifold.m
+        return value.shape[:1] == (size,) and value.numel() == size * self.manifold.n
+
+    # -- function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Vᵀ, then U S and the bias, by thin products."""
+        U, S, V = self.factors
+        if self.manifold.gradient == "probe" and torch.is_grad_enabled():
+            return self._forward_with_probes(x, U, S, V)
+        return self._last(self._first(x, V), U, S, self.bias)
+
+    def _forward_with_probes(self, x: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+        """The same values; the gradients that reach U and V are GV and GᵀU.
+
+        ``W = U S Vᵀ + K Vᵀ + U Lᵀ`` with probes K = U - U and L = V - V that are zero in value but
+        not in derivative, the other U and V being constants (mathematics 1). Twice the forward
+        products. The probes act on `x` itself: their part of its gradient is zero, but the
+        derivative of that part by the weights, which input-gradient penalties take, is not.
+        """
+        U_, V_ = U.detach(), V.detach()
+        z = self._first(x, V_)
+        y = self._last(z, U_, S, self.bias)
+        y = y + self._last(z, U - U_, None, None)
+        return y + self._last(self._first(x, V - V_), U_, None, None)
+
+    def _first(self, x: Tensor, V: Tensor) -> Tensor:
+        """Apply Vᵀ."""
+        raise NotImplementedError  # the abstract contract, as below
+
+    def _last(self, z: Tensor, U: Tensor, S: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Apply U S (U alone if `S` is None) and add the bias."""
+        raise NotImplementedError
 
     # -- words
 

@@ -24,6 +24,9 @@ LAYERS: dict[type[nn.Module], Any] = {
 }
 
 
+_LAZY = nn.parameter.UninitializedParameter
+
+
 @dataclass(frozen=True)
 class Decision:
     """What becomes of one dense layer: its new `rank`, or None and the `reason` it stays dense."""
@@ -66,10 +69,13 @@ class Plan:
         for d in self.decisions:
             shape = f"{d.shape[0]} x {d.shape[1]}" + (f" x {d.groups}" if d.groups > 1 else "")
             rank = "dense" if d.rank is None else str(d.rank)
-            rows.append((d.name, shape, rank, f"{d.dense_weights:,}", f"{d.kept_weights:,}", d.reason))
+            rows.append(
+                (d.name, shape, rank, f"{d.dense_weights:,}", f"{d.kept_weights:,}", d.reason)
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-                 for row in rows]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
         return "\n".join([*lines, f"whole model: {self.compression:.1%} of the parameters removed"])
 
 
@@ -101,7 +107,9 @@ def _obstacles(model: nn.Module) -> dict[int, str]:
                 owners[id(p)] = owners.get(id(p), 0) + 1
     found: dict[int, str] = {}
     for module in model.modules():
-        if type(module) in LAYERS and owners.get(id(module.weight), 0) > 1:
+        if type(module) in LAYERS and module._parameters.get("weight") is None:
+            found[id(module)] = "its weight is computed by a hook (weight_norm, prune, ...)"
+        elif type(module) in LAYERS and owners[id(module.weight)] > 1:
             found[id(module)] = "its weight is tied to another module's"
         if isinstance(module, nn.MultiheadAttention):
             found[id(module.out_proj)] = "nn.MultiheadAttention reads its weight directly"
@@ -126,10 +134,13 @@ def _rank_from(rule: Any, name: str, limit: int) -> int | None:
     return max(1, round(rule * limit))
 
 
-def _energy_rank(module: nn.Module, energy: float) -> int:
+def _energy_rank(name: str, module: nn.Module, energy: float) -> int:
     """Smallest rank with that share of ‖W‖² (for groups: the largest of theirs)."""
     (m, n), groups = matrix_of(module)
     weight: Any = module.weight
+    if weight.is_meta or not bool(torch.isfinite(weight).all()):
+        state = "has no values (meta)" if weight.is_meta else "holds NaN or Inf"
+        raise ValueError(f"layer {name!r} cannot be ranked by energy: its weight {state}")
     s2 = linalg.svdvals(weight.detach().reshape(groups, m, n).double()).square()
     share = s2.cumsum(-1) / s2.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     # The last partial sum may be 1 - roundoff.
@@ -159,6 +170,16 @@ def _candidates(model: nn.Module, include: Any, exclude: Any) -> list[tuple[str,
     return out
 
 
+def _check_patterns(model: nn.Module, **patterns: str | Sequence[str] | None) -> None:
+    """Raise for a pattern without effect: what it was to keep dense would become low-rank."""
+    layers = (*LAYERS, LowRankLayer)
+    names = [n for n, module in model.named_modules() if isinstance(module, layers)]
+    for key, given in patterns.items():
+        for pattern in [given] if isinstance(given, str) else given or ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"{key} pattern {pattern!r} matches no layer; there are {names}")
+
+
 def make_plan(
     model: nn.Module,
     *,
@@ -170,12 +191,16 @@ def make_plan(
     keep_larger: bool = False,
 ) -> Plan:
     """Decide the rank of every dense layer; arguments as in :func:`lrmanifold.factorize`."""
-    given = [k for k, v in (("rank", rank), ("compression", compression), ("energy", energy))
-             if v is not None]
+    given = [
+        k
+        for k, v in (("rank", rank), ("compression", compression), ("energy", energy))
+        if v is not None
+    ]
     if len(given) != 1:
         raise ValueError(
             f"exactly one of rank, compression and energy must be given, got {given or 'none'}"
         )
+    _check_patterns(model, include=include, exclude=exclude)
     candidates = _candidates(model, include, exclude)
     if isinstance(rank, Mapping):
         for pattern in rank:
@@ -184,9 +209,11 @@ def make_plan(
                     f"rank pattern {pattern!r} matches no layer; there are "
                     f"{[name for name, _, _ in candidates]}"
                 )
-    total = sum(p.numel() for p in model.parameters())
-    dense = sum(math.prod(matrix_of(mod)[0]) * matrix_of(mod)[1] if _sized(mod) else 0
-                for _, mod, _ in candidates)
+    total = sum(p.numel() for p in model.parameters() if not isinstance(p, _LAZY))
+    dense = sum(
+        math.prod(matrix_of(mod)[0]) * matrix_of(mod)[1] if _sized(mod) else 0
+        for _, mod, _ in candidates
+    )
 
     def plan_with(choose: Callable[[str, nn.Module, int], int | None]) -> Plan:
         decisions = tuple(
@@ -201,12 +228,12 @@ def make_plan(
     if energy is not None:
         if not 0.0 < energy <= 1.0:
             raise ValueError(f"energy must be in (0, 1], got {energy}")
-        return plan_with(lambda name, module, limit: _energy_rank(module, energy))
+        return plan_with(lambda name, module, limit: _energy_rank(name, module, energy))
     return plan_with(lambda name, module, limit: _rank_from(rank, name, limit))
 
 
 def _sized(module: nn.Module) -> bool:
-    return not isinstance(module.weight, nn.parameter.UninitializedParameter)
+    return not isinstance(module.weight, _LAZY)
 
 
 def _decide(name, module, reason, choose, keep_larger) -> Decision:
@@ -227,7 +254,8 @@ def _plan_for_compression(target: float, plan_with: Callable[..., Plan]) -> Plan
         raise ValueError(f"compression must be in (0, 1), got {target}")
 
     def at(share: float) -> Plan:
-        return plan_with(lambda name, module, limit: max(1, int(share * limit + 1e-9)))
+        # Shares have 40 binary digits at most, so the product is exact.
+        return plan_with(lambda name, module, limit: max(1, int(share * limit)))
 
     smallest = at(0.0)
     if smallest.compression < target:

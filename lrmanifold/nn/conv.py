@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..manifolds.fixed_rank import Gradient
 from ._layer import LowRankLayer, make_manifold
 
 
@@ -32,6 +33,8 @@ class _LowRankConvNd(LowRankLayer):
         padding_mode: str = "zeros",
         *,
         tau: float | None = 0.1,
+        gradient: Gradient = "factors",
+        retraction: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -52,7 +55,8 @@ class _LowRankConvNd(LowRankLayer):
         n = in_channels // groups * math.prod(dense.kernel_size)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         lead = (groups,) if groups > 1 else ()
-        super().__init__(make_manifold(m, n, rank, tau), lead, **factory)
+        manifold = make_manifold(m, n, rank, tau=tau, gradient=gradient, retraction=retraction)
+        super().__init__(manifold, lead, **factory)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride = dense.kernel_size, dense.stride
         self.padding, self.dilation = dense.padding, dense.dilation
@@ -61,21 +65,21 @@ class _LowRankConvNd(LowRankLayer):
         self._register_bias(out_channels if bias else None, **factory)
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (batch, in_channels, ...) or (in_channels, ...), as torch's layer."""
-        U, S, V = self.factors
-        ones = (1,) * len(self.kernel_size)
+    def _first(self, x: Tensor, V: Tensor) -> Tensor:
         filters = V.mT.reshape(-1, self.in_channels // self.groups, *self.kernel_size)
-        mix = (U @ S).reshape(self.out_channels, -1, *ones)
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._pad, mode=self.padding_mode), 0
         convolve = type(self)._convolve
-        z = convolve(x, filters, None, self.stride, padding, self.dilation, self.groups)
-        return convolve(z, mix, self.bias, 1, 0, 1, self.groups)
+        return convolve(x, filters, None, self.stride, padding, self.dilation, self.groups)
+
+    def _last(self, z: Tensor, U: Tensor, S: Tensor | None, bias: Tensor | None) -> Tensor:
+        ones = (1,) * len(self.kernel_size)
+        mix = (U if S is None else U @ S).reshape(self.out_channels, -1, *ones)
+        return type(self)._convolve(z, mix, bias, 1, 0, 1, self.groups)
 
     @classmethod
-    def from_dense(cls, module: nn.Module, rank: int, *, tau: float | None = 0.1, init="svd"):
+    def from_dense(cls, module: nn.Module, rank: int, *, init: str = "svd", **geometry: Any):
         """A low-rank convolution from a dense one, by the SVD of its matricised kernel.
 
         Parameters
@@ -84,8 +88,8 @@ class _LowRankConvNd(LowRankLayer):
             Of this layer's dimension.
         rank : int
             In 1..min(out_channels/groups, in_channels/groups * prod(kernel_size)).
-        tau : float or None
         init : {"svd", "random"}
+        **geometry
             As in :meth:`LowRankLinear.from_dense`.
         """
         if not isinstance(module, cls._dense_class):
@@ -104,7 +108,7 @@ class _LowRankConvNd(LowRankLayer):
             dense.groups,
             dense.bias is not None,
             dense.padding_mode,
-            tau=tau,
+            **geometry,
             device=dense.weight.device,
             dtype=dense.weight.dtype,
         )
@@ -183,6 +187,8 @@ class LowRankConv2d(_LowRankConvNd):
         As in torch, ``padding="same"`` and all padding modes included.
     tau : float or None
         The condition number of the matrix stays at most 1 + tau; None for no bound.
+    gradient, retraction
+        As in :class:`LowRankLinear`.
     device, dtype
         As in torch.
     """

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..manifolds.fixed_rank import Gradient
 from ._layer import LowRankLayer
 from ._plan import LAYERS, Plan, make_plan
 
@@ -24,6 +25,8 @@ def factorize(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     init: str = "svd",
+    gradient: Gradient = "factors",
+    retraction: str | None = None,
     keep_larger: bool = False,
     summary: Callable[[Plan], Any] | None = None,
 ) -> nn.Module:
@@ -51,6 +54,8 @@ def factorize(
         Glob patterns on qualified module names; all layers by default.
     init : {"svd", "random"}
         From the dense weights, or fresh.
+    gradient, retraction
+        Of the new layers, as in :class:`~lrmanifold.nn.LowRankLinear`.
     keep_larger : bool
         Factorize also layers that get no smaller by it.
     summary : callable, optional
@@ -79,13 +84,16 @@ def factorize(
     )
     dense = dict(model.named_modules())
     # All new layers exist before the first old one is replaced: an error changes nothing.
-    replacements: dict[int, nn.Module] = {
-        id(dense[d.name]): LAYERS[type(dense[d.name])].from_dense(
-            dense[d.name], d.rank, tau=tau, init=init
-        )
-        for d in plan.decisions
-        if d.rank is not None
-    }
+    replacements: dict[int, nn.Module] = {}
+    for d in plan.decisions:
+        if d.rank is not None:
+            module = dense[d.name]
+            try:
+                replacements[id(module)] = LAYERS[type(module)].from_dense(
+                    module, d.rank, init=init, tau=tau, gradient=gradient, retraction=retraction
+                )
+            except ValueError as error:
+                raise ValueError(f"layer {d.name!r} cannot be factorized: {error}") from error
     logger.info("factorize:\n%s", plan)
     if summary is not None:
         summary(plan)
@@ -114,7 +122,24 @@ def densify(model: nn.Module) -> nn.Module:
     return _replace(model, replacements)
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
+    for module in model.modules():
+        if id(module) in replacements:
+            # The same dictionaries, so that the handles which remove the hooks go on to work.
+            for key in _HOOKS:
+                replacements[id(module)].__dict__[key] = module.__dict__[key]
     if id(model) in replacements:
         return replacements[id(model)]
     for parent in list(model.modules()):
@@ -126,8 +151,14 @@ def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modu
 
 
 def _avoid_fused_path(module: nn.Module) -> None:
-    """torch's fused encoder layer reads ``linear1.weight`` as a dense matrix: choose its other path."""
+    """torch's fused encoder layer reads ``linear1.weight`` as a dense matrix: avoid it.
+
+    Back when both layers are dense again.
+    """
     if isinstance(module, nn.TransformerEncoderLayer):
         layers = (module.linear1, module.linear2)
         if any(isinstance(layer, LowRankLayer) for layer in layers):
+            module.__dict__.setdefault("_fused_activation", module.activation_relu_or_gelu)
             module.activation_relu_or_gelu = 0
+        elif "_fused_activation" in module.__dict__:
+            module.activation_relu_or_gelu = module.__dict__.pop("_fused_activation")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..manifolds.fixed_rank import Gradient
 from ._layer import LowRankLayer, make_manifold
 
 
@@ -25,6 +26,12 @@ class LowRankLinear(LowRankLayer):
     bias : bool
     tau : float or None
         The condition number of the weight stays at most 1 + tau; None for no bound.
+    gradient : {"factors", "probe"}
+        "probe" takes gradients without the inverse of S, at twice the forward products: for
+        ``tau=None`` with tiny or zero singular values (mathematics 1).
+    retraction : str, optional
+        One of :func:`lrmanifold.retractions.available`; "factored" by default ("bug" for
+        ``tau=None`` with probes).
     device, dtype
         As in torch.
 
@@ -42,23 +49,29 @@ class LowRankLinear(LowRankLayer):
         bias: bool = True,
         *,
         tau: float | None = 0.1,
+        gradient: Gradient = "factors",
+        retraction: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(make_manifold(out_features, in_features, rank, tau), (), **factory)
+        manifold = make_manifold(
+            out_features, in_features, rank, tau=tau, gradient=gradient, retraction=retraction
+        )
+        super().__init__(manifold, (), **factory)
         self.in_features, self.out_features = in_features, out_features
         self._register_bias(out_features if bias else None, **factory)
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (..., in_features) to (..., out_features)."""
-        U, S, V = self.factors
-        return F.linear(F.linear(F.linear(x, V.mT), S), U, self.bias)
+    def _first(self, x: Tensor, V: Tensor) -> Tensor:
+        return F.linear(x, V.mT)
+
+    def _last(self, z: Tensor, U: Tensor, S: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.linear(z if S is None else F.linear(z, S), U, bias)
 
     @classmethod
     def from_dense(
-        cls, module: nn.Linear, rank: int, *, tau: float | None = 0.1, init: str = "svd"
+        cls, module: nn.Linear, rank: int, *, init: str = "svd", **geometry: Any
     ) -> LowRankLinear:
         """A low-rank layer from a dense one.
 
@@ -66,22 +79,25 @@ class LowRankLinear(LowRankLayer):
         ----------
         module : nn.Linear
         rank : int
-        tau : float or None
         init : {"svd", "random"}
             Truncated SVD of the weight, then the projection to cond <= 1 + tau; or fresh random
             values. The bias is copied in either case.
+        **geometry
+            `tau`, `gradient` and `retraction` of the constructor.
 
         Returns
         -------
         LowRankLinear
             With the dtype, device, mode and ``requires_grad`` of `module`.
         """
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"module must be a Linear, got {type(module).__name__}")
         layer = cls(
             module.in_features,
             module.out_features,
             rank,
             module.bias is not None,
-            tau=tau,
+            **geometry,
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
@@ -106,4 +122,3 @@ class LowRankLinear(LowRankLayer):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self._geometry_repr()}"
         )
-

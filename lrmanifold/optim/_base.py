@@ -1,4 +1,4 @@
-"""What every optimizer here shares: the memory of geometry, and steps that survive bad gradients."""
+"""What every optimizer here shares: memory of geometry, and steps that survive bad gradients."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ Ok = bool | Tensor
 
 # Rounding that a projection repairs without changing what the network computes by more than this.
 _REPAIRABLE = 0.05
-# On the CPU the geometry is measured this often, to catch writes that torch does not count.
+# On the CPU the geometry is measured this often, for manifolds whose retraction lets points drift.
 _CHECK_EVERY = 100
+# Options of torch's optimizers that do not exist here: in a group they would be ignored in silence.
+_UNSUPPORTED = frozenset({"foreach", "fused", "capturable", "differentiable", "dampening"})
 
 
 class GeometricOptimizer(torch.optim.Optimizer):
@@ -35,7 +37,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._geometry: list[list[geoopt.Manifold | None]] = []
-        self._versions: dict[Tensor, int] = {}
+        self._marks: dict[Tensor, tuple] = {}
         super().__init__(params, defaults)
 
     # -- groups and state
@@ -51,6 +53,10 @@ class GeometricOptimizer(torch.optim.Optimizer):
         self._geometry.append([_manifold_of(p) for p in self.param_groups[-1]["params"]])
 
     def _check_options(self, group: dict[str, Any]) -> None:
+        for key in sorted(_UNSUPPORTED):
+            if group.get(key):
+                name = type(self).__name__
+                raise TypeError(f"{key} is not an option of {name}, got {group[key]!r}")
         for key in self._non_negative:
             value = group.get(key, 0.0)
             if isinstance(value, Tensor):
@@ -67,17 +73,21 @@ class GeometricOptimizer(torch.optim.Optimizer):
                         "of its own"
                     )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # With the memory of geometry: a copy must miss a manifold that was lost before it was made.
+        return {**super().__getstate__(), "_geometry": self._geometry}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._versions = {}
-        self._geometry = [[_manifold_of(p) for p in g["params"]] for g in self.param_groups]
+        self._marks = {}
+        # A state saved by torch.optim.SGD, or by an older version, lacks some options.
+        for group in self.param_groups:
+            for key in self.defaults.keys() - _UNSUPPORTED:
+                group.setdefault(key, self.defaults[key])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state; continues bit for bit where the saved optimizer stopped."""
-        geometry = self._geometry
         super().load_state_dict(state_dict)
-        self._geometry = geometry
-        self._versions = {}
         # torch casts all state to the parameter's dtype; the counters must stay integers.
         saved = state_dict["state"]
         ids = [k for g in state_dict["param_groups"] for k in g["params"]]
@@ -87,23 +97,6 @@ class GeometricOptimizer(torch.optim.Optimizer):
                 if name in saved.get(key, {}):
                     value = torch.as_tensor(saved[key][name])
                     self.state[p][name] = value.to(device=self.state[p][name].device, copy=True)
-
-    def rebind(self, old: Tensor, new: Tensor) -> None:
-        """Replace a parameter by another one, with its manifold, keeping its place and its state.
-
-        For code that changes a weight's shape, such as
-        :class:`~lrmanifold.optim.RankScheduler`; the state tensors are the caller's to resize.
-        """
-        for group, geometry in zip(self.param_groups, self._geometry, strict=True):
-            for i, p in enumerate(group["params"]):
-                if p is old:
-                    group["params"][i] = new
-                    geometry[i] = _manifold_of(new)
-                    self._versions.pop(old, None)
-                    if old in self.state:
-                        self.state[new] = self.state.pop(old)
-                    return
-        raise ValueError("the parameter to rebind is not one of this optimizer's")
 
     @property
     def skipped_steps(self) -> int:
@@ -116,6 +109,10 @@ class GeometricOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step from the gradients present; parameters without a gradient stay as they are.
 
+        A point is measured at its first step and after somebody else wrote to it; on an accelerator
+        only then does the host wait for the device. There, a write through ``p.data`` that keeps
+        the storage goes unseen; on the CPU none does.
+
         Parameters
         ----------
         closure : callable, optional
@@ -125,6 +122,8 @@ class GeometricOptimizer(torch.optim.Optimizer):
         ------
         GeometryError
             If a parameter lost its manifold, or is off it by more than rounding.
+        FloatingPointError
+            On the CPU, if a step is so long that it overflows or loses rank to working precision.
         """
         loss = None
         if closure is not None:
@@ -142,6 +141,12 @@ class GeometricOptimizer(torch.optim.Optimizer):
         self,
     ) -> Iterator[tuple[dict[str, Any], Tensor, geoopt.Manifold | None, str]]:
         """Every parameter with its group, its checked manifold and a label for messages."""
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if sizes != [len(geometry) for geometry in self._geometry]:
+            raise GeometryError(
+                f"the parameter groups were edited by hand and now hold {sizes} parameters: use "
+                "add_param_group, which remembers manifolds, or build a new optimizer"
+            )
         for g, (group, geometry) in enumerate(zip(self.param_groups, self._geometry, strict=True)):
             names = group.get("param_names")
             for i, p in enumerate(group["params"]):
@@ -180,12 +185,21 @@ class GeometricOptimizer(torch.optim.Optimizer):
         elif group.get("skip_nonfinite", True):
             # No host synchronisation: compute on zeros, then keep the old values where not finite.
             grad = torch.where(finite, grad, torch.zeros_like(grad))
-            state["skipped"] += (~finite).to(torch.int64)
         else:
             ok = True
         state["step"] += 1
-        self._update(p, -grad if group.get("maximize") else grad, manifold, group, state, ok)
-        self._versions[p] = p._version
+        grad = -grad if group.get("maximize") else grad
+        try:
+            ok = self._update(p, grad, manifold, group, state, ok)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            # What the kernels say of a step too long to be made; nothing was written.
+            raise FloatingPointError(
+                f"the step of {label} cannot be made, lower lr or penalty: {error}"
+            ) from error
+        if isinstance(ok, Tensor):
+            state["skipped"] += (~ok).to(torch.int64)
+        if manifold is not None:
+            self._marks[p] = _mark(p)
 
     @abstractmethod
     def _update(
@@ -196,8 +210,11 @@ class GeometricOptimizer(torch.optim.Optimizer):
         group: dict[str, Any],
         state: dict[str, Any],
         ok: Ok,
-    ) -> None:
-        """Move `p` and its state; `grad` is finite and must not be written to."""
+    ) -> Ok:
+        """Move `p` and its state where `ok`; `grad` is finite and must not be written to.
+
+        Returns where they were moved: :func:`and_finite` of `ok` and the new point.
+        """
 
     # -- geometry
 
@@ -205,7 +222,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
         self, p: Tensor, manifold: geoopt.Manifold, state: dict[str, Any], label: str
     ) -> None:
         """Measure the point when somebody else wrote to it; repair rounding, refuse the rest."""
-        untouched = self._versions.get(p) == p._version
+        untouched = self._marks.get(p) == _mark(p)
         periodic = p.device.type == "cpu" and int(state["step"]) % _CHECK_EVERY == 0
         if untouched and not periodic:
             return
@@ -217,15 +234,46 @@ class GeometricOptimizer(torch.optim.Optimizer):
         ok, reason = manifold.check_point_on_manifold(p, explain=True, atol=repair, rtol=repair)
         if not ok:
             raise GeometryError(
-                f"{label} is not on its manifold {manifold.name}: {reason}. If it was written to on "
-                "purpose, bring it back first: p.copy_(p.manifold.projx(p))"
+                f"{label} is not on its manifold {manifold.name}: {reason}. If it was written to "
+                "on purpose, bring it back first: p.copy_(p.manifold.projx(p))"
             )
         p.copy_(manifold.projx(p))
+
+
+def and_finite(ok: Ok, Y: Tensor) -> Ok:
+    """`ok`, where it is a tensor, only if the new point `Y` is finite too.
+
+    A finite gradient can overflow on its way. On the CPU that raises.
+    """
+    finite = torch.isfinite(Y).all()
+    if isinstance(ok, Tensor):
+        return ok & finite
+    if Y.device.type == "cpu" and not bool(finite):
+        raise ValueError("it overflows")
+    return ok
 
 
 def commit(target: Tensor, value: Tensor, ok: Ok) -> None:
     """Write `value` into `target` where `ok`; a tensor `ok` never waits for the device."""
     target.copy_(value if isinstance(ok, bool) else torch.where(ok, value, target))
+
+
+def store(state: dict[str, Any], key: str, value: Tensor, ok: Ok) -> None:
+    """:func:`commit` to an entry of the state, which starts at 0."""
+    if key not in state:
+        state[key] = torch.zeros_like(value)
+    commit(state[key], value, ok)
+
+
+def _mark(p: Tensor) -> tuple:
+    """What changes when somebody writes to `p`; an accelerator is not waited for.
+
+    torch counts ``p.copy_``, but neither ``p.data = x`` (another storage) nor ``p.data.copy_``: on
+    the CPU the sum of the entries tells that one.
+    """
+    storage: Any = p.untyped_storage()
+    total = float(p.sum(dtype=torch.float64)) if p.device.type == "cpu" else 0.0
+    return p._version, storage._cdata, p.storage_offset(), tuple(p.shape), p.stride(), total
 
 
 def _manifold_of(p: Any) -> geoopt.Manifold | None:

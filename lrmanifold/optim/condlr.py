@@ -5,31 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import geoopt
-import torch
 from torch import Tensor
 
 from .. import linalg
 from ..manifolds import FixedRank
-from ._base import GeometricOptimizer, Ok, commit
+from ._base import GeometricOptimizer, Ok, and_finite, commit, store
 
 
-def add_core_terms(
-    manifold: FixedRank, X: Tensor, xi: Tensor, *, weight_decay: float, penalty: float
-) -> Tensor:
-    r"""Add the gradients of ½ wd ‖W‖² and penalty·R(S) to a packed tangent vector.
-
-    Both depend on the singular values alone, so their Riemannian gradients have only the block M:
-    ``wd S + penalty ∇R(S)`` (mathematics 5).
-    """
-    if not weight_decay and not penalty:
-        return xi
-    S = manifold.unpack(X).S
+def add_to_core(manifold: FixedRank, xi: Tensor, term: Tensor) -> Tensor:
+    """Add a matrix to the block M of a packed tangent vector."""
     U_p, M, V_p = manifold.unpack(xi)
-    if weight_decay:
-        M = M + weight_decay * S
-    if penalty:
-        M = M + penalty * linalg.conditioning_penalty_grad(S)
-    return manifold.pack(U_p, M, V_p)
+    return manifold.pack(U_p, M + term, V_p)
 
 
 def condlr_update(
@@ -43,11 +29,14 @@ def condlr_update(
     nesterov: bool,
     weight_decay: float,
     penalty: float,
+    penalty_squared: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One CondLR step as a pure function.
 
-    ξ = P_W G + wd·S + penalty·∇R(S) (on the block M); b ← momentum·b + ξ; the point moves along -lr b
-    (Nesterov: -lr (ξ + momentum b)) by the manifold's retraction, and b is transported with it.
+    ξ = P_W G + wd·S (on the block M); b ← momentum·b + ξ; the point moves along -lr (b + β∇R(S))
+    (Nesterov: ξ + momentum·b for b) by the manifold's retraction, and b is transported with it.
+    Decay and penalty depend on the singular values alone, so their Riemannian gradients have only
+    the block M. The penalty does not enter the momentum: it is a force of the present core.
 
     Parameters
     ----------
@@ -65,14 +54,18 @@ def condlr_update(
         New point, and the momentum as a tangent vector there (None without momentum).
     """
     xi = manifold.egrad2rgrad(X, G)
-    if isinstance(manifold, FixedRank):
-        xi = add_core_terms(manifold, X, xi, weight_decay=weight_decay, penalty=penalty)
-    if not momentum:
-        return manifold.retr(X, -lr * xi), None
-    buffer = xi if buffer is None else momentum * buffer + xi
-    direction = xi + momentum * buffer if nesterov else buffer
+    low_rank = isinstance(manifold, FixedRank)
+    if low_rank and weight_decay:
+        xi = add_to_core(manifold, xi, weight_decay * manifold.unpack(X).S)
+    direction = xi
+    if momentum:
+        buffer = xi if buffer is None else momentum * buffer + xi
+        direction = xi + momentum * buffer if nesterov else buffer
+    if low_rank and penalty:
+        force = linalg.conditioning_penalty_grad(manifold.unpack(X).S, squared=penalty_squared)
+        direction = add_to_core(manifold, direction, penalty * force)
     Y = manifold.retr(X, -lr * direction)
-    return Y, manifold.transp(X, Y, buffer)
+    return Y, (manifold.transp(X, Y, buffer) if momentum and buffer is not None else None)
 
 
 class CondLR(GeometricOptimizer):
@@ -100,7 +93,12 @@ class CondLR(GeometricOptimizer):
     weight_decay : float
         L2 decay; on a low-rank weight it acts on S alone, as the gradient of ½ wd ‖W‖² does.
     penalty : float
-        Weight β of RobustDLRT's regulariser R(S), added to the gradient of S.
+        Weight β of RobustDLRT's regulariser R(S). Its gradient acts on S beside the momentum, not
+        through it. An option of the group like `lr`: schedule it by writing
+        ``optimizer.param_groups[i]["penalty"]`` or with
+        :class:`~lrmanifold.optim.OptionScheduler`.
+    penalty_squared : bool
+        β R(S)² instead: smooth where the core is perfectly conditioned.
     maximize : bool
         Ascend instead. Decay and penalty still pull inwards.
     skip_nonfinite : bool
@@ -139,6 +137,7 @@ class CondLR(GeometricOptimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         penalty: float = 0.0,
+        penalty_squared: bool = False,
         maximize: bool = False,
         skip_nonfinite: bool = True,
     ) -> None:
@@ -148,6 +147,7 @@ class CondLR(GeometricOptimizer):
             "nesterov": nesterov,
             "weight_decay": weight_decay,
             "penalty": penalty,
+            "penalty_squared": penalty_squared,
             "maximize": maximize,
             "skip_nonfinite": skip_nonfinite,
         }
@@ -168,11 +168,11 @@ class CondLR(GeometricOptimizer):
         group: dict[str, Any],
         state: dict[str, Any],
         ok: Ok,
-    ) -> None:
+    ) -> Ok:
         buffer = state.get("momentum_buffer")
         if manifold is None:
             self._euclidean_step(p, grad, group, state, ok)
-            return
+            return ok
         Y, moved = condlr_update(
             manifold,
             p,
@@ -183,16 +183,16 @@ class CondLR(GeometricOptimizer):
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
             penalty=group["penalty"],
+            penalty_squared=group["penalty_squared"],
         )
+        ok = and_finite(ok, Y)
         commit(p, Y, ok)
         if moved is not None:
-            self._store(state, "momentum_buffer", moved, ok)
-
-    @staticmethod
-    def _store(state: dict[str, Any], key: str, value: Tensor, ok: Ok) -> None:
-        if key not in state:
-            state[key] = torch.zeros_like(value)
-        commit(state[key], value, ok)
+            store(state, "momentum_buffer", moved, ok)
+        else:
+            # Not transported, it would be no tangent vector when momentum is switched on again.
+            state.pop("momentum_buffer", None)
+        return ok
 
     def _euclidean_step(
         self, p: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Any], ok: Ok
@@ -204,6 +204,6 @@ class CondLR(GeometricOptimizer):
         if momentum:
             buffer = state.get("momentum_buffer")
             buffer = grad if buffer is None else momentum * buffer + grad
-            self._store(state, "momentum_buffer", buffer, ok)
+            store(state, "momentum_buffer", buffer, ok)
             grad = grad + momentum * buffer if group["nesterov"] else buffer
         commit(p, p - group["lr"] * grad, ok)

@@ -1,0 +1,227 @@
+"""Riemannian Adam on the manifold of well-conditioned low-rank matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor
+
+from .. import linalg
+from ..manifolds import FixedRank
+from ._base import GeometricOptimizer, Ok, and_finite, commit, store
+from .condlr import add_to_core
+
+
+def block_moments(manifold: geoopt.Manifold, X: Tensor, xi: Tensor) -> Tensor:
+    """Mean square of the entries of each block of a tangent vector.
+
+    Shape (..., 3) for the blocks U_p, M, V_p of a low-rank weight; (..., 1) on other manifolds,
+    from their metric.
+    """
+    if isinstance(manifold, FixedRank):
+        return torch.stack([b.square().mean((-2, -1)) for b in manifold.unpack(xi)], -1)
+    inner = manifold.inner(X, xi, keepdim=True)
+    return inner * (inner.numel() / xi.numel())
+
+
+def scale_blocks(manifold: geoopt.Manifold, xi: Tensor, scale: Tensor) -> Tensor:
+    """Multiply each block by its own scalar, which keeps a tangent vector tangent."""
+    if isinstance(manifold, FixedRank):
+        blocks = manifold.unpack(xi)
+        return manifold.pack(*(b * scale[..., i, None, None] for i, b in enumerate(blocks)))
+    return xi * scale
+
+
+def adam_update(
+    manifold: geoopt.Manifold,
+    X: Tensor,
+    G: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    step: float | Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    penalty: float,
+    penalty_squared: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of Riemannian Adam as a pure function.
+
+    The first moment is a tangent vector and is transported; the second one is a scalar for each of
+    the blocks U_p, M, V_p. Entrywise second moments would depend on the gauge of the factors and
+    leave the tangent space; one scalar for the whole point lets the large blocks U_p, V_p set the
+    rate of the core. The entries of each block of a step have a mean square of at most 1. Decay and
+    penalty act on S, outside the moments (as in AdamW).
+
+    Parameters
+    ----------
+    manifold : geoopt.Manifold
+    X, G : Tensor
+        Point, and the Euclidean gradient with respect to it.
+    first : Tensor or None
+        Tangent vector at `X`.
+    second : Tensor or None
+        See :func:`block_moments`.
+    step : float or Tensor
+        Number of this step, from 1.
+
+    Returns
+    -------
+    Y, first, second : Tensor
+        The new point, the first moment as a tangent vector there, the second moment.
+    """
+    xi = manifold.egrad2rgrad(X, G)
+    square = block_moments(manifold, X, xi)
+    first = (1 - betas[0]) * xi if first is None else betas[0] * first + (1 - betas[0]) * xi
+    second = (1 - betas[1]) * square + (0.0 if second is None else betas[1] * second)
+    root = (second / (1 - betas[1] ** step)).sqrt() + eps
+    # With eps = 0 a block that is zero by its nature (U_p at r = m) stays zero.
+    divisor = (root * (1 - betas[0] ** step)).clamp_min(torch.finfo(root.dtype).tiny)
+    direction = scale_blocks(manifold, first, 1.0 / divisor)
+    if isinstance(manifold, FixedRank):
+        # Transport moves momentum from block to block, away from the second moment it was gathered
+        # with: unlimited, an uncapped core of high rank grows without end on a convex quadratic.
+        size = block_moments(manifold, X, direction)
+        direction = scale_blocks(manifold, direction, size.clamp_min(1.0).rsqrt())
+    if isinstance(manifold, FixedRank) and (weight_decay or penalty):
+        S = manifold.unpack(X).S
+        term = weight_decay * S
+        if penalty:
+            force = linalg.conditioning_penalty_grad(S, squared=penalty_squared)
+            term = term + penalty * force
+        direction = add_to_core(manifold, direction, term)
+    Y = manifold.retr(X, -lr * direction)
+    return Y, manifold.transp(X, Y, first), second
+
+
+class CondLRAdam(GeometricOptimizer):
+    r"""Robust low-rank Adam: drop-in for ``torch.optim.AdamW`` on models with low-rank layers.
+
+    Parameters on a manifold take the step of :func:`adam_update`; all others that of
+    ``torch.optim.AdamW``. On :class:`~lrmanifold.WellConditioned` the condition number is at most
+    1 + τ after every step.
+
+    Because M, U_p and V_p are scaled to entries of size 1, `lr` has about the meaning that it has
+    for a dense weight; rates a little above AdamW's are usual (the step has (m + r + n) r entries
+    of size `lr` instead of m n).
+
+    Parameters
+    ----------
+    params : iterable
+        Parameters, named parameters, or groups (see :func:`lrmanifold.optim.param_groups`).
+    lr : float
+    betas : (float, float)
+        In [0, 1).
+    eps : float
+    weight_decay : float
+        Decoupled; on a low-rank weight it shrinks S.
+    penalty : float
+        Weight β of RobustDLRT's regulariser R(S), decoupled too.
+    penalty_squared : bool
+        β R(S)² instead.
+    maximize : bool
+    skip_nonfinite : bool
+        As in :class:`CondLR`.
+
+    Raises
+    ------
+    ValueError
+        For options out of range.
+    GeometryError
+        In :meth:`step`, if a parameter lost its manifold or is off it by more than rounding.
+
+    References
+    ----------
+    G. Becigneul and O.-E. Ganea, *Riemannian adaptive optimization methods*, 2019;
+    I. Loshchilov and F. Hutter, *Decoupled weight decay regularization*, 2019.
+    """
+
+    _non_negative = ("lr", "weight_decay", "penalty", "eps")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        penalty: float = 0.0,
+        *,
+        penalty_squared: bool = False,
+        maximize: bool = False,
+        skip_nonfinite: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "penalty": penalty,
+            "penalty_squared": penalty_squared,
+            "maximize": maximize,
+            "skip_nonfinite": skip_nonfinite,
+        }
+        super().__init__(params, defaults)
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        super()._check_options(group)
+        betas = group["betas"]
+        if len(betas) != 2 or not all(0.0 <= b < 1.0 for b in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+
+    def _update(
+        self,
+        p: Tensor,
+        grad: Tensor,
+        manifold: geoopt.Manifold | None,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        ok: Ok,
+    ) -> Ok:
+        options = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay")}
+        first, second = state.get("exp_avg"), state.get("exp_avg_sq")
+        # A float on the host: the bias corrections must not wait for the device.
+        step = float(state["step"])
+        if manifold is None:
+            Y, first, second = _adamw(p, grad, first, second, step, **options)
+        else:
+            Y, first, second = adam_update(
+                manifold,
+                p,
+                grad,
+                first,
+                second,
+                step,
+                penalty=group["penalty"],
+                penalty_squared=group["penalty_squared"],
+                **options,
+            )
+        ok = and_finite(ok, Y)
+        commit(p, Y, ok)
+        store(state, "exp_avg", first, ok)
+        store(state, "exp_avg_sq", second, ok)
+        return ok
+
+
+def _adamw(
+    p: Tensor,
+    grad: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    step: float,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The step of torch.optim.AdamW."""
+    first = torch.lerp(torch.zeros_like(p) if first is None else first, grad, 1 - betas[0])
+    second = (1 - betas[1]) * grad.square() + (0.0 if second is None else betas[1] * second)
+    root = (second / (1 - betas[1] ** step)).sqrt() + eps
+    moved = p * (1 - lr * weight_decay) - (lr / (1 - betas[0] ** step)) * (first / root)
+    return moved, first, second

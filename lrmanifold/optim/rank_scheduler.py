@@ -1,0 +1,338 @@
+"""Ranks that adapt during training, by the interface of a learning-rate scheduler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import linalg
+from .._parameter import replace_data
+from ..manifolds import Factors, WellConditioned
+from ..manifolds._packing import unpack
+from ..nn._layer import LowRankLayer
+from ._rank import augment, nearest_rank, rank_for_tolerance, resize, truncate
+
+Rule = float | Mapping[str, float]
+
+
+class RankScheduler:
+    r"""Augment each layer's bases, train, truncate: ranks follow the problem.
+
+    Call :meth:`step` after each ``optimizer.step()``. Every `every` steps the ranks adapt: weights,
+    the optimizer's state and the geometry are resized together.
+
+    **Layers without a bound** (``tau=None``, which must have ``gradient="probe"``): the core is
+    truncated to the relative tolerance, then `augment` directions of the latest gradient (GV and
+    GᵀU, what is new in them) are added with zeros in the core, which leaves the function as it is;
+    the optimizer trains all of them until the next time. Call :meth:`truncate` at the end.
+
+    **Layers with a bound** (``tau``): a zero in the core would break cond <= 1 + τ, so everything
+    happens inside :meth:`step`, which then needs a closure: augmentation, `coefficient_steps`
+    gradient steps on the core alone with the bound lifted, and truncation to the rank, at most that
+    of the tolerance, whose set {cond <= 1 + τ} is nearest, with the projection onto it: a direction
+    much weaker than the others is cheaper to drop than to lift. The certificate holds whenever
+    :meth:`step` has returned. Directions can be told apart only if the coefficient steps carry the
+    core a good part of its way, coefficient_lr · coefficient_steps · curvature of about 1 or more.
+
+    Layers whose weight needs no gradient stay as they are.
+
+    Parameters
+    ----------
+    model : nn.Module
+    optimizer : torch.optim.Optimizer
+        Any that keeps its momentum as a tangent vector (ours; geoopt's RiemannianSGD and Adam).
+    tol : float or dict
+        Relative truncation tolerance ϑ in [0, 1): the smallest rank with
+        ‖truncated singular values‖ <= ϑ ‖S‖. A dict maps glob patterns on module names to values,
+        here and below; layers without a match keep their rank.
+    min_rank, max_rank : int or dict
+    every : int
+        Optimizer steps between two adaptations.
+    augment : int, optional
+        Directions added; as many as the present rank by default. Never above `max_rank`.
+    target_compression : float, optional
+        Share of the parameters of the adapted layers to save, in (0, 1). Where the tolerance alone
+        keeps more, further directions are dropped, over all layers in the order of relative
+        truncated energy σ²/‖S‖² per parameter saved.
+    coefficient_steps : int
+        For layers with a bound.
+    coefficient_lr : float, optional
+        Rate of those steps; the optimizer's present one by default. Give it beside Adam, whose rate
+        is not one of plain gradient steps.
+
+    Raises
+    ------
+    ValueError
+        For options out of range, a budget that `min_rank` forbids, or a layer without bound whose
+        gradients need S⁻¹.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        tol: Rule,
+        min_rank: Rule = 1,
+        max_rank: Rule | None = None,
+        every: int = 1,
+        augment: int | None = None,
+        target_compression: float | None = None,
+        coefficient_steps: int = 10,
+        coefficient_lr: float | None = None,
+    ) -> None:
+        if every < 1 or coefficient_steps < 1:
+            raise ValueError(
+                f"every and coefficient_steps must be at least 1, got {every}, {coefficient_steps}"
+            )
+        if augment is not None and augment < 0:
+            raise ValueError(f"augment must be at least 0, got {augment}")
+        if target_compression is not None and not 0.0 < target_compression < 1.0:
+            raise ValueError(f"target_compression must be in (0, 1), got {target_compression}")
+        if coefficient_lr is not None and not 0.0 < coefficient_lr < math.inf:
+            raise ValueError(f"coefficient_lr must be positive and finite, got {coefficient_lr}")
+        self.model, self.optimizer = model, optimizer
+        self.tol, self.min_rank, self.max_rank = tol, min_rank, max_rank
+        self.every, self.augment, self.coefficient_steps = every, augment, coefficient_steps
+        self.target_compression, self.coefficient_lr = target_compression, coefficient_lr
+        self.count = 0
+        self._layers: dict[str, LowRankLayer] = {}
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LowRankLayer) or _rule(tol, name) is None:
+                continue
+            # A weight that layers share is adapted once, under the first one's name.
+            if all(layer.weight is not known.weight for known in self._layers.values()):
+                self._layers[name] = layer
+        if not self._layers:
+            raise ValueError("model must have low-rank layers that tol applies to, got none")
+        for name, layer in self._layers.items():
+            value = _rule(tol, name)
+            if value is None or not 0.0 <= value < 1.0:
+                raise ValueError(f"tol must be in [0, 1), got {value!r} for {name}")
+            low, high = _rule(min_rank, name) or 1, _rule(max_rank, name)
+            if low < 1 or (high is not None and high < low):
+                raise ValueError(
+                    f"min_rank, max_rank must be 1 <= min <= max, got {low}, {high} for {name}"
+                )
+            if not self._capped(layer) and layer.manifold.gradient != "probe":
+                raise ValueError(
+                    f"{name} has no bound on its condition number and gradients that divide by S; "
+                    "an augmented core is singular: build it with gradient='probe'"
+                )
+        if target_compression is not None:
+            least = {name: self._limits(name, layer)[0] for name, layer in self._layers.items()}
+            if self._excess(least) > 0:
+                raise ValueError(
+                    f"target_compression = {target_compression} needs ranks below min_rank, {least}"
+                )
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Present rank of each adapted layer."""
+        return {name: layer.rank for name, layer in self._layers.items()}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Count one optimizer step; adapt the ranks if it is time.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Clears the gradients, evaluates the loss, calls ``backward``. Needed for layers with a
+            bound.
+
+        Raises
+        ------
+        ValueError
+            Without a closure, if a layer has a bound.
+        FloatingPointError
+            If the coefficient steps overflow. As after any error, weights, ranks and the
+            optimizer's state are those from before.
+        """
+        layers = self._trained()
+        capped = {k: v for k, v in layers.items() if self._capped(v)}
+        if capped and closure is None:
+            raise ValueError(
+                f"step needs a closure: {next(iter(capped))} has a bound on its condition number, "
+                "and new directions must be tried out before they may enter"
+            )
+        self.count += 1
+        if self.count % self.every:
+            return
+        saved = [(x, x.rank, x.weight.data.clone(), dict(self._state(x))) for x in layers.values()]
+        try:
+            directions = {k: _directions(v) for k, v in layers.items() if k not in capped}
+            if capped:
+                assert closure is not None
+                self._try_out(capped, closure)
+            self.truncate()
+            for name, found in directions.items():
+                # The truncated bases are part of the old ones; directions are made orthogonal anew.
+                self._widen(name, layers[name], found)
+        except BaseException:
+            for layer, rank, data, state in saved:
+                layer.manifold.set_rank_(rank)
+                replace_data(layer.weight, data)
+                self._state(layer).update(state)
+            raise
+
+    @torch.no_grad()
+    def truncate(self) -> None:
+        """Cut every layer to its tolerance (and the budget), and project it onto its set."""
+        layers = self._trained()
+        points = {name: _point(layer) for name, layer in layers.items()}
+        spectra = {name: linalg.svdvals(X.S) for name, X in points.items()}
+        ranks = {name: self._tolerated(name, s) for name, s in spectra.items()}
+        if self.target_compression is not None:
+            self._meet_budget(spectra, ranks)
+        for name, layer in layers.items():
+            X = points[name]
+            if ranks[name] < X.S.shape[-1]:
+                X = truncate(X, ranks[name])
+            elif not self._capped(layer):
+                continue
+            self._set(layer, Factors(X.U, layer.manifold.project_core(X.S), X.V))
+
+    # -- parts
+
+    def _trained(self) -> dict[str, LowRankLayer]:
+        return {name: layer for name, layer in self._layers.items() if layer.weight.requires_grad}
+
+    @staticmethod
+    def _capped(layer: LowRankLayer) -> bool:
+        return isinstance(layer.manifold, WellConditioned)
+
+    def _state(self, layer: LowRankLayer) -> dict[str, Any]:
+        return self.optimizer.state.get(layer.weight, {})
+
+    def _set(self, layer: LowRankLayer, X: Factors) -> None:
+        resize(layer.weight, X, self._state(layer))
+
+    def _limits(self, name: str, layer: LowRankLayer) -> tuple[int, int]:
+        M = layer.manifold
+        high = _rule(self.max_rank, name)
+        high = min(M.m, M.n) if high is None else min(M.m, M.n, int(high))
+        return min(int(_rule(self.min_rank, name) or 1), high), high
+
+    def _widen(self, name: str, layer: LowRankLayer, found: tuple[Tensor, Tensor] | None) -> None:
+        """Augment a layer by the directions found, as far as there is room."""
+        if found is not None:
+            wanted = layer.rank if self.augment is None else self.augment
+            room = min(wanted, found[0].shape[-1], self._limits(name, layer)[1] - layer.rank)
+            self._set(layer, augment(_point(layer), *found, max(0, room)))
+
+    def _tolerated(self, name: str, s: Tensor) -> int:
+        low, high = self._limits(name, self._layers[name])
+        high = min(high, s.shape[-1])
+        low = min(low, high)
+        tol = _rule(self.tol, name)
+        assert tol is not None
+        rank = min(max(rank_for_tolerance(s, tol), low), high)
+        return nearest_rank(self._layers[name].manifold, s, low, rank)
+
+    def _cost(self, name: str, rank: int) -> int:
+        """Parameters of a layer's weight at a rank; all groups of a grouped convolution."""
+        M = self._layers[name].manifold
+        return self._layers[name].weight[..., 0, 0].numel() * (M.m + rank + M.n) * rank
+
+    def _excess(self, ranks: Mapping[str, int]) -> float:
+        """Parameters above the budget."""
+        dense = sum(
+            layer.weight[..., 0, 0].numel() * layer.manifold.m * layer.manifold.n
+            for layer in (self._layers[name] for name in ranks)
+        )
+        budget = (1.0 - (self.target_compression or 0.0)) * dense
+        return sum(self._cost(name, rank) for name, rank in ranks.items()) - budget
+
+    def _meet_budget(self, spectra: Mapping[str, Tensor], ranks: dict[str, int]) -> None:
+        """Drop directions, cheapest in relative energy per parameter first, until it fits."""
+        energy = {
+            k: (s.double().square() / s.double().square().sum(-1, keepdim=True))
+            .reshape(-1, s.shape[-1])
+            .mean(0)
+            .tolist()
+            for k, s in spectra.items()
+        }
+        while self._excess(ranks) > 0:
+            loss = {
+                k: energy[k][r - 1] / (self._cost(k, r) - self._cost(k, r - 1))
+                for k, r in ranks.items()
+                if r > self._limits(k, self._layers[k])[0]
+            }
+            if not loss:
+                return
+            ranks[min(loss, key=loss.__getitem__)] -= 1
+
+    def _try_out(self, layers: Mapping[str, LowRankLayer], closure: Callable[[], Any]) -> None:
+        """Augment layers with a bound and let their cores alone follow the gradient."""
+        rates = {
+            p: (g["lr"] if self.coefficient_lr is None else self.coefficient_lr)
+            * (-1.0 if g.get("maximize") else 1.0)
+            for g in self.optimizer.param_groups
+            for p in g["params"]
+        }
+        with torch.enable_grad():
+            closure()
+        for name, layer in layers.items():
+            self._widen(name, layer, _directions(layer))
+        for _ in range(self.coefficient_steps):
+            with torch.enable_grad():
+                closure()
+            for layer in layers.values():
+                p, M = layer.weight, layer.manifold
+                if p.grad is not None and bool(torch.isfinite(p.grad).all()):
+                    unpack(p.data, M.m, M.n).S.sub_(rates.get(p, 0.0) * unpack(p.grad, M.m, M.n).S)
+        for name, layer in layers.items():
+            layer.weight.grad = None
+            if not bool(torch.isfinite(layer.weight).all()):
+                raise FloatingPointError(
+                    f"the coefficient steps of {name} overflow: lower coefficient_lr or the rate"
+                )
+
+    # -- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step count and ranks (the weights of those ranks are the model's)."""
+        return {"count": self.count, "ranks": self.ranks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the count. Load the model first: its weights bring their ranks with them.
+
+        Raises
+        ------
+        ValueError
+            If the model's ranks are not those that were saved.
+        """
+        if dict(state["ranks"]) != self.ranks:
+            raise ValueError(
+                f"ranks must be those of the model, {self.ranks}, got {dict(state['ranks'])}: load "
+                "the model's state dict first"
+            )
+        self.count = int(state["count"])
+
+
+def _rule(rule: Any, name: str) -> float | None:
+    if isinstance(rule, Mapping):
+        return next((v for pattern, v in rule.items() if fnmatchcase(name, pattern)), None)
+    return rule
+
+
+def _point(layer: LowRankLayer) -> Factors:
+    M, wide = layer.manifold, linalg.compute_dtype(layer.weight.dtype)
+    return unpack(layer.weight.detach().to(wide).clone(), M.m, M.n)
+
+
+def _directions(layer: LowRankLayer) -> tuple[Tensor, Tensor] | None:
+    """Blocks U_p and V_p of the Riemannian gradient: what is new in GV and GᵀU."""
+    grad = layer.weight.grad
+    if grad is None or not bool(torch.isfinite(grad).all()):
+        return None
+    wide = linalg.compute_dtype(grad.dtype)
+    xi = layer.manifold.egrad2rgrad(layer.weight.detach().to(wide), grad.to(wide))
+    blocks = layer.manifold.unpack(xi)
+    return blocks.U.clone(), blocks.V.clone()

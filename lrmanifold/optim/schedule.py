@@ -1,0 +1,62 @@
+"""Schedules for options other than the learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class OptionScheduler:
+    """Set an option of every group by a function of the step, as LambdaLR does for the rate.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+    option : str
+        A key of the groups, such as "penalty" or "weight_decay".
+    function : callable
+        Step number (0 before the first call of :meth:`step`) to a factor of the initial value.
+
+    Raises
+    ------
+    ValueError
+        If a group has no such option.
+
+    Examples
+    --------
+    >>> warm = OptionScheduler(optimizer, "penalty", lambda step: min(1.0, step / 500))
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, option: str, function: Callable[[int], float]
+    ) -> None:
+        missing = [i for i, g in enumerate(optimizer.param_groups) if option not in g]
+        if missing:
+            raise ValueError(
+                f"option must be one of the groups' {sorted(optimizer.param_groups[0])}, "
+                f"got {option!r}"
+            )
+        self.optimizer, self.option, self.function = optimizer, option, function
+        self.initial = [g[option] for g in optimizer.param_groups]
+        self.count = 0
+        self._apply()
+
+    def _apply(self) -> None:
+        for group, value in zip(self.optimizer.param_groups, self.initial, strict=True):
+            group[self.option] = value * self.function(self.count)
+
+    def step(self) -> None:
+        """Advance by one and set the option."""
+        self.count += 1
+        self._apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step count and initial values (the function is not saved)."""
+        return {"count": self.count, "initial": list(self.initial)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore and set the option accordingly."""
+        self.count, self.initial = int(state["count"]), list(state["initial"])
+        self._apply()

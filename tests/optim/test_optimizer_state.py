@@ -1,0 +1,231 @@
+"""Saving, loading and copying the optimizer; options and groups that it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import geoopt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lrmanifold as lrm
+from lrmanifold.nn import LowRankConv2d, LowRankLinear
+from lrmanifold.optim import CondLR
+
+
+def model_of(seed: int, **options) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        LowRankConv2d(2, 4, 3, 2, groups=2, tau=0.5, **options),
+        nn.Flatten(),
+        LowRankLinear(16, 5, 3, tau=None, **options),
+        nn.Linear(5, 2, **options),
+    )
+
+
+def optimizer_of(model: nn.Module, **changes) -> CondLR:
+    options = {"lr": 0.05, "momentum": 0.8, "nesterov": True, "weight_decay": 0.01, "penalty": 0.1}
+    return CondLR(model.parameters(), **{**options, **changes})
+
+
+def run(model: nn.Module, optimizer: CondLR, steps: range) -> None:
+    like = next(model.parameters())
+    for i in steps:
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(6, 2, 4, 4, generator=generator).to(like)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        if i % 4 == 3:
+            model[2].weight.grad[0, 0] = float("nan")
+        optimizer.step()
+
+
+def through_file(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("file", [False, True])
+def test_state_dict_continues_bit_for_bit(device, dtype, file):
+    model = model_of(0, device=device, dtype=dtype)
+    optimizer = optimizer_of(model)
+    run(model, optimizer, range(6))
+    states = model.state_dict(), optimizer.state_dict()
+    states = through_file(states) if file else copy.deepcopy(states)
+    run(model, optimizer, range(6, 14))
+
+    other = model_of(1, device=device, dtype=dtype)
+    resumed = CondLR(other.parameters(), lr=1.0)
+    run(other, resumed, range(2))
+    other.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+    run(other, resumed, range(6, 14))
+    assert_same(model, other)
+    assert resumed.skipped_steps == optimizer.skipped_steps == 3
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_of_the_training_continue_bit_for_bit(device, how):
+    model = model_of(0, device=device)
+    optimizer = optimizer_of(model)
+    run(model, optimizer, range(5))
+    pair = (model, optimizer)
+    if how == "torch.save":
+        buffer = io.BytesIO()
+        torch.save(pair, buffer)
+        buffer.seek(0)
+        other, resumed = torch.load(buffer, weights_only=False)
+    else:
+        other, resumed = (
+            copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+        )
+    assert other[0].weight is resumed.param_groups[0]["params"][0]
+    run(model, optimizer, range(5, 12))
+    run(other, resumed, range(5, 12))
+    assert_same(model, other)
+    assert resumed.skipped_steps == optimizer.skipped_steps
+
+
+def test_counters_stay_integers_through_every_copy():
+    model = model_of(0, dtype=torch.bfloat16)
+    optimizer = optimizer_of(model)
+    run(model, optimizer, range(5))
+    resumed = optimizer_of(model)
+    resumed.load_state_dict(through_file(optimizer.state_dict()))
+    for x in (optimizer, resumed, copy.deepcopy(optimizer)):
+        for state in x.state.values():
+            assert state["step"].dtype == state["skipped"].dtype == torch.int64
+            assert state["momentum_buffer"].dtype == torch.bfloat16
+
+
+def test_counters_survive_numbers_that_bfloat16_cannot_hold():
+    model = model_of(0, dtype=torch.bfloat16)
+    optimizer = optimizer_of(model)
+    run(model, optimizer, range(2))
+    for state in optimizer.state.values():
+        state["skipped"].fill_(1001)
+    resumed = optimizer_of(model)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert {int(s["skipped"]) for s in resumed.state.values()} == {1001}
+
+
+def test_a_state_saved_before_the_first_step_loads():
+    model = model_of(0)
+    optimizer = optimizer_of(model)
+    optimizer.load_state_dict(optimizer_of(model).state_dict())
+    run(model, optimizer, range(2))
+
+
+def test_the_state_of_torch_sgd_loads_and_its_missing_options_take_the_defaults():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.07, momentum=0.9)
+    ours = CondLR(model.parameters(), lr=0.1, momentum=0.5)
+    x = torch.randn(5, 4)
+    model(x).square().sum().backward()
+    sgd.step()
+    ours.load_state_dict(copy.deepcopy(sgd.state_dict()))
+    twin = copy.deepcopy(model)
+    theirs = torch.optim.SGD(twin.parameters(), lr=0.07, momentum=0.9)
+    theirs.load_state_dict(sgd.state_dict())
+    for m, optimizer in ((model, ours), (twin, theirs)):
+        optimizer.zero_grad()
+        m(x).square().sum().backward()
+        optimizer.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_hooks_of_torch_run():
+    model = model_of(0)
+    optimizer, calls = optimizer_of(model), []
+    optimizer.register_step_pre_hook(lambda *a: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *a: calls.append("post"))
+    run(model, optimizer, range(1))
+    assert calls == ["pre", "post"]
+
+
+# -- options
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "penalty", "momentum"])
+@given(value=st.one_of(st.floats(max_value=-1e-300), st.sampled_from([float("nan"), float("inf")])))
+def test_options_out_of_range_raise_with_name_and_value(key, value):
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=key) as error:
+        CondLR([p], **{"lr": 0.1, key: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [1.0, 1.5])
+def test_momentum_of_one_or_more_raises(value):
+    with pytest.raises(ValueError, match=rf"momentum must be in \[0, 1\), got {value}"):
+        CondLR([nn.Parameter(torch.ones(2))], lr=0.1, momentum=value)
+
+
+def test_nesterov_without_momentum_raises():
+    with pytest.raises(ValueError, match="nesterov"):
+        CondLR([nn.Parameter(torch.ones(2))], lr=0.1, nesterov=True)
+
+
+@pytest.mark.parametrize("value", ["0.1", None])
+def test_a_rate_that_is_no_number_raises(value):
+    with pytest.raises(ValueError, match="lr must be a finite number"):
+        CondLR([nn.Parameter(torch.ones(2))], lr=value)
+
+
+@pytest.mark.parametrize(
+    "flag", ["foreach", "fused", "capturable", "differentiable", "dampening", "betas"]
+)
+def test_flags_that_do_not_exist_raise(flag):
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match=flag):
+        CondLR([p], lr=0.1, **{flag: True})
+    if flag != "betas":
+        with pytest.raises(TypeError, match=f"{flag} is not an option of CondLR"):
+            CondLR([{"params": [p], flag: True}], lr=0.1)
+
+
+def test_bad_options_of_a_group_leave_the_optimizer_as_it_was():
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = CondLR([p], lr=0.1)
+    for bad, kind in (({"lr": -1.0}, ValueError), ({"fused": True}, TypeError)):
+        with pytest.raises(kind):
+            optimizer.add_param_group({"params": [q], **bad})
+        assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [q], "lr": 1.0})
+    q.grad = torch.ones(2)
+    optimizer.step()
+    assert torch.equal(q.detach(), torch.zeros(2))
+
+
+@pytest.mark.parametrize("key", ["weight_decay", "penalty"])
+def test_decay_and_penalty_are_refused_where_there_is_no_core(key):
+    frame = lrm.Stiefel().random(5, 2).as_subclass(Tensor)
+    p = geoopt.ManifoldParameter(frame, manifold=lrm.Stiefel())
+    with pytest.raises(ValueError, match=r"weight_decay and penalty must be 0.*Stiefel"):
+        CondLR([p], lr=0.1, **{key: 0.1})
+
+
+@given(lr=st.floats(1e-6, 1.0))
+def test_a_tensor_rate_steps_as_a_number_does(lr):
+    p, q = LowRankLinear(5, 4, 2, dtype=torch.float64), LowRankLinear(5, 4, 2, dtype=torch.float64)
+    q.load_state_dict(p.state_dict())
+    rates = lr, torch.tensor(lr, dtype=torch.float64)
+    for layer, rate in zip((p, q), rates, strict=True):
+        for x in layer.parameters():
+            x.grad = torch.ones_like(x)
+        CondLR(layer.parameters(), lr=rate, momentum=0.5).step()
+    torch.testing.assert_close(p.weight.detach(), q.weight.detach(), rtol=1e-12, atol=1e-12)
