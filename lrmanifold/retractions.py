@@ -9,14 +9,14 @@ Costs count flops in units of (m+n) r², beside O(r³) for the cores.
 ==================  ======  ==========  ==========================================================
 name                order   cost        choose it
 ==================  ======  ==========  ==========================================================
-``svd``             2       16          as the reference: the nearest point to W + ξ
-``orthographic``    2       6           for line searches: its inverse is a projection
+``svd``             2       20          as the reference: the nearest point to W + ξ
+``orthographic``    2       10          for line searches: its inverse is a projection
 ``factored``        1       6           for training on well-conditioned cores (the CondLR step)
-``ksl``             2       10          when σ_r is tiny: no inverse of S
-``strang``          2       18          the same, symmetrised
+``ksl``             2       15          when σ_r is tiny: no inverse of S
+``strang``          2       24          the same, symmetrised
 ``bug``             2       10          when σ_r is tiny, K and L in parallel
-``augmented_bug``   2       16          with :class:`~lrmanifold.optim.RankScheduler`'s bases
-``parallel_bug``    2       16          the same, all three updates in parallel
+``augmented_bug``   2       30          with :class:`~lrmanifold.optim.RankScheduler`'s bases
+``parallel_bug``    2       24          the same, all three updates in parallel
 ==================  ======  ==========  ==========================================================
 
 "Order 2" means that the tangential part of d²/dt² R(tξ) vanishes at 0, so that the curve agrees
@@ -132,9 +132,10 @@ def _galerkin(X, xi, U: Tensor, V: Tensor) -> Tensor:
 def svd(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
     """Metric projection of W + ξ: truncated SVD through a 2r x 2r core. Second order.
 
-    ``W + ξ = [U U_p] [[S + M, I], [I, 0]] [V V_p]ᵀ``; two Householder QR of 2r columns, 16 units,
-    and an SVD of size 2r. Works for any step and any S, singular included, and takes vectors that are
-    not quite tangent. Differs from W + ξ by at most t²‖U_p‖‖V_p‖/(σ_r - t‖M‖₂) (mathematics 2).
+    ``W + ξ = [U U_p] [[S + M, I], [I, 0]] [V V_p]ᵀ``; two Householder QR of 2r columns, 20 units in
+    all, and an SVD of size 2r. Works for any step and any S, singular included, and takes vectors
+    that are not quite tangent. Differs from W + ξ by at most t²‖U_p‖‖V_p‖/(σ_r - t‖M‖₂)
+    (mathematics 2).
     """
     Xf, xif = manifold.unpack(X), manifold.unpack(xi)
     r = manifold.rank
@@ -147,7 +148,7 @@ def svd(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
 
 @register("orthographic")
 def orthographic(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
-    """(U D + U_p) D⁻¹ (D Vᵀ + V_pᵀ) with D = S + M. Second order, 6 units.
+    """(U D + U_p) D⁻¹ (D Vᵀ + V_pᵀ) with D = S + M. Second order, 10 units.
 
     The point whose projection on the tangent space at W is W + ξ: its inverse is
     ``project_ambient(X, Y - W)`` exactly, see :func:`inverse_orthographic`. Needs D invertible;
@@ -162,7 +163,7 @@ def orthographic(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
 
 
 def inverse_orthographic(manifold: FixedRank, X: Tensor, Y: Tensor) -> Tensor:
-    """The tangent vector ξ at X with ``orthographic(X, ξ) = Y``: P_W(Y - W). 12 units.
+    """The tangent vector ξ at X with ``orthographic(X, ξ) = Y``: P_W(Y - W). 6 units.
 
     Exact wherever ``U_xᵀ Y V_x`` is invertible. It is what
     :meth:`~lrmanifold.FixedRank.inverse_retr` returns.
@@ -194,7 +195,7 @@ def factored(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
 def ksl(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
     """Projector splitting for the increment ξ: K forwards, S backwards, L forwards. Second order.
 
-    10 units, no inverse of S: as accurate for σ_r = 1e-12 as for 1. Exact if W + ξ has rank r.
+    15 units, no inverse of S: as accurate for σ_r = 1e-12 as for 1. Exact if W + ξ has rank r.
     Sequential in K, S, L. Lubich and Oseledets 2014 (mathematics 7).
     """
     Xf, increment = manifold.unpack(X), _Increment(manifold, X, xi)
@@ -205,7 +206,7 @@ def ksl(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
 
 @register("strang")
 def strang(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
-    """Symmetric projector splitting: K/2, S/2, L, S/2, K/2. Second order, 18 units.
+    """Symmetric projector splitting: K/2, S/2, L, S/2, K/2. Second order, 24 units.
 
     As an integrator of a flow its global order is 2 where that of ``ksl`` is 1 (mathematics 8); as
     a retraction both are second order. Exact if W + ξ has rank r.
@@ -237,7 +238,7 @@ def bug(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
 def augmented_bug(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
     """BUG with the old bases kept: orth[U, K], orth[V, L], Galerkin of size 2r, truncation to r.
 
-    Second order, 16 units. For a given increment W + ξ lies in the augmented spaces, so the result
+    Second order, 30 units. For a given increment W + ξ lies in the augmented spaces, so the result
     is that of ``svd``; the two differ when K, L and S see gradients of their own, in
     :class:`~lrmanifold.optim.DLRT`. Ceruti, Kusch and Lubich 2022.
     """
@@ -252,7 +253,7 @@ def augmented_bug(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
 def parallel_bug(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
     """K, L and S updates all from the old point, core [[S̄, LᵀṼ], [ŨᵀK, 0]], truncation to r.
 
-    Second order, 16 units, nothing sequential but the truncation. For a given tangent increment
+    Second order, 24 units, nothing sequential but the truncation. For a given tangent increment
     the zero block is exact and the result is again that of ``svd``. Ceruti, Kusch and Lubich 2024.
     """
     Xf, xif = manifold.unpack(X), manifold.unpack(xi)

@@ -83,6 +83,29 @@ class ForbidHostSynchronisation(TorchDispatchMode):
         return out
 
 
+class CountFlops(TorchDispatchMode):
+    """Adds up the flops of products, of Householder QR with explicit Q, and of solves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm"):
+            self.flops += 2.0 * args[0].numel() * args[1].shape[-1]
+        elif name == "linalg_qr":
+            m, k = args[0].shape[-2:]
+            self.flops += 4.0 * m * k**2 - 4.0 / 3.0 * k**3
+        elif name in ("linalg_solve_triangular", "_linalg_solve_ex"):
+            each = 1.0 if name == "linalg_solve_triangular" else 2.0
+            shapes = [a.shape for a in args[:2]]
+            self.flops += each * shapes[0][-1] * shapes[1].numel()
+        elif name in ("addmm", "baddbmm", "linalg_lu_solve"):
+            raise NotImplementedError(f"count the flops of {name}")
+        return func(*args, **(kwargs or {}))
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operation returns."""
 

@@ -17,8 +17,9 @@ Centre = Literal["metric", "mean"]
 def condition_number(S: Tensor) -> Tensor:
     """Ratio of the largest to the smallest singular value, shape ``S.shape[:-2]``.
 
-    Infinite for a singular matrix. Computed by an SVD in the compute dtype, so values above about
-    1e7 in float32 (1e15 in float64) mean "singular to working precision".
+    Infinite for a singular matrix, NaN for the zero matrix. Computed by an SVD in the compute
+    dtype, so that values above about 1e7 in float32 (1e15 in float64) mean "singular to working
+    precision".
     """
     s = svdvals(S)
     return s[..., 0] / s[..., -1]
@@ -138,12 +139,15 @@ def spectral_clip(S: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor
     dtype = S.dtype
     S = checked(S, "S")
     check_square(S, "S")
-    if S.shape[-1] == 1 or S.numel() == 0:
+    if S.numel() == 0:
         return S.to(dtype)
-    if S.device.type != "cpu":
-        return _clip_unchecked(S, tau, centre).to(dtype)
-    if not bool((S.abs().amax((-2, -1)) > 0).all()):
+    on_cpu = S.device.type == "cpu"
+    if on_cpu and not bool((S.abs().amax((-2, -1)) > 0).all()):
         raise ValueError("S must not be the zero matrix: it has no well-conditioned neighbour")
+    if S.shape[-1] == 1:
+        return S.to(dtype)
+    if not on_cpu:
+        return _clip_unchecked(S, tau, centre).to(dtype)
     U, s, Vh = svd(S)
     # Rounding leaves a clipped spectrum a few ulp outside; those few count as feasible.
     slack = 1.0 + 16 * torch.finfo(S.dtype).eps
@@ -226,8 +230,8 @@ def conditioning_penalty_grad(S: Tensor, *, squared: bool = False) -> Tensor:
     if squared:
         return (4.0 * (S @ E)).to(dtype)
     R = torch.linalg.matrix_norm(E, keepdim=True)
-    # Below roundoff of SᵀS the direction of E is noise of unit size, not a gradient.
-    floor = torch.finfo(S.dtype).eps * S.square().sum((-2, -1), keepdim=True)
+    # Below roundoff (of SᵀS, and of the clip that made S) E is noise of unit size, no gradient.
+    floor = 16 * torch.finfo(S.dtype).eps * S.square().sum((-2, -1), keepdim=True)
     direction = torch.where(floor < R, E / R.clamp_min(torch.finfo(S.dtype).tiny), 0.0 * E)
     return (2.0 * (S @ direction)).to(dtype)
 

@@ -18,7 +18,8 @@ def scaled_newton_schulz(X: Tensor, *, lower: float | None = None) -> Tensor:
 
     The iteration is :math:`X \leftarrow \tfrac12 \mu X (3I - \mu^2 X^\top X)` with the scaling
     :math:`\mu^2 = 3/(1 + l + l^2)` that is optimal for singular values in :math:`[l, 1]`, but at
-    most Chen and Chow's 1.6977: a small singular value grows by up to 2.55 a step instead of 3/2.
+    most 1.6977, which maps 1 to 0.1: a small singular value grows by up to 2.55 a step instead of
+    3/2.
 
     Parameters
     ----------
@@ -41,7 +42,7 @@ def scaled_newton_schulz(X: Tensor, *, lower: float | None = None) -> Tensor:
     bound = eps / 10 if lower is None else lower
     identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     while bound < 1 - 1e-3:
-        # The cap maps 1 to 0.1. Without it 1 would go to l, and there its sign be lost to rounding.
+        # Without the cap 1 would go to about l, and for small l lose its sign to rounding there.
         mu = min(math.sqrt(3.0 / (1.0 + bound + bound * bound)), 1.69770248526)
         X = (0.5 * mu) * (X @ (3.0 * identity - mu * mu * (X.mT @ X)))
         bound = min(0.5 * mu * x * (3.0 - mu * mu * x * x) for x in (bound, 1.0))

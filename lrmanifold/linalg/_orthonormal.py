@@ -46,8 +46,8 @@ def _householder(A: Tensor) -> tuple[Tensor, Tensor]:
 def solve_right(B: Tensor, A: Tensor) -> Tensor:
     """``B A⁻¹`` for square `A`, shape (..., k, r) and (..., r, r), without a host synchronisation.
 
-    By the explicit inverse: its forward error is that of a solve, eps cond(A), and for many rows the
-    product runs several times faster than a triangular solve from the right.
+    By the explicit inverse: its forward error is that of a solve, eps cond(A), and for many rows
+    the product runs several times faster than a triangular solve from the right.
 
     Raises
     ------

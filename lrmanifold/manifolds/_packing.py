@@ -38,8 +38,8 @@ def perp(Q: Tensor, Z: Tensor, overlap: Tensor | None = None) -> Tensor:
 def change_of_base(X: Factors, xi: Factors, Y: Factors) -> Factors:
     """Project the tangent vector `xi` at `X` onto the tangent space at `Y`.
 
-    With Z = U M Vᵀ + U_p Vᵀ + U V_pᵀ the blocks are U_yᵀ Z V_y, and Z V_y and Zᵀ U_y projected, from
-    r x r overlaps of the frames, 12 (m+n) r² flops.
+    With Z = U M Vᵀ + U_p Vᵀ + U V_pᵀ the blocks are U_yᵀ Z V_y, and Z V_y and Zᵀ U_y projected,
+    from r x r overlaps of the frames, 10 (m+n) r² flops.
     """
     a, c = Y.U.mT @ X.U, Y.U.mT @ xi.U
     b, d = X.V.mT @ Y.V, xi.V.mT @ Y.V

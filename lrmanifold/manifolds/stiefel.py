@@ -29,12 +29,13 @@ class Stiefel(geoopt.Manifold):
     **Retractions**, all O(n r²), none solves an n x n system:
 
     ``"polar"``
-        The polar factor of X + ξ; second order for this metric, independent of the frame.
+        The polar factor of X + ξ; second order for this metric, independent of the frame. 4 n r²
+        flops for small steps, more than 12 n r² for large ones.
     ``"qr"``
-        Q of a QR of X + ξ; first order (second order as a subspace). The cheapest.
+        Q of a QR of X + ξ; first order (second order as a subspace). 8 n r² flops.
     ``"cayley"``
         The Cayley transform, through a 2r x 2r system; second order for the *canonical* metric,
-        and for this one on horizontal vectors (Xᵀξ = 0).
+        and for this one on horizontal vectors (Xᵀξ = 0). 24 n r² flops.
 
     Points have shape (..., n, r) with n >= r; leading dimensions are a batch.
 
@@ -143,7 +144,7 @@ class Stiefel(geoopt.Manifold):
 
     @in_compute_dtype
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
-        """Geodesic of the Euclidean metric (Edelman, Arias, Smith 1998, eq. 2.42), O(n r²)."""
+        """Geodesic of the Euclidean metric (Edelman, Arias, Smith 1998, section 2.2), O(n r²)."""
         r = x.shape[-1]
         a, s = x.mT @ u, u.mT @ u
         a = 0.5 * (a - a.mT)

@@ -170,7 +170,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
         assert grad is not None
         if "skipped" not in state:
             state["skipped"] = torch.zeros((), dtype=torch.int64, device=p.device)
-            state["step"] = torch.zeros((), dtype=torch.int64)
+            state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
         if manifold is not None:
             self._ensure_on_manifold(p, manifold, state, label)
         finite = torch.isfinite(grad).all()
@@ -187,7 +187,6 @@ class GeometricOptimizer(torch.optim.Optimizer):
             grad = torch.where(finite, grad, torch.zeros_like(grad))
         else:
             ok = True
-        state["step"] += 1
         grad = -grad if group.get("maximize") else grad
         try:
             ok = self._update(p, grad, manifold, group, state, ok)
@@ -198,6 +197,9 @@ class GeometricOptimizer(torch.optim.Optimizer):
             ) from error
         if isinstance(ok, Tensor):
             state["skipped"] += (~ok).to(torch.int64)
+            state["step"] += ok.to(torch.int64)
+        else:
+            state["step"] += 1
         if manifold is not None:
             self._marks[p] = _mark(p)
 

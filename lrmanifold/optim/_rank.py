@@ -34,23 +34,27 @@ def augment(X: Factors, dU: Tensor, dV: Tensor, count: int) -> Factors:
     Returns
     -------
     Factors
-        Of rank r + count, the first r columns being those of `X`.
+        Of rank r + count, the first r columns being those of `X` up to rounding.
     """
     if count == 0:
         return X
-    U, S, V = X
-    new_U, new_V = _leading(U, dU, count), _leading(V, dV, count)
-    core = torch.nn.functional.pad(S, (0, count, 0, count))
-    return Factors(torch.cat((U, new_U), -1), core, torch.cat((V, new_V), -1))
+    U, R_u = _extended(X.U, dU, count)
+    V, R_v = _extended(X.V, dV, count)
+    core = torch.nn.functional.pad(R_u @ X.S @ R_v.mT, (0, count, 0, count))
+    return Factors(U, core, V)
 
 
-def _leading(Q: Tensor, D: Tensor, count: int) -> Tensor:
-    """`count` orthonormal columns orthogonal to Q that carry most of D (any, where D has none)."""
+def _extended(Q: Tensor, D: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal [Q, P], P of `count` columns that carry most of D (any, where D has none).
+
+    Q is replaced by the basis Q₁ of Q = Q₁ R, R near I, which is returned too: columns that were
+    kept as they are would drift from step to step.
+    """
+    r = Q.shape[-1]
     P = linalg.svd(D - Q @ (Q.mT @ D)).U
-    # Householder on [Q, P]: what P lacks for full rank is completed, and rounding removed.
-    return linalg.qr(torch.cat((Q, P), -1), rank_deficient=True)[0][
-        ..., Q.shape[-1] : Q.shape[-1] + count
-    ]
+    # Householder on [Q, P]: what P lacks for full rank is completed.
+    basis, R = linalg.qr(torch.cat((Q, P), -1), rank_deficient=True)
+    return basis[..., : r + count], R[..., :r, :r]
 
 
 def rank_for_tolerance(s: Tensor, tol: float) -> int:

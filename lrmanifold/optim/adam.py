@@ -184,8 +184,9 @@ class CondLRAdam(GeometricOptimizer):
     ) -> Ok:
         options = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay")}
         first, second = state.get("exp_avg"), state.get("exp_avg_sq")
-        # A float on the host: the bias corrections must not wait for the device.
-        step = float(state["step"])
+        # Where the step lives on an accelerator it stays there: the host must not wait for it.
+        done = state["step"]
+        step = float(done) + 1.0 if done.device.type == "cpu" else done.to(torch.float32) + 1.0
         if manifold is None:
             Y, first, second = _adamw(p, grad, first, second, step, **options)
         else:
@@ -212,7 +213,7 @@ def _adamw(
     grad: Tensor,
     first: Tensor | None,
     second: Tensor | None,
-    step: float,
+    step: float | Tensor,
     *,
     lr: float | Tensor,
     betas: tuple[float, float],

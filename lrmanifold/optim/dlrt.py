@@ -164,7 +164,7 @@ class DLRT(GeometricOptimizer):
             state = self.state[p]
             if "skipped" not in state:
                 state["skipped"] = torch.zeros((), dtype=torch.int64, device=p.device)
-                state["step"] = torch.zeros((), dtype=torch.int64)
+                state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
             if M is not None:
                 self._ensure_on_manifold(p, M, state, label)
         start = {p: (M.rank, p.data.clone()) for _, p, M in low}

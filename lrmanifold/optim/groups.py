@@ -7,16 +7,18 @@ from typing import Any
 from torch import nn
 
 from ..errors import GeometryError
+from ..manifolds import FixedRank
 from ._base import _manifold_of
 
 
 def param_groups(
     model: nn.Module, *, lr: float | None = None, weight_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """Named groups for an optimizer: on a manifold, decayed, not decayed.
+    """Named groups for an optimizer: low-rank, decayed, not decayed.
 
     Matrices and larger tensors are decayed; biases, norms and scalars (fewer than 2 dimensions) are
-    not. Decay on a manifold weight acts on its core alone.
+    not, nor are parameters on manifolds without a core, such as Stiefel. Decay on a low-rank weight
+    acts on its core alone.
 
     Parameters
     ----------
@@ -47,8 +49,12 @@ def param_groups(
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        kind = "decay" if p.ndim >= 2 else "no_decay"
-        buckets["manifold" if _manifold_of(p) is not None else kind].append((name, p))
+        manifold = _manifold_of(p)
+        if manifold is None:
+            kind = "decay" if p.ndim >= 2 else "no_decay"
+        else:
+            kind = "manifold" if isinstance(manifold, FixedRank) else "no_decay"
+        buckets[kind].append((name, p))
     groups = []
     for kind, params in buckets.items():
         if not params:

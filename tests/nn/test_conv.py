@@ -151,6 +151,7 @@ def test_from_dense_takes_the_nearest_matrix_of_each_group(drawn, tau, seed):
 
 @pytest.mark.parametrize("d", [1, 2, 3])
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_gradcheck(device, d, mode):
     layer = PAIRS[d][0](
         4, 6, 2, 2, padding="same", groups=2, padding_mode=mode, device=device, **F64

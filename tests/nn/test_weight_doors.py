@@ -149,6 +149,7 @@ def test_tied_layers_stay_tied_through_conversions_and_move_together():
         lambda m: delattr(m, "weight"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 def test_parametrizations_of_the_packed_factors_are_refused(parametrize):
     layer = LowRankLinear(7, 9, 3)
     # geoopt's parameters make torch itself refuse some of them.
@@ -160,6 +161,15 @@ def test_buffers_and_biases_are_set_as_usual(layer):
     layer.bias = nn.Parameter(torch.zeros_like(layer.bias))
     layer.register_buffer("mask", torch.ones(3))
     layer.note = "anything"
+    assert_whole(layer)
+
+
+def test_replicas_of_data_parallel_hold_plain_tensors(layer):
+    replica = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = layer.weight * 1.0, layer.bias * 1.0
+    torch.testing.assert_close(replica.dense_weight(), layer.dense_weight())
+    replica.dense_weight().square().sum().backward()
+    assert layer.weight.grad is not None
     assert_whole(layer)
 
 
