@@ -1,9 +1,10 @@
 """Robust low-rank training: well-conditioned fixed-rank weights on Riemannian manifolds."""
 
-from . import linalg, nn, optim, retractions
+from . import linalg, nn, optim, retractions, robustness, viz
 from .errors import GeometryError
 from .manifolds import Factors, FixedRank, Stiefel, WellConditioned
 from .nn import densify, factorize
+from .report import Report, report
 
 __version__ = "0.1.0"
 
@@ -11,6 +12,7 @@ __all__ = [
     "Factors",
     "FixedRank",
     "GeometryError",
+    "Report",
     "Stiefel",
     "WellConditioned",
     "__version__",
@@ -19,5 +21,8 @@ __all__ = [
     "linalg",
     "nn",
     "optim",
+    "report",
     "retractions",
+    "robustness",
+    "viz",
 ]

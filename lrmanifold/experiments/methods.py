@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import linalg
-from ..nn import densify, factorize
-from ..nn._plan import LAYERS, make_plan
+from ..nn import LowRankLayer, densify, factorize
 from ..optim import CondLR
 from .data import Dataset
+from .factors import Rank, two_factors
 from .training import History, Normalized, Settings, fit
 
-Rank = int | float | Mapping[str, int | float]
+__all__ = ["Method", "Rank", "Trained", "comparison", "train", "two_factors"]
 
 
 @dataclass(frozen=True)
@@ -49,51 +48,6 @@ def comparison(taus: tuple[float, ...] = (0.0, 0.1, 0.5)) -> list[Method]:
     ]
 
 
-def two_factors(model: nn.Module, rank: Rank, **patterns: Any) -> nn.Module:
-    """Replace each layer by two free factors, A (m x r) after Bᵀ (r x n), in place.
-
-    The usual low-rank layer without geometry: a thin layer without bias, then one with it. Starts
-    balanced from the truncated SVD, A = U √Σ, B = V √Σ.
-    """
-    plan = make_plan(model, rank=rank, **patterns)
-    for decision in plan.decisions:
-        if decision.rank is not None:
-            parent, _, child = decision.name.rpartition(".")
-            owner = model.get_submodule(parent)
-            setattr(owner, child, _pair(getattr(owner, child), decision.rank))
-    return model
-
-
-def _pair(module: Any, rank: int) -> nn.Sequential:
-    if isinstance(module, nn.Linear):
-        first: Any = nn.Linear(module.in_features, rank, bias=False)
-        second: Any = nn.Linear(rank, module.out_features, bias=module.bias is not None)
-    else:
-        if module.groups != 1:
-            raise ValueError(f"two_factors takes convolutions without groups, got {module}")
-        kind = next(t for t in LAYERS if isinstance(module, t))
-        first = kind(
-            module.in_channels,
-            rank,
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            module.dilation,
-            bias=False,
-            padding_mode=module.padding_mode,
-        )
-        second = kind(rank, module.out_channels, 1, bias=module.bias is not None)
-    matrix = module.weight.detach().flatten(1).double()
-    U, s, Vh = linalg.svd(matrix)
-    root = s[:rank].sqrt()
-    with torch.no_grad():
-        first.weight.copy_((root[:, None] * Vh[:rank]).reshape(first.weight.shape))
-        second.weight.copy_((U[:, :rank] * root).reshape(second.weight.shape))
-        if module.bias is not None:
-            second.bias.copy_(module.bias)
-    return nn.Sequential(first, second)
-
-
 @dataclass
 class Trained:
     """A trained network and what is known about it.
@@ -104,12 +58,15 @@ class Trained:
         Takes images in [0, 1].
     history : History
     weights_kept : float
-        Trained parameters as a share of the dense network's.
+        Trained parameters as a share of the dense network's (for "svd": stored ones).
+    inference_kept : float
+        The same with the r x r cores folded into a factor, (m + n) r a layer.
     """
 
-    model: nn.Module
+    model: Normalized
     history: History
     weights_kept: float
+    inference_kept: float
 
 
 def train(
@@ -120,7 +77,9 @@ def train(
     settings: Settings,
     *,
     exclude: str | tuple[str, ...] | None = None,
+    keep_larger: bool = False,
     dense: Trained | None = None,
+    device: torch.device | str = "cpu",
     on_step: Callable[[], None] | None = None,
 ) -> Trained:
     """Train one network by one method.
@@ -131,11 +90,13 @@ def train(
     build : callable
         Makes the dense network; called after seeding, so every method starts from the same one.
     data : Dataset
-    rank, exclude
+    rank, exclude, keep_larger
         Which layers become low-rank, as in :func:`lrmanifold.factorize`.
     settings : Settings
     dense : Trained, optional
         A dense network trained before: "svd" truncates it instead of training one.
+    device : torch.device or str
+        Where to train; the network starts the same on every device.
     on_step : callable, optional
         Called after every optimizer step.
 
@@ -143,25 +104,35 @@ def train(
     -------
     Trained
     """
+    layers: dict[str, Any] = {"exclude": exclude, "keep_larger": keep_larger}
     torch.manual_seed(settings.seed)
     network = build()
     size = sum(p.numel() for p in network.parameters())
     if method.kind == "svd":
         if dense is None:
             plain = Method("dense", "dense")
-            dense = train(plain, build, data, rank, settings, on_step=on_step)
+            dense = train(plain, build, data, rank, settings, device=device, on_step=on_step)
         model = copy.deepcopy(dense.model)
-        factorize(model.network, rank=rank, tau=None, exclude=exclude)  # type: ignore[arg-type]
-        kept = sum(p.numel() for p in model.parameters()) / size
-        return Trained(densify(model), dense.history, kept)
+        factorize(model.network, rank=rank, tau=None, **layers)
+        kept = _shares(model, size)
+        densify(model)
+        return Trained(model, dense.history, *kept)
     if method.kind == "factors":
-        network = two_factors(network, rank, exclude=exclude)
+        network = two_factors(network, rank, **layers)
     elif method.kind == "condlr":
-        network = factorize(network, rank=rank, tau=method.tau, exclude=exclude)
+        network = factorize(network, rank=rank, tau=method.tau, **layers)
     elif method.kind != "dense":
         raise ValueError(f"kind must be dense, svd, factors or condlr, got {method.kind!r}")
-    model = Normalized(network, data)
+    model = Normalized(network, data).to(device)
     # The same class for all: on ordinary parameters CondLR is torch.optim.SGD.
     optimizer = CondLR(model.parameters(), settings.lr, momentum=settings.momentum)
     history = fit(model, optimizer, data, settings, on_step=on_step)
-    return Trained(model, history, sum(p.numel() for p in model.parameters()) / size)
+    return Trained(model, history, *_shares(model, size))
+
+
+def _shares(model: nn.Module, size: int) -> tuple[float, float]:
+    """Parameters, and parameters without the cores, as shares of `size`."""
+    count = sum(p.numel() for p in model.parameters())
+    low_rank = [m for m in model.modules() if isinstance(m, LowRankLayer)]
+    cores = sum(layer.factors.S.numel() for layer in low_rank)
+    return count / size, (count - cores) / size

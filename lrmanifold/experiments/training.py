@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn import LowRankLayer
 from .data import Dataset, batches
+from .factors import spectrum
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
 
 
 @dataclass
@@ -50,10 +52,11 @@ class History:
     loss : list of float
         Mean training loss of each epoch.
     spectra : dict
-        For each low-rank layer by name, its singular values (r,) before training and after every
-        epoch (of the first group, for grouped convolutions).
+        For each low-rank layer and each pair of two free factors by name, the singular values (r,)
+        of its weight before training and after every epoch (of the first group, for grouped
+        convolutions).
     cond : list of float
-        Largest condition number of any low-rank layer seen at those moments.
+        Largest condition number of any of them at those moments.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -64,8 +67,8 @@ class History:
         """Append the present spectra and the largest condition number."""
         worst = 1.0
         for name, layer in model.named_modules():
-            if isinstance(layer, LowRankLayer):
-                s = layer.manifold.svdvals(layer.weight.detach()).reshape(-1, layer.rank)
+            s = spectrum(layer)
+            if s is not None:
                 worst = max(worst, float((s[:, 0] / s[:, -1]).max()))
                 self.spectra.setdefault(name, []).append(s[0].tolist())
         if self.spectra:
@@ -141,9 +144,9 @@ def fit(
             if on_step is not None:
                 on_step()
         history.loss.append(float(total) / count)
-        history.record(model)
-        if not torch.isfinite(total):
+        if not torch.isfinite(total):  # before the spectra: those of NaN do not exist
             raise FloatingPointError(
                 f"the training loss is not finite after epoch {epoch + 1}: lower lr = {settings.lr}"
             )
+        history.record(model)
     return history

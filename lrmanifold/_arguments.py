@@ -1,0 +1,128 @@
+"""What the command line's words mean; every error is one sentence with what would be right."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .experiments.methods import Method
+from .nn._plan import make_plan
+
+KINDS = ("condlr", "dense", "factors", "svd")
+
+
+def check_word(option: str, word: str, known: Iterable[str]) -> None:
+    """Refuse a word that is none of those known."""
+    if word not in known:
+        raise ValueError(f"{option} must be one of {', '.join(known)}, got {word!r}")
+
+
+def make_folder(path: Path) -> None:
+    """Before the work, not after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"out must be a folder, got the file {path}") from None
+
+
+def parse_rank(text: str) -> int | float | dict[str, int | float]:
+    """ "32" to 32, "0.2" to 0.2, "conv1=4,fc1=0.5" to a dict."""
+    if "=" not in text:
+        return _rank_number(text, text)
+    found: dict[str, int | float] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if not name or name in found:
+            raise ValueError(f"{_RANK_WORDS}, got {text!r}")
+        found[name] = _rank_number(value, text)
+    return found
+
+
+_RANK_WORDS = 'rank must be a number ("32"), a share ("0.2") or for each layer ("conv1=4,fc1=100")'
+
+
+def _rank_number(value: str, text: str) -> int | float:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    raise ValueError(f"{_RANK_WORDS}, got {text!r}")
+
+
+def parse_method(kind: str, tau: str | None) -> Method:
+    """The method of `--method` and `--tau`."""
+    check_word("method", kind, KINDS)
+    if kind != "condlr":
+        if tau is not None:
+            raise ValueError(f"tau belongs to method condlr, got it with method {kind}")
+        return Method(kind, kind)
+    if tau == "none":
+        return Method("CondLR without bound", kind, None)
+    try:
+        bound = float(tau or "0.1")
+    except ValueError:
+        bound = float("nan")
+    if not 0 <= bound < float("inf"):
+        raise ValueError(f'tau must be a finite number >= 0, or "none", got {tau!r}')
+    return Method(f"CondLR tau={bound:g}", kind, bound)
+
+
+def parse_layers(
+    how: Method, network: nn.Module, rank: str | None, exclude: list[str] | None
+) -> tuple[Any, tuple[str, ...] | None]:
+    """Ranks and dense layers, after a check that at least one layer becomes low-rank."""
+    if how.kind == "dense":
+        if rank is not None or exclude is not None:
+            raise ValueError("method dense takes no rank and no exclude")
+        return None, None
+    ranks = parse_rank(rank or "0.2")
+    named = isinstance(ranks, dict)
+    if exclude is None and not named:
+        last = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)][-1]
+        dense_layers: tuple[str, ...] | None = (last,)
+    else:
+        dense_layers = None if exclude in (None, ["none"]) else tuple(exclude or ())
+    plan = make_plan(network, rank=ranks, exclude=dense_layers, keep_larger=named)
+    check_some_layer(plan, ranks)
+    return ranks, dense_layers
+
+
+def check_some_layer(plan: Any, rank: object) -> None:
+    """Refuse ranks at which the network would stay dense."""
+    if all(decision.rank is None for decision in plan.decisions):
+        reasons = "; ".join(f"{d.name} {d.reason}" for d in plan.decisions)
+        raise ValueError(f"no layer becomes low-rank with rank {rank}: {reasons}")
+
+
+def parse_device(text: str) -> torch.device:
+    """A device that exists."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {text} does not exist: {torch.cuda.device_count()} GPUs found")
+    return device
+
+
+def parse_strengths(text: str) -> tuple[float, ...]:
+    """ "0.02,0.04" to (0.02, 0.04)."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < eps < float("inf") for eps in found):
+        raise ValueError(f'eps must be positive numbers, as "0.02,0.04", got {text!r}')
+    return found
+
+
+def run_name(data: str, model: str, how: Method, seed: int) -> str:
+    """Of the default folder."""
+    tau = "" if how.kind != "condlr" else f"-tau{'none' if how.tau is None else f'{how.tau:g}'}"
+    return f"{data}-{model}-{how.kind}{tau}-seed{seed}"

@@ -1,0 +1,44 @@
+"""The console script ``lrmanifold``: ``demo``, ``train``, ``report``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, or 2 with one line that says what is wrong.
+
+    Needs typer and rich, which the core library does not: ``pip install 'lrmanifold[demo]'``.
+    """
+    try:
+        from ._commands import app
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("typer", "rich", "click", "shellingham"):
+            raise
+        print(
+            f"error: the command line needs {error.name}, not installed: "
+            "pip install 'lrmanifold[demo]'",
+            file=sys.stderr,
+        )
+        return 2
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        # not standalone: typer would print a box of several lines for a wrong option
+        return app(args=arguments, prog_name="lrmanifold", standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if type(error).__name__ == "Abort":  # what typer makes of the interrupt
+            print("stopped", file=sys.stderr)
+            return 130
+        # click's errors, which some versions of typer bring along under a name of their own
+        if not hasattr(error, "format_message"):
+            raise
+        print("error: " + " ".join(error.format_message().split()), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,352 @@
+"""What a model's layers look like: ranks, singular values, conditioning, size."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import linalg
+from .manifolds._dtype import storage_tolerance
+from .nn import LowRankLayer
+from .nn._plan import LAYERS, matrix_of, packed_size
+from .robustness import evaluation_mode
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear or convolutional layer, low-rank or dense.
+
+    For grouped convolutions every group has a matrix of its own: `sigma_max`, `sigma_min`, `cond`
+    and `drift` are each the worst of any group (so `cond` is not always their ratio), `rank` the
+    smallest.
+
+    Attributes
+    ----------
+    name : str
+        Qualified name in the model; empty if the model is the layer.
+    kind : str
+        Class of the layer.
+    low_rank : bool
+    shape : (m, n)
+        Of the weight as a matrix (of each group): outputs x inputs, for a convolution
+        out_channels x in_channels · prod(kernel_size).
+    groups : int
+    rank : int
+        Of a dense weight the numerical rank: singular values below 2 eps ‖W‖, the rounding of
+        storage, count as zero.
+    sigma_max, sigma_min : float
+        Largest and smallest nonzero singular value. For a convolution they are those of the matrix
+        above, not of the operator on images.
+    cond : float
+        ‖W‖₂ ‖W⁺‖₂ = σ_max/σ_min over the nonzero singular values; nan for a zero weight.
+    drift : float or None
+        max(|UᵀU - I|, |VᵀV - I|) of a low-rank layer.
+    tau : float or None
+        Bound for `cond` minus 1, where there is one.
+    dense_weights, trained_weights, folded_weights : int
+        m n; what is trained, (m + r + n) r; and what inference needs, (m + n) r with the core
+        folded into a factor. For a dense layer all three are m n. Biases are not counted here, and
+        a weight that several layers share only in the first.
+    note : str
+        What is unusual, if anything.
+    """
+
+    name: str
+    kind: str
+    low_rank: bool
+    shape: tuple[int, int]
+    groups: int
+    rank: int
+    sigma_max: float
+    sigma_min: float
+    cond: float
+    drift: float | None
+    tau: float | None
+    dense_weights: int
+    trained_weights: int
+    folded_weights: int
+    note: str = ""
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether some nonzero input is mapped to zero: rank < n."""
+        return self.rank < self.shape[1]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Layers in the order of the model's modules, and totals; prints as a table.
+
+    Attributes
+    ----------
+    layers : tuple of LayerReport
+    other_parameters : int
+        Everything that is no weight of a layer above: biases, norms, embeddings, ...
+    """
+
+    layers: tuple[LayerReport, ...]
+    other_parameters: int
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the whole model if every layer were dense."""
+        return self.other_parameters + sum(layer.dense_weights for layer in self.layers)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters of the whole model as it is trained."""
+        return self.other_parameters + sum(layer.trained_weights for layer in self.layers)
+
+    @property
+    def folded_parameters(self) -> int:
+        """Parameters that inference needs: cores folded into a factor."""
+        return self.other_parameters + sum(layer.folded_weights for layer in self.layers)
+
+    @property
+    def max_cond(self) -> float:
+        """Largest cond of a layer; 1 without layers."""
+        return max((layer.cond for layer in self.layers), default=1.0)
+
+    @property
+    def cond_product(self) -> float:
+        """Product of the layers' cond. **Not** a bound for the network's condition number.
+
+        cond(f; x) <= Π cond(W_i) Π cond(σ_i) is false as soon as a layer has a kernel, and every
+        layer of rank r < n has one: an input near the kernel is magnified without limit. True is
+        cond(f; x) <= Π cond(W_i)/cosθ_i(x) · Π cond(σ_i; z_i) with cosθ_i(x) = ‖V_iᵀ z_i‖/‖z_i‖ at
+        the layer's own input z_i, for networks without biases (mathematics 6). Measure
+        cond(f; x) itself by :func:`lrmanifold.robustness.condition_number`.
+        """
+        return math.prod(layer.cond for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as numbers, strings and lists for JSON; what is not finite becomes None."""
+        layers = [
+            {**dataclasses.asdict(layer), "shape": list(layer.shape)} for layer in self.layers
+        ]
+        totals = {
+            "other_parameters": self.other_parameters,
+            "dense_parameters": self.dense_parameters,
+            "trained_parameters": self.trained_parameters,
+            "folded_parameters": self.folded_parameters,
+            "max_cond": self.max_cond,
+            "cond_product": self.cond_product,
+            "cond_product_is_a_bound": False,
+        }
+        return {**_finite(totals), "layers": [_finite(layer) for layer in layers]}
+
+    def __str__(self) -> str:
+        head = ("layer", "kind", "shape", "rank", "sigma_max", "sigma_min", "cond", "tau", "drift")
+        rows: list[tuple[str, ...]] = [(*head, "dense", "trained", "folded", "")]
+        rows += [_row(layer) for layer in self.layers]
+        dense, trained, folded = (
+            self.dense_parameters,
+            self.trained_parameters,
+            self.folded_parameters,
+        )
+        rows += [("other", *[""] * 8, *[f"{self.other_parameters:,}"] * 3, "biases, norms, ...")]
+        rows += [("total", *[""] * 8, f"{dense:,}", f"{trained:,}", f"{folded:,}", "")]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        left = {0, 1, 12}  # words; the rest are numbers
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i in left else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        share = trained / dense if dense else 1.0, folded / dense if dense else 1.0
+        lines.append(
+            f"parameters kept: {share[0]:.1%} trained, (m+r+n) r a layer; {share[1]:.1%} for "
+            "inference, (m+n) r with the core folded in"
+        )
+        return "\n".join([*lines, *textwrap.wrap(self._product_words(), 100)])
+
+    def _product_words(self) -> str:
+        if not self.layers:
+            return "no linear or convolutional layer"
+        kernels = sum(layer.has_kernel for layer in self.layers)
+        words = (
+            f"product of the layers' cond: {self.cond_product:.4g}. This is NOT a bound for the "
+            f"network's condition number: {kernels} of {len(self.layers)} layers have a kernel "
+            "(rank < n), and a bound at an input x needs each cond(W_i) divided by cosθ_i(x) = "
+            "|V_iᵀz_i|/|z_i| at the layer's own input z_i, times the condition number of each "
+            "activation there (and no biases)."
+        )
+        if any("Conv" in layer.kind for layer in self.layers):
+            words += " A convolution's cond is that of its kernel as a matrix, not of the map."
+        return words
+
+
+def report(model: nn.Module) -> Report:
+    """Measure every linear and convolutional layer of a model.
+
+    Low-rank layers cost an r x r SVD, dense ones an m x n SVD in float64 (minutes for matrices of
+    several thousand rows). Nothing of the model changes, no gradient is recorded. A layer used in
+    several places is listed once. Other modules (embeddings, norms, transposed convolutions) are
+    counted under `other_parameters` only.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    ValueError
+        If a layer has no values yet: on the meta device, or lazy.
+    """
+    layers: list[LayerReport] = []
+    seen: dict[int, str] = {}
+    kinds: tuple[type[nn.Module], ...] = (LowRankLayer, *LAYERS)
+    # evaluation mode: a spectral norm in train mode would change each time its weight is read
+    with torch.no_grad(), evaluation_mode(model):
+        for name, module in model.named_modules():
+            if not isinstance(module, kinds):
+                continue
+            layer = (_low_rank if isinstance(module, LowRankLayer) else _dense)(name, module)
+            parameters = _weight_parameters(module)
+            if first := next((seen[id(p)] for p in parameters if id(p) in seen), None):
+                layer = dataclasses.replace(
+                    layer,
+                    note=f"weight of {first}",
+                    dense_weights=0,
+                    trained_weights=0,
+                    folded_weights=0,
+                )
+            seen.update({id(p): name for p in parameters if id(p) not in seen})
+            layers.append(layer)
+        other = sum(p.numel() for p in model.parameters() if id(p) not in seen)
+    return Report(tuple(layers), other)
+
+
+def _weight_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The weight; of a parametrized layer (torch.nn.utils.parametrize) what it is made of."""
+    weight = module._parameters.get("weight")
+    if weight is not None:
+        return [weight]
+    return [
+        p for name, p in module.named_parameters() if name.startswith("parametrizations.weight")
+    ]
+
+
+def _low_rank(name: str, layer: Any) -> LayerReport:
+    weight = _with_values(name, layer)
+    M = layer.manifold
+    shape, groups = (M.m, M.n), weight[..., 0, 0].numel()
+    wide = weight.to(linalg.compute_dtype(weight.dtype))
+    finite = bool(torch.isfinite(wide).all())
+    s = M.svdvals(wide).reshape(groups, -1) if finite else torch.full((1, 1), math.nan)
+    cond = float((s[:, 0] / s[:, -1]).max())
+    drift = float(M.drift(wide).max()) if finite else math.nan
+    # half precision and long runs may be off by rounding; more than that is worth a word
+    slack = storage_tolerance(weight.dtype)
+    note = "" if finite else "NaN or Inf"
+    if layer.tau is not None and cond > (1.0 + layer.tau) * (1.0 + slack):
+        note = "cond above 1 + tau"
+    if drift > slack:
+        note = "off its manifold"
+    return LayerReport(
+        name=name,
+        kind=type(layer).__name__,
+        low_rank=True,
+        shape=shape,
+        groups=groups,
+        rank=layer.rank,
+        sigma_max=float(s.max()),
+        sigma_min=float(s.min()),
+        cond=cond,
+        drift=drift,
+        tau=layer.tau,
+        dense_weights=groups * M.m * M.n,
+        trained_weights=packed_size(shape, layer.rank, groups),
+        folded_weights=groups * (M.m + M.n) * layer.rank,
+        note=note,
+    )
+
+
+def _dense(name: str, module: Any) -> LayerReport:
+    weight = _with_values(name, module)
+    shape, groups = matrix_of(module)
+    size = groups * shape[0] * shape[1]
+    eps = torch.finfo(weight.dtype).eps
+    finite = bool(torch.isfinite(weight).all())
+    ranks, largest, smallest = [], [], []
+    if finite:
+        W = weight.reshape(groups, *shape).double()
+        norms = torch.linalg.matrix_norm(W)
+        for s, norm in zip(linalg.svdvals(W), norms, strict=True):
+            nonzero = s[s > 2 * eps * norm]
+            ranks.append(len(nonzero))
+            largest.append(float(nonzero[0]) if len(nonzero) else 0.0)
+            smallest.append(float(nonzero[-1]) if len(nonzero) else 0.0)
+    else:
+        ranks, largest, smallest = [min(shape)], [math.nan], [math.nan]
+    conds = [a / b if b else math.nan for a, b in zip(largest, smallest, strict=True)]
+    return LayerReport(
+        name=name,
+        kind=type(module).__name__,
+        low_rank=False,
+        shape=shape,
+        groups=groups,
+        rank=min(ranks),
+        sigma_max=max(largest),
+        sigma_min=min(smallest),
+        cond=math.nan if any(map(math.isnan, conds)) else max(conds),
+        drift=None,
+        tau=None,
+        dense_weights=size,
+        trained_weights=size,
+        folded_weights=size,
+        note="" if finite else "NaN or Inf",
+    )
+
+
+def _with_values(name: str, module: nn.Module) -> Tensor:
+    weight = module.weight
+    where = f"layer {name!r} ({type(module).__name__})"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(f"report needs values, {where} is lazy: run a batch through the model")
+    assert isinstance(weight, Tensor)
+    if weight.is_meta:
+        raise ValueError(
+            f"report needs values, {where} is on the meta device: use to_empty() and load a state"
+        )
+    return weight.detach()
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    shape = f"{layer.shape[0]} x {layer.shape[1]}"
+    if layer.groups > 1:
+        shape = f"{layer.groups} x ({shape})"
+    tau = "-" if layer.tau is None else f"{layer.tau:g}"
+    return (
+        layer.name or "(model)",
+        layer.kind,
+        shape,
+        str(layer.rank),
+        f"{layer.sigma_max:.4g}",
+        f"{layer.sigma_min:.4g}",
+        f"{layer.cond:.4g}",
+        tau,
+        "-" if layer.drift is None else f"{layer.drift:.1e}",
+        f"{layer.dense_weights:,}",
+        f"{layer.trained_weights:,}",
+        f"{layer.folded_weights:,}",
+        layer.note,
+    )
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN and no infinity."""
+    bad = {k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+    return {k: None if k in bad else v for k, v in values.items()}

@@ -1,0 +1,93 @@
+"""Points and vectors of any manifold, and what they are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import geoopt
+import torch
+from torch import Tensor
+
+from .. import linalg
+from ..manifolds import WellConditioned
+
+
+class CheckError(AssertionError):
+    """A manifold or a retraction does not do what it promises; the message says what."""
+
+
+def plain(x: Tensor) -> Tensor:
+    """The bare tensor of a point, without geoopt's subclass."""
+    return x.detach().as_subclass(torch.Tensor)
+
+
+def random_tangent(
+    manifold: geoopt.Manifold, x: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """A Gaussian tangent vector at `x`: ``proju(x, N(0, 1))``, shape, dtype and device of `x`.
+
+    For an orthogonal `proju` its distribution is isotropic in the tangent space, E‖u‖² = dim.
+    """
+    x = plain(x)
+    noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    return manifold.proju(x, noise)
+
+
+def dense(manifold: geoopt.Manifold, x: Tensor) -> Tensor:
+    """The matrix that a packed point stands for; the point itself for other manifolds."""
+    return manifold.to_dense(x) if hasattr(manifold, "to_dense") else x
+
+
+def dense_vector(manifold: geoopt.Manifold, x: Tensor, u: Tensor) -> Tensor:
+    """The matrix that a packed tangent vector stands for; the vector itself for other manifolds."""
+    return manifold.tangent_to_dense(x, u) if hasattr(manifold, "tangent_to_dense") else u
+
+
+def euclidean_gradient(
+    manifold: geoopt.Manifold, f: Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """What ``manifold.egrad2rgrad`` expects for the function ``f(dense(x))``.
+
+    The gradient in the packed tensor; for a :class:`~lrmanifold.FixedRank` with
+    ``gradient="probe"`` the products (GV, UᵀGV, GᵀU) of the dense gradient G.
+    """
+    with torch.enable_grad():
+        if getattr(manifold, "gradient", None) == "probe":
+            W = dense(manifold, x).requires_grad_()
+            (G,) = torch.autograd.grad(f(W), W)
+            U, _, V = manifold.unpack(x)
+            return manifold.pack(G @ V, U.mT @ G @ V, G.mT @ U)
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(f(dense(manifold, leaf)), leaf)[0]
+
+
+def point_size(manifold: geoopt.Manifold, size: Sequence[int] | None) -> tuple[int, ...]:
+    """Shape of one point: as given, or the manifold's own, or (7, 3) or (7,) by its `ndim`."""
+    if size is not None:
+        return tuple(size)
+    return tuple(getattr(manifold, "point_shape", (7, 3)[: manifold.ndim or 0]))
+
+
+def where_smooth(manifold: geoopt.Manifold, x: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
+    """A point near `x` and a direction near `xi` at which the retraction is smooth.
+
+    On :class:`~lrmanifold.WellConditioned` a retraction never leaves the set, so that it follows ξ
+    only inside: the core is drawn inside. For τ = 0 there is no inside, and ξ is made tangent to
+    the scaled isometries, M = S (a I + skew). The length of the direction is the natural one: σ_r,
+    the distance to lower rank, times min(1, τ), about the distance to the boundary; 1 where there
+    is no rank.
+    """
+    length = 1.0
+    if isinstance(manifold, WellConditioned):
+        X, (U_p, M, V_p) = manifold.unpack(x), manifold.unpack(xi)
+        S = linalg.spectral_clip(X.S, 0.5 * manifold.tau)
+        x = manifold.pack(X.U, S, X.V)
+        if manifold.tau == 0:
+            A = torch.linalg.solve(S, M)
+            mean = A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device)
+            xi = manifold.pack(U_p, S @ (0.5 * (A - A.mT) + mean), V_p)
+        else:
+            length = min(1.0, manifold.tau)
+    if hasattr(manifold, "svdvals"):
+        length *= float(manifold.svdvals(x)[..., -1])
+    return x, xi * (length / manifold.norm(x, xi).clamp_min(torch.finfo(x.dtype).tiny))

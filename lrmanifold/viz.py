@@ -1,0 +1,316 @@
+"""Pictures of training and of robustness, ready for a slide.
+
+Each function returns a matplotlib ``Figure`` and never shows it: ``figure.savefig(path)``, or let a
+notebook display it. Global settings of matplotlib stay as they are. Colours are those of Okabe and
+Ito, told apart also with colour-blind eyes; line styles and markers differ too.
+
+matplotlib is imported when a function is called: ``pip install 'lrmanifold[demo]'``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito, "Color universal design", without their yellow (too pale on white).
+PALETTE = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+_STYLE: Any = {
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.labelsize": 12,
+    "legend.fontsize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 6.0,
+    "legend.frameon": False,
+}
+
+
+def spectra(
+    history: Any,
+    *,
+    tau: float | Mapping[str, float | None] | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
+    title: str | None = None,
+    columns: int = 4,
+) -> Figure:
+    """Singular values over training, a panel for each layer.
+
+    The shaded band reaches from the smallest to the largest singular value, the thin lines are the
+    ones between. Where a bound is given, a dashed line shows 1 + tau times the smallest: the
+    largest value that it allows. Logarithmic and common to all panels.
+
+    Parameters
+    ----------
+    history : History or mapping
+        What :func:`lrmanifold.experiments.training.fit` returns, or a mapping from panel titles to
+        arrays (moments, r): before training, then after each epoch.
+    tau : float or mapping
+        Bound of all panels, or of each by its title; None (or no entry) draws no bound.
+    ax : Axes or sequence of Axes
+        One for each panel; a new figure by default.
+    title : str
+        Above all panels.
+    columns : int
+        Panels side by side in a new figure.
+    """
+    need_matplotlib()
+    panels = {k: _spectrum_array(k, v) for k, v in getattr(history, "spectra", history).items()}
+    if not panels:
+        raise ValueError("history has no spectra: the model had no low-rank layer")
+    with _style():
+        if ax is None:
+            wide = min(columns, len(panels))
+            high = math.ceil(len(panels) / wide)
+            figure = _figure(1.0 + 3.3 * wide, 0.9 + 3.1 * high)
+            grid = figure.subplots(high, wide, sharex=True, sharey=True, squeeze=False)
+            axes = list(grid.flat)
+            for unused in axes[len(panels) :]:
+                unused.remove()
+            left = {id(row[0]) for row in grid}
+        else:
+            axes = list(np.ravel(np.array(ax, dtype=object)))
+            if len(axes) != len(panels):
+                raise ValueError(f"ax must hold {len(panels)} Axes, one a panel, got {len(axes)}")
+            figure, left = axes[0].figure, {id(a) for a in axes}
+        handles: dict[str, Any] = {}
+        for axis, (name, s) in zip(axes, panels.items(), strict=False):
+            bound = tau.get(name) if isinstance(tau, Mapping) else tau
+            handles.update(_spectrum_panel(axis, name, s, bound))
+            if id(axis) in left:
+                axis.set_ylabel("singular value")
+        _plain_log_ticks(axes[: len(panels)], list(panels.values()))
+        if ax is None:
+            _legend_below(figure, handles, columns=3)
+        else:
+            axes[0].legend(handles.values(), handles)
+        if title:
+            figure.suptitle(title)
+    return figure
+
+
+def accuracy_curves(
+    results: Mapping[str, Mapping[float, float | Sequence[float]]],
+    *,
+    relative_to: str | None = None,
+    ax: Axes | None = None,
+    title: str | None = None,
+    xlabel: str = "attack strength ε (pixels are in 0..1)",
+    legend: bool = True,
+) -> Figure:
+    """Accuracy against attack strength, a curve for each method.
+
+    Parameters
+    ----------
+    results : mapping
+        For each method, from strengths to the accuracy in [0, 1] (what
+        :func:`lrmanifold.robustness.accuracy_under_attack` returns), or to those of several runs:
+        then the curve is their mean, and the band one standard deviation each way.
+    relative_to : str
+        Name of a method: show the differences to it instead, run by run (to its mean, if it has
+        another number of runs). Where curves lie close together this shows what they do not.
+    ax : Axes
+        A new figure by default.
+    title, xlabel : str
+    legend : bool
+    """
+    need_matplotlib()
+    curves = {name: _accuracies(name, curve) for name, curve in results.items()}
+    if not curves:
+        raise ValueError("results must hold at least one method")
+    if relative_to is not None:
+        if relative_to not in curves:
+            raise ValueError(f"relative_to must be one of {list(curves)}, got {relative_to!r}")
+        base = curves[relative_to]
+        curves = {name: _differences(curve, base) for name, curve in curves.items()}
+    with _style():
+        if ax is None:
+            figure = _figure(6.4, 4.6)
+            axis = figure.subplots()
+        else:
+            figure, axis = cast("Figure", ax.figure), ax
+        for i, (name, curve) in enumerate(curves.items()):
+            strengths = np.array(list(curve))
+            mean = np.array([runs.mean() for runs in curve.values()])
+            spread = np.array([runs.std(ddof=1) if len(runs) > 1 else 0 for runs in curve.values()])
+            color = PALETTE[i % len(PALETTE)]
+            axis.plot(
+                strengths,
+                mean,
+                label=name,
+                color=color,
+                linestyle=_LINES[i % len(_LINES)],
+                marker=_MARKERS[i % len(_MARKERS)],
+                markeredgecolor="white",
+                markeredgewidth=0.6,
+                zorder=3,
+            )
+            if spread.any():
+                band = (mean - spread, mean + spread)
+                axis.fill_between(strengths, *band, color=color, alpha=0.12, lw=0)
+        axis.set_xlabel(xlabel)
+        if relative_to is None:
+            axis.set_ylabel("test accuracy (%)")
+            axis.set_ylim(0, 100)
+        else:
+            axis.set_ylabel(f"accuracy minus {relative_to}'s (points)")
+        _finish(axis)
+        if title:
+            axis.set_title(title)
+        if legend:
+            axis.legend(handlelength=3.2)
+    return figure
+
+
+def accuracy_panels(
+    panels: Mapping[str, Mapping[str, Mapping[float, float | Sequence[float]]]],
+    *,
+    relative_to: str | None = None,
+) -> Figure:
+    """:func:`accuracy_curves` for several attacks side by side, with one legend.
+
+    Parameters
+    ----------
+    panels : mapping
+        For each attack, what :func:`accuracy_curves` takes, with the same methods.
+    relative_to : str
+        A second row with the differences to this method.
+    """
+    need_matplotlib()
+    if not panels:
+        raise ValueError("panels must hold at least one attack")
+    with _style():
+        rows = 1 if relative_to is None else 2
+        figure = _figure(0.8 + 5.0 * len(panels), 0.9 + 3.5 * rows)
+        grid = figure.subplots(rows, len(panels), sharex=True, sharey="row", squeeze=False)
+        for column, (title, results) in enumerate(panels.items()):
+            accuracy_curves(results, ax=grid[0, column], title=title, legend=False)
+            if relative_to is not None:
+                axis = grid[1, column]
+                accuracy_curves(results, ax=axis, relative_to=relative_to, legend=False)
+            for axis in grid[:-1, column]:
+                axis.set_xlabel("")
+        for axis in grid[:, 1:].flat:
+            axis.set_ylabel("")
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        _legend_below(figure, dict(zip(labels, handles, strict=True)), columns=3)
+    return figure
+
+
+def _accuracies(name: str, curve: Mapping[float, Any]) -> dict[float, np.ndarray]:
+    """Strengths in increasing order, to the accuracies in percent of all runs."""
+    found = {float(eps): 100.0 * np.atleast_1d(np.asarray(curve[eps], float)) for eps in curve}
+    if not found or not all(((a >= 0) & (a <= 100)).all() and a.size for a in found.values()):
+        raise ValueError(f"accuracies of {name!r} must be in [0, 1], at least one of them")
+    return dict(sorted(found.items()))
+
+
+def _differences(
+    curve: dict[float, np.ndarray], base: dict[float, np.ndarray]
+) -> dict[float, np.ndarray]:
+    common = [eps for eps in curve if eps in base]
+    paired = {eps: len(curve[eps]) == len(base[eps]) for eps in common}
+    return {eps: curve[eps] - (base[eps] if paired[eps] else base[eps].mean()) for eps in common}
+
+
+def _spectrum_array(name: str, values: Any) -> np.ndarray:
+    s = np.asarray(values, dtype=float)
+    if s.ndim != 2 or not s.size or not bool((np.isfinite(s) & (s > 0)).all()):
+        raise ValueError(
+            f"the singular values of {name!r} must be positive, of shape (moments, r), "
+            f"got shape {s.shape}"
+        )
+    return -np.sort(-s, axis=1)
+
+
+def _spectrum_panel(axis: Any, name: str, s: np.ndarray, tau: float | None) -> dict[str, Any]:
+    """Draw one panel; what the legend names, by label."""
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = np.arange(len(s))
+    top, bottom = s[:, 0], s[:, -1]
+    blue, orange = PALETTE[2], PALETTE[1]
+    axis.set_yscale("log")
+    axis.fill_between(epochs, bottom, top, color=blue, alpha=0.18, lw=0)
+    axis.plot(epochs, s[:, 1:-1], color=blue, lw=0.5, alpha=0.45)
+    handles = {
+        "largest": axis.plot(epochs, top, color=blue)[0],
+        "smallest": axis.plot(epochs, bottom, color=blue, ls=(0, (1, 1)))[0],
+    }
+    if tau is not None:
+        limit = axis.plot(epochs, (1.0 + tau) * bottom, color=orange, ls=(0, (4, 3)), lw=1.6)[0]
+        handles["(1 + τ) × smallest"] = limit
+    axis.set_title(f"{name}\ncond {top[-1] / bottom[-1]:.3g} at the end")
+    axis.set_xlabel("epoch")
+    axis.set_xlim(0, max(len(s) - 1, 1))
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    _finish(axis)
+    return handles
+
+
+def _plain_log_ticks(axes: Sequence[Any], panels: Sequence[np.ndarray]) -> None:
+    """Plain numbers, more of them the smaller the range: a spectrum often spans no decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    span = max(s.max() for s in panels) / min(s.min() for s in panels)
+    steps: list[float] = [1, 2, 5] if span < 300 else [1]
+    if span < 10:
+        steps = [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8] if span < 4 else [1, 1.5, 2, 3, 4, 5, 7]
+    for axis in axes:
+        axis.yaxis.set_major_locator(LogLocator(subs=steps))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.tick_params(which="minor", length=0)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Without pyplot: no window, no backend, and nothing that somebody has to close."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _legend_below(figure: Figure, handles: dict[str, Any], columns: int) -> None:
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=min(columns, len(handles)),
+        handlelength=3.2,
+    )
+
+
+def _finish(axis: Any) -> None:
+    # explicitly, not by rcParams: ticks are made when the figure is drawn, outside the context
+    axis.grid(True, color="#DDDDDD", linewidth=0.7)
+    axis.tick_params(labelsize=11)
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def need_matplotlib() -> None:
+    """Say at the beginning of a long run what would fail at its end."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "pictures need matplotlib, not installed: pip install 'lrmanifold[demo]'"
+        ) from error

@@ -1,0 +1,262 @@
+"""The methods compared differ in nothing but the method."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import lrmanifold as lrm
+from lrmanifold.experiments.data import Dataset, batches
+from lrmanifold.experiments.factors import TwoFactors, spectrum, two_factors
+from lrmanifold.experiments.methods import Method, comparison, train
+from lrmanifold.experiments.models import mlp
+from lrmanifold.experiments.training import History, Normalized, Settings, fit
+
+SETTINGS = Settings(epochs=2, batch_size=16, lr=0.1, momentum=0.3, seed=3)
+
+
+@pytest.fixture(scope="module")
+def blobs() -> Dataset:
+    """Three classes of noisy 1 x 4 x 4 images, easily told apart."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(96) % 3
+    centres = torch.rand(3, 1, 4, 4, generator=g)
+    x = (centres[y] + 0.1 * torch.randn(96, 1, 4, 4, generator=g)).clamp(0, 1)
+    names = ("a", "b", "c")
+    return Dataset("blobs", x[:72], y[:72], x[72:], y[72:], 3, names, (0.5,), (0.25,))
+
+
+build = functools.partial(mlp, 16, 3, (20, 20))
+
+
+def run(method: Method, data: Dataset, settings: Settings = SETTINGS, **options):
+    options = {"exclude": "fc3", **options}
+    return train(method, build, data, 5, settings, **options)
+
+
+def dense_start(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return build()
+
+
+def matrix(module: nn.Module) -> torch.Tensor:
+    """The m x n matrix by which a layer, low-rank or not, multiplies."""
+    if isinstance(module, TwoFactors):
+        return module[1].weight.flatten(1) @ module[0].weight.flatten(1)
+    return module.dense_weight() if isinstance(module, lrm.nn.LowRankLayer) else module.weight
+
+
+def test_comparison_has_the_six_methods():
+    kinds = [(m.kind, m.tau) for m in comparison()]
+    assert kinds == [
+        ("dense", None), ("svd", None), ("factors", None),
+        ("condlr", 0.0), ("condlr", 0.1), ("condlr", 0.5),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", comparison(), ids=lambda m: m.name)
+def test_every_method_starts_from_the_same_dense_network(method, blobs, monkeypatch):
+    """What is trained is the dense network of the seed, or what its truncated SVD makes of it."""
+    seen = []
+
+    def spy(model, optimizer, data, settings, **options):
+        seen.append((copy.deepcopy(model.network), settings))
+        return fit(model, optimizer, data, settings, **options)
+
+    monkeypatch.setattr("lrmanifold.experiments.methods.fit", spy)
+    run(method, blobs)
+    (network, settings), start = seen[0], dense_start(SETTINGS.seed)
+    assert len(seen) == 1
+    assert settings == SETTINGS
+    for name in ("fc1", "fc2", "fc3"):
+        layer, dense = network.get_submodule(name), start.get_submodule(name)
+        bias = layer[1].bias if isinstance(layer, TwoFactors) else layer.bias
+        assert torch.equal(bias, dense.bias)
+        want = dense.weight
+        if method.kind in ("factors", "condlr") and name != "fc3":
+            tau = method.tau if method.kind == "condlr" else None
+            want = lrm.nn.LowRankLinear.from_dense(dense, 5, tau=tau).dense_weight()
+        torch.testing.assert_close(matrix(layer), want, atol=1e-6, rtol=1e-5)
+
+
+def test_batches_come_in_the_same_order_for_every_method(blobs, monkeypatch):
+    orders = []
+
+    def spy(x, y, size, **options):
+        found = list(batches(x, y, size, **options))
+        orders.append(torch.cat([labels for _, labels in found]))
+        return found
+
+    monkeypatch.setattr("lrmanifold.experiments.training.batches", spy)
+    for method in comparison():
+        if method.kind != "svd":
+            run(method, blobs)
+    first, second = orders[0], orders[1]
+    assert not torch.equal(first, second)  # epochs differ
+    assert all(torch.equal(o, (first, second)[i % 2]) for i, o in enumerate(orders))
+
+
+def test_svd_truncates_the_trained_dense_network(blobs):
+    dense = run(Method("dense", "dense"), blobs)
+    before = copy.deepcopy(dense.model.state_dict())
+    cut = run(Method("svd", "svd"), blobs, dense=dense)
+    assert all(torch.equal(before[k], v) for k, v in dense.model.state_dict().items())
+    for name in ("fc1", "fc2"):
+        U, s, Vh = torch.linalg.svd(dense.model.network.get_submodule(name).weight.double())
+        best = (U[:, :5] * s[:5]) @ Vh[:5]
+        weight = cut.model.network.get_submodule(name).weight.double()
+        torch.testing.assert_close(weight, best, atol=1e-6, rtol=0)
+    assert torch.equal(cut.model.network.fc3.weight, dense.model.network.fc3.weight)
+    alone = run(Method("svd", "svd"), blobs)  # trains its own dense network
+    x = blobs.test_x
+    torch.testing.assert_close(alone.model(x), cut.model(x))
+
+
+@pytest.mark.parametrize(
+    "dense",
+    [
+        nn.Linear(12, 9),
+        nn.Linear(12, 9, bias=False),
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, dilation=2, padding_mode="reflect"),
+        nn.Conv1d(3, 8, 5, padding="same", bias=False),
+    ],
+    ids=["linear", "no bias", "conv2d", "conv1d"],
+)
+def test_two_factors_equal_the_truncated_svd_at_the_start(dense):
+    model = nn.Sequential(copy.deepcopy(dense)).double()
+    U, s, Vh = torch.linalg.svd(model[0].weight.flatten(1))
+    best = nn.Sequential(copy.deepcopy(model[0]))
+    with torch.no_grad():
+        best[0].weight.copy_(((U[:, :4] * s[:4]) @ Vh[:4]).reshape(dense.weight.shape))
+    two_factors(model, 4, keep_larger=True)
+    assert isinstance(model[0], TwoFactors)
+    shape = (2, 12) if isinstance(dense, nn.Linear) else (2, 3, *[11] * (dense.weight.ndim - 2))
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(model(x), best(x))
+    torch.testing.assert_close(model[0].svdvals(), s[:4])
+    A, Bt = model[0][1].weight.flatten(1), model[0][0].weight.flatten(1)
+    torch.testing.assert_close(A.mT @ A, Bt @ Bt.mT)  # balanced
+
+
+def test_two_factors_choose_the_layers_that_factorize_chooses():
+    ranks = {"fc1": 5, "fc2": 0.25}
+    ours, plain = lrm.factorize(build(), rank=ranks), two_factors(build(), ranks)
+    for name in ("fc1", "fc2", "fc3"):
+        a, b = spectrum(ours.get_submodule(name)), spectrum(plain.get_submodule(name))
+        assert (a is None) == (b is None)
+        assert a is None or a.shape == b.shape
+    with pytest.raises(ValueError, match="without groups"):
+        two_factors(nn.Sequential(nn.Conv2d(8, 8, 3, groups=2)), 1)
+
+
+def test_two_factors_keep_dtype_and_device(device):
+    model = two_factors(build().double().to(device), 5)
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float64, device.type)}
+
+
+@pytest.mark.parametrize("kind", ["dense", "factors", "condlr"])
+def test_training_is_deterministic_for_a_seed(kind, blobs):
+    method = Method(kind, kind, 0.1)
+    a, b = run(method, blobs), run(method, blobs)
+    assert a.history == b.history
+    assert all(
+        torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True)
+    )
+    other = run(method, blobs, Settings(epochs=2, batch_size=16, seed=4))
+    assert other.history.loss != a.history.loss
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.1, 0.5])
+def test_condlr_stays_in_the_set_after_every_step(tau, blobs, device):
+    conds = []
+
+    def watch() -> None:
+        for layer in layers:
+            X = layer.weight.detach()
+            conds.append(layer.manifold.cond(X).item())
+            assert layer.manifold.drift(X).item() <= 1e-5
+
+    torch.manual_seed(0)
+    network = lrm.factorize(build(), rank=5, tau=tau, exclude="fc3")
+    model = Normalized(network, blobs).to(device)
+    layers = [m for m in model.modules() if isinstance(m, lrm.nn.LowRankLayer)]
+    fit(
+        model,
+        lrm.optim.CondLR(model.parameters(), 0.3, momentum=0.3),
+        blobs,
+        SETTINGS,
+        on_step=watch,
+    )
+    assert len(conds) == 2 * SETTINGS.epochs * 5
+    assert max(conds) <= (1 + tau) * (1 + 1e-5)
+
+
+def test_train_condlr_bounds_what_it_returns(blobs):
+    trained = run(Method("CondLR", "condlr", 0.1), blobs)
+    assert max(trained.history.cond) <= 1.1 * (1 + 1e-5)
+    assert trained.history.loss[-1] < trained.history.loss[0]
+
+
+def test_sizes_kept(blobs):
+    size = sum(p.numel() for p in build().parameters())
+    rest = 20 + 20 + 3 + 60
+    cores, folded = 2 * 25, (20 + 16) * 5 + (20 + 20) * 5
+    kept = {m.kind: run(m, blobs) for m in comparison()}
+    for kind in ("svd", "condlr"):
+        assert kept[kind].weights_kept == pytest.approx((folded + cores + rest) / size)
+        assert kept[kind].inference_kept == pytest.approx((folded + rest) / size)
+    assert kept["factors"].weights_kept == kept["factors"].inference_kept
+    assert kept["factors"].inference_kept == pytest.approx((folded + rest) / size)
+    assert kept["dense"].weights_kept == 1.0
+
+
+def test_history_records_before_training_and_after_each_epoch(blobs):
+    for kind in ("factors", "condlr"):
+        history = run(Method(kind, kind, 0.5), blobs).history
+        assert list(history.spectra) == ["network.fc1", "network.fc2"]
+        for values in history.spectra.values():
+            assert [len(s) for s in values] == [5] * (SETTINGS.epochs + 1)
+            assert all(s == sorted(s, reverse=True) for s in values)
+        last = [s[-1] for s in history.spectra.values()]
+        assert history.cond[-1] == pytest.approx(max(s[0] / s[-1] for s in last), rel=1e-5)
+        assert len(history.loss) == SETTINGS.epochs
+    assert run(Method("dense", "dense"), blobs).history.spectra == {}
+
+
+def test_divergence_is_an_error_that_names_the_rate(blobs):
+    for kind in ("dense", "factors"):
+        with pytest.raises(FloatingPointError, match="lower lr = 1e"):
+            run(Method(kind, kind), blobs, Settings(epochs=3, batch_size=16, lr=1e18))
+
+
+def test_every_step_is_announced(blobs):
+    steps = []
+    run(Method("dense", "dense"), blobs, on_step=lambda: steps.append(1))
+    assert len(steps) == SETTINGS.epochs * 5  # 72 images in batches of 16
+
+
+def test_same_start_on_every_device(blobs, device):
+    history = run(Method("CondLR", "condlr", 0.1), blobs, device=device).history
+    reference = run(Method("CondLR", "condlr", 0.1), blobs).history
+    assert history.spectra["network.fc1"][0] == pytest.approx(
+        reference.spectra["network.fc1"][0], rel=1e-5
+    )
+    assert history.loss == pytest.approx(reference.loss, rel=1e-3)
+
+
+def test_unknown_kind_and_settings_are_refused(blobs):
+    with pytest.raises(ValueError, match="kind must be dense, svd, factors or condlr, got 'x'"):
+        run(Method("x", "x"), blobs)
+    for wrong in ({"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"momentum": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Settings(**wrong)
+
+
+def test_empty_history_of_a_dense_model():
+    history = History()
+    history.record(build())
+    assert history == History()

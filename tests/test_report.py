@@ -1,0 +1,232 @@
+"""The report says of each layer what dense linear algebra says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lrmanifold as lrm
+from lrmanifold.experiments.models import lenet5, mlp
+from lrmanifold.report import Report, report
+
+
+def low_rank_lenet() -> nn.Module:
+    ranks = {"conv1": 4, "conv2": 10, "fc1": 20}
+    return lrm.factorize(lenet5(), rank=ranks, tau=0.1)
+
+
+def by_name(found: Report) -> dict:
+    return {layer.name: layer for layer in found.layers}
+
+
+def test_singular_values_are_those_of_the_dense_weight():
+    model = low_rank_lenet()
+    for layer in report(model).layers:
+        module = model.get_submodule(layer.name)
+        weight = module.dense_weight() if layer.low_rank else module.weight
+        s = torch.linalg.svdvals(weight.detach().flatten(1).double())[: layer.rank]
+        assert layer.sigma_max == pytest.approx(s[0].item(), rel=1e-5)
+        assert layer.sigma_min == pytest.approx(s[-1].item(), rel=1e-5)
+        assert layer.cond == pytest.approx((s[0] / s[-1]).item(), rel=1e-5)
+
+
+def test_dense_and_low_rank_layers_are_listed_alike():
+    layers = by_name(report(low_rank_lenet()))
+    assert list(layers) == ["conv1", "conv2", "fc1", "fc2"]
+    assert [layer.low_rank for layer in layers.values()] == [True, True, True, False]
+    assert layers["conv2"].kind == "LowRankConv2d"
+    assert (layers["conv2"].shape, layers["conv2"].rank, layers["conv2"].tau) == (
+        (50, 500),
+        10,
+        0.1,
+    )
+    assert 0 <= layers["fc1"].drift < 1e-5
+    assert (layers["fc2"].shape, layers["fc2"].rank) == ((10, 500), 10)
+    assert layers["fc2"].drift is None
+    assert layers["fc2"].tau is None
+
+
+def test_sizes_are_counted_dense_trained_and_folded():
+    model = low_rank_lenet()
+    found = report(model)
+    fc1 = by_name(found)["fc1"]
+    assert fc1.dense_weights == 500 * 800
+    assert fc1.trained_weights == (500 + 20 + 800) * 20
+    assert fc1.folded_weights == (500 + 800) * 20
+    assert found.trained_parameters == sum(p.numel() for p in model.parameters())
+    assert found.dense_parameters == sum(p.numel() for p in lenet5().parameters()) == 431_080
+    cores = 4**2 + 10**2 + 20**2
+    assert found.folded_parameters == found.trained_parameters - cores
+
+
+def test_model_without_low_rank_layers():
+    found = report(mlp(6, 3, (5,)))
+    assert [layer.low_rank for layer in found.layers] == [False, False]
+    assert found.dense_parameters == found.trained_parameters == found.folded_parameters == 53
+    empty = report(nn.Sequential(nn.ReLU(), nn.LayerNorm(4)))
+    assert (empty.layers, empty.other_parameters, empty.max_cond) == ((), 8, 1.0)
+    assert "no linear or convolutional layer" in str(empty)
+
+
+def test_rank_of_a_dense_weight_is_the_numerical_one():
+    """A truncated network, made dense again, still has its rank; also stored in half precision."""
+    layer = lrm.nn.LowRankLinear(70, 60, 9, tau=0.5)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        dense = lrm.densify(copy.deepcopy(layer).to(dtype))
+        found = report(dense).layers[0]
+        assert found.rank == 9, dtype
+        assert found.cond < 1.6, dtype
+        assert found.has_kernel
+
+
+def test_zero_weight_has_rank_zero_and_no_cond():
+    linear = nn.Linear(4, 3)
+    nn.init.zeros_(linear.weight)
+    found = report(linear)
+    assert found.layers[0].rank == 0
+    assert math.isnan(found.layers[0].cond)
+    assert found.to_dict()["layers"][0]["cond"] is None
+
+
+@pytest.mark.parametrize("low_rank", [True, False])
+def test_grouped_convolution_reports_the_worst_group(low_rank):
+    conv = nn.Conv2d(6, 12, 3, groups=3)
+    model = nn.Sequential(conv)
+    if low_rank:
+        model[0] = lrm.nn.LowRankConv2d.from_dense(conv, 2, tau=None)
+    groups = conv.weight.detach().reshape(3, 4, 18).double()
+    s = torch.linalg.svdvals(groups)[:, : 2 if low_rank else 4]
+    layer = report(model).layers[0]
+    assert (layer.shape, layer.groups, layer.rank) == ((4, 18), 3, s.shape[1])
+    assert layer.sigma_max == pytest.approx(s.max().item(), rel=1e-5)
+    assert layer.sigma_min == pytest.approx(s.min().item(), rel=1e-5)
+    assert layer.cond == pytest.approx((s[:, 0] / s[:, -1]).max().item(), rel=1e-5)
+    assert layer.dense_weights == conv.weight.numel()
+    assert layer.trained_weights == (3 * (4 + 2 + 18) * 2 if low_rank else 216)
+    assert "3 x (4 x 18)" in str(report(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_measured_in_single(dtype):
+    layer = lrm.nn.LowRankLinear.from_dense(nn.Linear(40, 30), 5, tau=0.1).to(dtype)
+    found = report(layer).layers[0]
+    U, S, V = (factor.detach().double() for factor in layer.factors)
+    s = torch.linalg.svdvals(S)
+    assert found.cond == pytest.approx((s[0] / s[-1]).item(), rel=1e-5)
+    drift = max((Q.mT @ Q - torch.eye(5)).abs().max().item() for Q in (U, V))
+    assert found.drift == pytest.approx(drift, abs=1e-6)  # not rounded to the dtype's grid
+    assert 1e-6 < found.drift < 1e-2
+    assert found.note == ""
+
+
+def test_layer_off_its_manifold_or_bound_is_noted():
+    layer = lrm.nn.LowRankLinear(8, 6, 3, tau=0.1)
+    with torch.no_grad():
+        layer.factors.S[0, 0] *= 3
+    assert report(layer).layers[0].note == "cond above 1 + tau"
+    with torch.no_grad():
+        layer.factors.U.mul_(1.5)
+    assert report(layer).layers[0].note == "off its manifold"
+    assert "off its manifold" in str(report(layer))
+    with torch.no_grad():
+        layer.weight[0, 0] = float("nan")
+    broken = report(layer)
+    assert broken.layers[0].note == "NaN or Inf"
+    assert json.loads(json.dumps(broken.to_dict(), allow_nan=False))["layers"][0]["cond"] is None
+
+
+def test_dense_layer_with_nan_is_noted():
+    linear = nn.Linear(3, 2)
+    with torch.no_grad():
+        linear.weight[0, 0] = float("inf")
+    assert report(linear).layers[0].note == "NaN or Inf"
+
+
+def test_meta_and_lazy_layers_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"'0' \(LowRankLinear\) is on the meta device"):
+        report(nn.Sequential(lrm.nn.LowRankLinear(8, 6, 3, device="meta")))
+    with pytest.raises(ValueError, match=r"'0' \(Linear\) is on the meta device"):
+        report(nn.Sequential(nn.Linear(3, 2, device="meta")))
+    with pytest.raises(ValueError, match="lazy"):
+        report(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_shared_weight_is_counted_once():
+    a, b = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
+    b.weight = a.weight
+    found = report(nn.Sequential(a, b, a))
+    assert [layer.note for layer in found.layers] == ["", "weight of 0"]
+    assert found.trained_parameters == 25
+
+
+def test_parametrized_and_normalized_layers():
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4, bias=False)).train()
+    before = copy.deepcopy(spectral.state_dict())
+    found = report(spectral)
+    assert found.layers[0].sigma_max == pytest.approx(1.0, rel=0.2)
+    assert found.other_parameters == 0
+    assert all(torch.equal(before[k], v) for k, v in spectral.state_dict().items())
+    assert spectral.training
+
+
+def test_nothing_of_the_model_changes(device):
+    model = low_rank_lenet().to(device)
+    model(torch.randn(2, 1, 28, 28, device=device)).sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    versions = [p._version for p in model.parameters()]
+    with torch.enable_grad():
+        found = report(model)
+    assert all(isinstance(layer.cond, float) for layer in found.layers)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+    assert [p._version for p in model.parameters()] == versions
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_product_of_conds_is_labelled_as_no_bound():
+    found = report(low_rank_lenet())
+    assert found.cond_product == pytest.approx(math.prod(layer.cond for layer in found.layers))
+    text = " ".join(str(found).split())
+    assert "This is NOT a bound for the network's condition number" in text
+    assert "4 of 4 layers have a kernel" in text
+    assert "cosθ_i(x) = |V_iᵀz_i|/|z_i|" in text
+    assert "not of the map" in text
+    assert found.to_dict()["cond_product_is_a_bound"] is False
+
+
+def test_product_really_is_no_bound_but_with_cosines_it_is():
+    """The reason of the footer (mathematics 6), on two linear layers without biases."""
+    torch.manual_seed(1)
+    a = lrm.nn.LowRankLinear(16, 16, 4, bias=False, tau=0.1).double()
+    b = lrm.nn.LowRankLinear(16, 16, 4, bias=False, tau=0.1).double()
+    model = nn.Sequential(a, b)
+    x = torch.randn(1, 16, dtype=torch.float64)
+    measured = lrm.robustness.condition_number(model, x).item()
+    found = report(model)
+    assert measured > found.cond_product
+    z, cosines = x, 1.0
+    for layer in (a, b):
+        cosines *= ((z @ layer.factors.V).norm() / z.norm()).item()
+        z = layer(z)
+    assert measured <= found.cond_product / cosines * (1 + 1e-9)
+
+
+def test_dict_is_strict_json_and_table_has_a_row_for_each_layer():
+    found = report(low_rank_lenet())
+    again = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert [layer["name"] for layer in again["layers"]] == ["conv1", "conv2", "fc1", "fc2"]
+    assert again["layers"][0]["shape"] == [20, 25]
+    assert again["trained_parameters"] == found.trained_parameters
+    lines = str(found).splitlines()
+    assert [line.split()[0] for line in lines[:7]] == [
+        "layer", "conv1", "conv2", "fc1", "fc2", "other", "total",
+    ]  # fmt: skip
+    assert f"{found.dense_parameters:,}" in lines[6]
+
+
+def test_public_name():
+    assert lrm.report(nn.Linear(3, 2)).layers[0].name == ""
