@@ -5,7 +5,7 @@ WORKERS ?= 2
 PY := .venv/bin/python
 STAMP := .venv/.ready
 
-.PHONY: setup demo test test-slow lint types clean
+.PHONY: setup demo test test-slow theory lint types clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m slow
+
+theory: $(STAMP)
+	$(PY) -m theory
+	$(PY) -m theory --controls
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

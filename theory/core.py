@@ -1,0 +1,158 @@
+"""What a claim is, and what counts as evidence for it.
+
+A claim is a statement with hypotheses, constants and a source, a generator of samples, and a check.
+The check is the whole of the claim: it takes every constant from the claim's own file, so that
+changing one there makes it fail. Each claim carries controls, deliberately wrong versions that the
+same check must reject.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, SupportsFloat
+
+import torch
+
+Tag = Literal["published", "classical", "ours"]
+Kind = Literal["inequality", "identity", "order"]
+Sample = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a statement comes from.
+
+    Attributes
+    ----------
+    tag : {"published", "classical", "ours"}
+        A theorem of a paper; textbook knowledge; derived and proved in the project's mathematics.
+    reference : str
+        Paper with equation or theorem number, or the section of the mathematics.
+    """
+
+    tag: Tag
+    reference: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one sample says about a claim.
+
+    Attributes
+    ----------
+    measured, bound : float
+        For an inequality ``measured <= bound``, at the place of the largest ratio. For an identity,
+        the largest deviation and its tolerance. For an order of convergence, the deviation of the
+        fitted slope from the claimed one and what is allowed.
+    holds : bool
+        Whether the claim holds on this sample, tolerance included.
+    hypotheses_met : bool
+        False: the sample is outside the claim. It is skipped and counted, never passed.
+    independent : int
+        Number of independent problems in the sample (points of one trajectory count once).
+    detail : dict
+        Further numbers for pictures and reports.
+    ratios : sequence of float
+        Where one sample makes many comparisons, all their ratios, so that the report's min and
+        mean are not taken over maxima. Empty: the one ratio.
+    """
+
+    measured: float
+    bound: float
+    holds: bool
+    hypotheses_met: bool = True
+    independent: int = 1
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    ratios: Sequence[float] = ()
+
+    @property
+    def ratio(self) -> float:
+        """``measured / bound``; 0 if both vanish, NaN where the hypotheses are not met."""
+        if not self.hypotheses_met:
+            return math.nan
+        if self.bound == 0.0:
+            return 0.0 if self.measured == 0.0 else math.inf
+        return self.measured / self.bound
+
+
+def inequality(
+    measured: SupportsFloat, bound: SupportsFloat, *, tolerance: float = 0.0, **more: Any
+) -> Evidence:
+    """Evidence for ``measured <= bound`` up to an absolute rounding `tolerance`."""
+    measured, bound = float(measured), float(bound)
+    return Evidence(measured, bound, bool(measured <= bound + tolerance), **more)
+
+
+def identity(deviation: float, *, tolerance: float, **more: Any) -> Evidence:
+    """Evidence for an identity: the deviation must not exceed a tolerance derived from roundoff."""
+    return inequality(deviation, tolerance, **more)
+
+
+def not_met(reason: str) -> Evidence:
+    """A sample outside the hypotheses."""
+    return Evidence(math.nan, math.nan, False, hypotheses_met=False, detail={"reason": reason})
+
+
+@dataclass(frozen=True)
+class Control:
+    """A wrong version of the claim that the check must reject.
+
+    Attributes
+    ----------
+    name : str
+        What is wrong, e.g. "0.9 of the constant".
+    check : callable
+        Sample -> Evidence, the claim's own check with the wrong constant, formula or hypothesis.
+    sample : callable, optional
+        Its own samples, e.g. the extremal example at which a sharp constant is attained.
+    """
+
+    name: str
+    check: Callable[[Sample], Evidence]
+    sample: Callable[[int, torch.dtype, torch.device], Sample] | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement that could be wrong.
+
+    Attributes
+    ----------
+    id : str
+        ``group/name``, e.g. "geometry/sin-theta".
+    title : str
+    statement : str
+        In LaTeX, with all constants.
+    hypotheses : tuple of str
+    source : Source
+    sample : callable
+        (seed, dtype, device) -> mapping; the same seed gives the same sample.
+    check : callable
+        Sample -> Evidence.
+    controls : tuple of Control
+    trials : int
+        Samples in a default run.
+    figure : callable, optional
+        (dtype, device) -> matplotlib Figure, where looking says more than reading.
+    float32 : str
+        How the tolerance in float32 follows from the unit roundoff and the problem's condition, or
+        why the claim is checked in float64 only (then the sample ignores the dtype asked for).
+    kind : {"inequality", "identity", "order"}
+        What a ratio means: measured / bound; deviation / rounding tolerance; deviation of a fitted
+        slope / what is allowed. Only the first says how tight a statement is.
+    """
+
+    id: str
+    title: str
+    statement: str
+    hypotheses: tuple[str, ...]
+    source: Source
+    sample: Callable[[int, torch.dtype, torch.device], Sample]
+    check: Callable[[Sample], Evidence]
+    controls: tuple[Control, ...]
+    trials: int = 40
+    figure: Callable[[torch.dtype, torch.device], Any] | None = None
+    float32: str = ""
+    kind: Kind = "inequality"
