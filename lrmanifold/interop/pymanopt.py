@@ -146,15 +146,11 @@ def point_from_pymanopt(manifold: FixedRank, point: Any) -> Tensor:
     return manifold.pack(u, torch.diag(s), vt.mT)
 
 
-def tangent_to_pymanopt(
-    manifold: FixedRank, X: Tensor, xi: Tensor
-) -> _FixedRankTangentVector:
+def tangent_to_pymanopt(manifold: FixedRank, X: Tensor, xi: Tensor) -> _FixedRankTangentVector:
     """The tangent vector (Up, M, Vp) at ``point_to_pymanopt(manifold, X)``."""
     _, _, P, Qh = _gauge(manifold, X)
     U_p, M, V_p = manifold.unpack(xi.double())
-    return _FixedRankTangentVector(
-        _numpy(U_p @ Qh.mT), _numpy(P.mT @ M @ Qh.mT), _numpy(V_p @ P)
-    )
+    return _FixedRankTangentVector(_numpy(U_p @ Qh.mT), _numpy(P.mT @ M @ Qh.mT), _numpy(V_p @ P))
 
 
 def tangent_from_pymanopt(manifold: FixedRank, X: Tensor, vector: Any) -> Tensor:

@@ -8,9 +8,7 @@ from ._packing import Factors, perp
 
 def lift(X: Factors, xi: Factors) -> Factors:
     """Velocity (U_p S⁻¹, M, V_p S⁻ᵀ) of the factors that moves U S Vᵀ along ξ."""
-    return Factors(
-        linalg.solve_right(xi.U, X.S), xi.S, linalg.solve_right(xi.V, X.S.mT)
-    )
+    return Factors(linalg.solve_right(xi.U, X.S), xi.S, linalg.solve_right(xi.V, X.S.mT))
 
 
 def ehess2rhess(X: Factors, g: Factors, h: Factors, xi: Factors) -> Factors:

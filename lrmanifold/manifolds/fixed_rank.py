@@ -342,9 +342,7 @@ class FixedRank(geoopt.Manifold):
         Tensor, shape of `x`
         """
         return pack(
-            *ehess2rhess(
-                self.unpack(x), self.unpack(egrad), self.unpack(ehess), self.unpack(xi)
-            )
+            *ehess2rhess(self.unpack(x), self.unpack(egrad), self.unpack(ehess), self.unpack(xi))
         )
 
     @in_compute_dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -150,9 +151,11 @@ class RankScheduler:
         ------
         ValueError
             Without a closure, if a layer has a bound.
-        FloatingPointError
-            If the coefficient steps overflow. As after any error, weights, ranks and the
-            optimizer's state are those from before.
+
+        Notes
+        -----
+        After an error, or with a RuntimeWarning when a gradient of the coefficient steps holds NaN
+        or Inf, weights, ranks and the optimizer's state are those from before.
         """
         layers = self._trained()
         capped = {k: v for k, v in layers.items() if self._capped(v)}
@@ -174,12 +177,19 @@ class RankScheduler:
             for name, found in directions.items():
                 # The truncated bases are part of the old ones; directions are made orthogonal anew.
                 self._widen(name, layers[name], found)
-        except BaseException:
+        except BaseException as error:
             for layer, rank, data, state in saved:
                 layer.manifold.set_rank_(rank)
                 replace_data(layer.weight, data)
                 self._state(layer).update(state)
-            raise
+            if not isinstance(error, _NonFiniteError):
+                raise
+            warnings.warn(
+                f"the gradient of {error} is not finite: this adaptation is left out; if it "
+                "happens again, lower coefficient_lr",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     @torch.no_grad()
     def truncate(self) -> None:
@@ -283,16 +293,15 @@ class RankScheduler:
         for _ in range(self.coefficient_steps):
             with torch.enable_grad():
                 closure()
-            for layer in layers.values():
+            for name, layer in layers.items():
                 p, M = layer.weight, layer.manifold
-                if p.grad is not None and bool(torch.isfinite(p.grad).all()):
-                    unpack(p.data, M.m, M.n).S.sub_(rates.get(p, 0.0) * unpack(p.grad, M.m, M.n).S)
-        for name, layer in layers.items():
+                if p.grad is None:
+                    continue
+                unpack(p.data, M.m, M.n).S.sub_(rates.get(p, 0.0) * unpack(p.grad, M.m, M.n).S)
+                if not bool(torch.isfinite(p.data).all()):
+                    raise _NonFiniteError(name)
+        for layer in layers.values():
             layer.weight.grad = None
-            if not bool(torch.isfinite(layer.weight).all()):
-                raise FloatingPointError(
-                    f"the coefficient steps of {name} overflow: lower coefficient_lr or the rate"
-                )
 
     # -- state
 
@@ -314,6 +323,10 @@ class RankScheduler:
                 "the model's state dict first"
             )
         self.count = int(state["count"])
+
+
+class _NonFiniteError(Exception):
+    """A coefficient step of the layer named left the finite numbers."""
 
 
 def _rule(rule: Any, name: str) -> float | None:
