@@ -44,6 +44,8 @@ def main() -> None:
         return models.build("lenet5", dataset)
 
     rows: list[dict[str, Any]] = []
+    used = {"data": options.data, **vars(settings), "ranks": RANKS}
+    name = f"lenet5_{options.data}_seed{options.seed}"
     dense = None
     print(
         f"{'ranks':6} {'method':24} {'kept':>6} {'cond':>6} "
@@ -83,12 +85,9 @@ def main() -> None:
             print(
                 f"{size:6} {method.name:24} {trained.weights_kept:6.1%} {cond} {values}", flush=True
             )
-    settings_used = {"data": options.data, **vars(settings), "ranks": RANKS}
-    print(
-        record(
-            f"lenet5_{options.data}_seed{options.seed}", {"settings": settings_used, "rows": rows}
-        )
-    )
+            # After every row: a run that is cut short keeps what it has measured.
+            path = record(name, {"settings": used, "rows": rows})
+    print(path)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from theory.approximation import (
     isometries,
     koch_lubich,
     lipschitz,
+    no_blow_up,
     optimizer,
     prescribed_path,
     proportional,
@@ -99,6 +100,28 @@ def test_prescribed_path_bound_holds(device, size, seed):
 def test_strongly_convex_bound_is_uniform_in_time(device, seed, change, noise):
     sample = strongly_convex.sample(seed, F64, device, change=change, noise=noise)
     assert agrees(strongly_convex.check(sample))
+
+
+@pytest.mark.parametrize("family", [no_blow_up.TURNS, "quadratic", "completion", "prescribed path"])
+@ONE
+@given(seed=seeds, noise=st.floats(-6, -2))
+def test_small_epsilon_needs_no_exponential_factor(device, family, seed, noise):
+    sample = no_blow_up.sample(seed, F64, device, family=family, noise=10**noise)
+    assert agrees(no_blow_up.check(sample))
+
+
+def test_theorem_E_beats_theorem_A_by_an_exponential_factor(device):
+    at = no_blow_up.turning(3, device, noise=1e-4, horizon=8.0)
+    evidence = no_blow_up.check({"problem": at})
+    assert evidence.holds
+    assert evidence.detail["theorem A / theorem E at T, mean"] > 100.0
+
+
+def test_riccati_solution_is_right_where_it_is_known(device):
+    """g' = 1 + g² has the solution tan t."""
+    t = torch.linspace(0.0, 1.2, 65, dtype=F64, device=device)
+    one = torch.ones(65, 1, dtype=F64, device=device)
+    assert torch.allclose(no_blow_up.riccati(t, 0.0 * one, one, one)[:, 0], t.tan(), rtol=1e-6)
 
 
 @ONE

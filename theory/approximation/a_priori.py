@@ -11,9 +11,9 @@ Lipschitz constant of F, λ its one-sided one, ‖F(W)‖, ‖F(Y)‖ <= μ, ‖
 σ_r(W) - σ_{r+1}(W) >= s - ε. ∎
 
 **Where it is loose.** μ bounds all of F, but only its part normal to M_r bends, and that part is
-small while W stays near M_r: on these problems the measured κ is 2 to 20 times smaller than μ/s.
-The net has no global λ, ℓ and is left to the certificate. b is sharp as ε -> 0, t -> 0 (control).
-Source: mathematics 4.1 (ours).
+small while W stays near M_r: the measured κ is 2 to 20 times smaller than μ/s on these problems.
+For small ε the exponent is λ alone: ``no_blow_up.py``. The net has no global λ, ℓ and is left to
+the certificate. b is sharp as ε -> 0, t -> 0 (control). Source: mathematics 4.1 (ours).
 """
 
 from __future__ import annotations

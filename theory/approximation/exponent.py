@@ -11,9 +11,10 @@ for Y(0) = X₀ with the pair (u, v) turned by θ towards (u_⊥, v_⊥).
 ρ' = ν sin²θ; the other singular pairs are orthogonal to both. Hence tan θ grows like e^{νt/σ} up to
 O(θ²), and ‖Y - X‖ = √2 σ sin θ + O(θ²). ∎
 
-Valid for νt < σ, after which the normal pair overtakes and X jumps. So the factor e^{μt/s} is not
-an artefact of the proof: pushing a low-rank flow away from its manifold makes it unstable at the
-rate force / smallest singular value. That is the reason to keep σ_r large. mathematics 4.1 (ours).
+Valid for νt < σ, after which the normal pair overtakes and X jumps. So e^{μt/s} is no artefact of
+the proof: pushing a low-rank flow away from its manifold makes it unstable at the rate force /
+smallest singular value, a reason to keep σ_r large. But it takes a push that lasts: here ε = νt.
+For small ε there is no such factor (``no_blow_up.py``). mathematics 4.1 (ours).
 """
 
 from __future__ import annotations
