@@ -52,13 +52,14 @@ def reference_step(
     Z = dense.project_tangent(U, V, G)
     blocks = dense_blocks(U, V, Z)
     b = betas[0] * b + (1 - betas[0]) * Z
-    squares = [float(B.square().mean()) for B in blocks]
+    squares = mean_squares(blocks, each=tau is not None)
     v = [betas[1] * a + (1 - betas[1]) * s for a, s in zip(v, squares, strict=True)]
-    steps = []
-    for B, a in zip(dense_blocks(U, V, b), v, strict=True):
-        B = B / (1 - betas[0] ** step) / ((a / (1 - betas[1] ** step)) ** 0.5 + eps)
-        steps.append(B / max(1.0, float(B.square().mean()) ** 0.5))
-    U_p, M, V_p = steps
+    steps = [
+        B / (1 - betas[0] ** step) / ((a / (1 - betas[1] ** step)) ** 0.5 + eps)
+        for B, a in zip(dense_blocks(U, V, b), v, strict=True)
+    ]
+    limits = mean_squares(steps, each=tau is not None)
+    U_p, M, V_p = (B / max(1.0, a**0.5) for B, a in zip(steps, limits, strict=True))
     M = M + weight_decay * S
     if penalty:
         M = M + penalty * dense.penalty_gradient(S, squared=penalty_squared)
@@ -76,6 +77,14 @@ def dense_blocks(U: Tensor, V: Tensor, Z: Tensor) -> tuple[Tensor, Tensor, Tenso
     U_p = Z @ V - U @ M if U.shape[0] > U.shape[1] else torch.zeros_like(U)
     V_p = Z.mT @ U - V @ M.mT if V.shape[0] > V.shape[1] else torch.zeros_like(V)
     return U_p, M, V_p
+
+
+def mean_squares(blocks, *, each: bool) -> list[float]:
+    """Of the entries of each block, or of all blocks together."""
+    if each:
+        return [float(B.square().mean()) for B in blocks]
+    total, count = sum(float(B.square().sum()) for B in blocks), sum(B.numel() for B in blocks)
+    return [total / count] * 3
 
 
 class Quadratic:
@@ -230,18 +239,41 @@ def test_moments_forget_neither_decay_nor_penalty_because_they_never_see_them():
     assert not torch.equal(p, q)
 
 
+@pytest.mark.parametrize("retraction", ["factored", "bug"])
 @pytest.mark.parametrize("rank", [8, 30, 45])
-def test_momentum_that_is_transported_between_blocks_does_not_blow_the_step_up(rank):
-    # Without the limit on the size of a block, rank 45 is at 1e6 after these steps: momentum of M
-    # arrives in U_p and V_p, and is divided by the small second moments that it finds there.
+def test_a_matrix_of_low_rank_is_found_at_any_rank(rank, retraction):
+    # With a second moment for each block the moments of U_p and V_p are tiny near the minimum, and
+    # what the transport brings there is divided by them: "bug" ends at 0.1, or above 1e6 without
+    # the limit on the step.
     torch.manual_seed(0)
-    M = lrm.FixedRank(60, 48, rank, retraction="factored")
-    A = M.to_dense(M.random(dtype=torch.float64)).as_subclass(Tensor)
+    M = lrm.FixedRank(60, 48, rank, retraction=retraction)
+    A = torch.randn(60, 8).double() @ torch.randn(8, 48).double()
+    A = A / torch.linalg.matrix_norm(A, 2)
     p = random_weight(M)
-    optimizer, start = CondLRAdam([p], lr=0.01), float((M.to_dense(p.detach()) - A).norm())
-    for _ in range(400):
+    optimizer = CondLRAdam([p], lr=0.01)
+    for _ in range(300):
         descend(optimizer, p, lambda W: 0.5 * (W - A).square().sum())
-        assert float((M.to_dense(p.detach()) - A).norm()) <= 1.5 * start
+        assert float((M.to_dense(p.detach()) - A).norm()) <= 1.1 * float(A.norm()) + rank**0.5
+    assert float((M.to_dense(p.detach()) - A).norm()) <= 0.02 * float(A.norm())
+
+
+def test_steps_after_a_change_of_block_are_limited():
+    """Momentum of M that arrives in U_p, which never had a gradient, is not blown up."""
+    torch.manual_seed(0)
+    M = lrm.WellConditioned(9, 8, 3, tau=0.5)
+    p = random_weight(M)
+    optimizer = CondLRAdam([p], lr=1e-3)
+    blocks = [torch.zeros(9, 3), torch.randn(3, 3), torch.zeros(8, 3)]
+    p.grad = M.pack(*blocks).double()
+    optimizer.step()
+    U = M.unpack(p.detach()).U
+    moved = torch.randn(9, 3).double()
+    optimizer.state[p]["exp_avg"] = M.pack(moved - U @ (U.mT @ moved), *M.unpack(p.grad)[1:])
+    X = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    step = M.inverse_retr(X, p.detach())
+    assert float(step.norm()) <= 1e-3 * (9 * 3 + 3 * 3) ** 0.5 * 1.01
 
 
 # -- what holds during training
@@ -273,7 +305,7 @@ def test_the_certificate_holds_after_every_step(device, tau, lr):
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize(("tau", "lr"), [(None, 0.3), (0.5, 0.3)])
+@pytest.mark.parametrize(("tau", "lr"), [(None, 0.3), (1.0, 0.3)])
 def test_completion_from_three_tenths_of_the_entries_reaches_the_noise(tau, lr):
     # 200 x 150, rank 8, entries of variance 1, noise 1e-3: best possible about
     # 1e-3 sqrt((m + n - r) r / (0.3 m n)) = 5.5e-4 relative to ‖A‖.

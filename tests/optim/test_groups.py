@@ -76,12 +76,14 @@ def test_the_names_reach_error_messages():
         optimizer.step()
 
 
-def test_parameters_on_other_manifolds_are_in_the_manifold_group():
+def test_parameters_on_manifolds_without_a_core_are_not_decayed():
     net = nn.Module()
     frame = lrm.Stiefel().random(5, 2).as_subclass(Tensor)
     net.frame = geoopt.ManifoldParameter(frame, manifold=lrm.Stiefel())
     net.plain = geoopt.ManifoldParameter(torch.ones(2, 2))  # geoopt's default: Euclidean
-    assert by_name(param_groups(net)) == {"manifold": ["frame"], "decay": ["plain"]}
+    groups = param_groups(net, weight_decay=0.1)
+    assert by_name(groups) == {"decay": ["plain"], "no_decay": ["frame"]}
+    lrm.optim.CondLR(groups, lr=0.1)  # a frame in a group with decay would be refused
 
 
 @pytest.mark.parametrize("lose", ["delete", "euclidean", "plain"])

@@ -233,6 +233,8 @@ def test_frozen_layers_stay_and_layers_that_share_a_weight_are_adapted_once():
     torch.manual_seed(0)
     model = nn.Sequential(*(LowRankLinear(12, 12, 3, tau=None, gradient="probe") for _ in range(3)))
     model[0].requires_grad_(False)
+    with torch.no_grad():
+        model[0].factors.S[0].mul_(1e-9)
     model[2].weight = model[1].weight
     optimizer = CondLR([p for p in model.parameters() if p.requires_grad], 0.01, momentum=0.5)
     scheduler = RankScheduler(model, optimizer, tol=1e-6)

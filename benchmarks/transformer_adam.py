@@ -1,0 +1,175 @@
+"""A character-level transformer: dense AdamW against CondLRAdam at half the weights.
+
+Two causal blocks of width 96 on 69 kB of the Python language reference (benchmarks/data). Both get
+the same start, batches, cosine and number of steps, and the same small grid of rates. Goal: within
+3 % of the dense validation loss.
+
+    python -m benchmarks.transformer_adam [--steps 700] [--rules]
+
+``--rules`` compares one second moment a block, as in the library, with one a point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lrmanifold as lrm
+from lrmanifold.optim import CondLRAdam, param_groups
+
+from ._moments import moment_rule
+from ._record import record
+
+TEXT = Path(__file__).resolve().parent / "data" / "python_reference.txt"
+WIDTH, HEADS, BLOCKS, CONTEXT, BATCH = 96, 4, 2, 64, 16
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+
+
+class Block(nn.Module):
+    """Causal attention and an MLP, pre-norm; four linear layers."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B, T, width) to the same."""
+        parts = self.query_key_value(self.norm1(x)).chunk(3, -1)
+        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in parts)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """Characters (B, T) to logits (B, T, size)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.token, self.place = nn.Embedding(size, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.Sequential(*(Block(WIDTH, HEADS) for _ in range(BLOCKS)))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, size)
+        for embedding in (self.token, self.place):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the next characters."""
+        places = torch.arange(x.shape[1], device=x.device)
+        return self.head(self.norm(self.blocks(self.token(x) + self.place(places))))
+
+
+def load() -> tuple[Tensor, Tensor, int]:
+    """Training text, validation windows (count, CONTEXT + 1) and the number of characters.
+
+    Every eighth stretch of 1024 characters is for validation.
+    """
+    text = TEXT.read_text(encoding="utf-8")
+    index = {c: i for i, c in enumerate(sorted(set(text)))}
+    data = torch.tensor([index[c] for c in text])
+    parts = data.split(1024)
+    training = torch.cat([p for i, p in enumerate(parts) if i % 8])
+    held = [p.unfold(0, CONTEXT + 1, CONTEXT) for i, p in enumerate(parts[:-1]) if i % 8 == 0]
+    return training, torch.cat(held), len(index)
+
+
+def train(
+    lr: float,
+    steps: int,
+    *,
+    tau: float | None,
+    dense: bool,
+    seed: int = 0,
+    compression: float = 0.5,
+) -> dict[str, Any]:
+    """One run; returns final validation loss, the share of weights kept, the largest cond."""
+    training, held, size = load()
+    torch.manual_seed(seed)
+    model: nn.Module = Transformer(size)
+    full = sum(p.numel() for p in model.parameters())
+    if not dense:
+        lrm.factorize(model, compression=compression, tau=tau)
+    groups = param_groups(model)
+    optimizer = torch.optim.AdamW(groups, lr) if dense else CondLRAdam(groups, lr)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.01 if group.get("name") != "no_decay" else 0.0
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: min(1.0, (t + 1) / 50) * 0.5 * (1 + math.cos(math.pi * t / steps))
+    )
+    generator = torch.Generator().manual_seed(seed)
+    start = time.perf_counter()
+    for _ in range(steps):
+        at = torch.randint(len(training) - CONTEXT, (BATCH, 1), generator=generator)
+        window = training[at + torch.arange(CONTEXT + 1)]
+        logits = model(window[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        logits = model(held[:, :-1])
+        value = F.cross_entropy(logits.flatten(0, 1), held[:, 1:].flatten())
+    layers = [m for m in model.modules() if isinstance(m, lrm.nn.LowRankLayer)]
+    conds = [float(layer.manifold.cond(layer.weight.detach()).max()) for layer in layers]
+    return {
+        "lr": lr,
+        "loss": float(value),
+        "weights_kept": sum(p.numel() for p in model.parameters()) / full,
+        "cond": max(conds, default=None),
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    """Run the grid, print a table, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rules", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+
+    def run(method: str, lr: float, rule: str = "block", **how: Any) -> None:
+        with moment_rule(rule):
+            result = train(lr, options.steps, seed=options.seed, **how)
+        rows.append({"method": method, **result})
+        cond = "" if result["cond"] is None else f"{result['cond']:8.3f}"
+        print(
+            f"{method:34}{lr:8.0e}{result['loss']:9.4f}{result['weights_kept']:8.1%}"
+            f"{cond:>9}{result['seconds']:7.1f} s",
+            flush=True,
+        )
+
+    if options.rules:
+        for rule in ("block", "point", "block, unlimited"):
+            for tau in (None, 0.5):
+                for lr in RATES:
+                    run(f"CondLRAdam {rule}, tau={tau}", lr, rule, tau=tau, dense=False)
+        record("second_moments_transformer", rows)
+        return
+    for lr in RATES:
+        run("dense AdamW", lr, tau=None, dense=True)
+    for lr in RATES:
+        run("CondLRAdam, tau=None", lr, tau=None, dense=False)
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row["method"]] = min(row["loss"], best.get(row["method"], math.inf))
+    for method, loss in best.items():
+        print(f"{method}: {loss:.4f}, {loss / best['dense AdamW'] - 1:+.1%} against dense")
+    record("transformer_adam", {"runs": rows, "best": best})
+
+
+if __name__ == "__main__":
+    main()
