@@ -18,6 +18,13 @@ class SVD(NamedTuple):
     Vh: Tensor
 
 
+def _finite(found: SVD) -> SVD:
+    """Raise if LAPACK reports success but returns NaN or Inf for a finite matrix."""
+    if found.s.device.type == "cpu" and not all(bool(torch.isfinite(x).all()) for x in found):
+        raise torch.linalg.LinAlgError("the SVD of a finite matrix holds NaN or Inf")
+    return found
+
+
 def _svd_one(A: Tensor) -> SVD:
     """SVD of one matrix that LAPACK's divide and conquer refused: float64, then rotated."""
     wide = A.double()
@@ -25,13 +32,14 @@ def _svd_one(A: Tensor) -> SVD:
     for attempt in range(9):
         try:
             if attempt == 0:
-                return SVD(*(x.to(A.dtype) for x in torch.linalg.svd(wide, full_matrices=False)))
+                found = _finite(SVD(*torch.linalg.svd(wide, full_matrices=False)))
+                return SVD(*(x.to(A.dtype) for x in found))
             # A rotation changes the rounding of the bidiagonal form, on which convergence hangs.
             n = A.shape[-1]
             rotation = torch.linalg.qr(
                 torch.randn(n, n, generator=generator, dtype=torch.float64)
             ).Q.to(A.device)
-            U, s, Vh = torch.linalg.svd(wide @ rotation, full_matrices=False)
+            U, s, Vh = _finite(SVD(*torch.linalg.svd(wide @ rotation, full_matrices=False)))
             return SVD(U.to(A.dtype), s.to(A.dtype), (Vh @ rotation.mT).to(A.dtype))
         except torch.linalg.LinAlgError:
             continue
@@ -66,7 +74,7 @@ def svd(A: Tensor) -> SVD:
     """
     A = checked(A, "A")
     try:
-        return SVD(*torch.linalg.svd(A, full_matrices=False))
+        return _finite(SVD(*torch.linalg.svd(A, full_matrices=False)))
     except torch.linalg.LinAlgError:
         if A.ndim == 2:
             return _svd_one(A)
@@ -84,6 +92,9 @@ def svdvals(A: Tensor) -> Tensor:
     """Singular values in decreasing order, shape (..., min(m, n)); robust like :func:`svd`."""
     A = checked(A, "A")
     try:
-        return torch.linalg.svdvals(A)
+        s = torch.linalg.svdvals(A)
+        if s.device.type != "cpu" or bool(torch.isfinite(s).all()):
+            return s
     except torch.linalg.LinAlgError:
-        return svd(A).s
+        pass
+    return svd(A).s

@@ -101,3 +101,18 @@ def test_real_clustered_cores_are_projected(data_dir, size, threads):
         C = linalg.spectral_clip(S, tau)
         assert float(torch.linalg.cond(C.double())) <= (1 + tau) * (1 + 1e-5)
         assert relative(linalg.spectral_clip(C, tau), C) <= 1e-6
+
+
+def test_nan_from_lapack_without_an_error_is_done_again(monkeypatch):
+    real, calls = torch.linalg.svd, []
+
+    def once_wrong(A, **options):
+        calls.append(A)
+        U, s, Vh = real(A, **options)
+        return (U * float("nan"), s, Vh) if len(calls) == 1 else (U, s, Vh)
+
+    monkeypatch.setattr(torch.linalg, "svd", once_wrong)
+    A = torch.randn(6, 6)
+    U, s, Vh = linalg.svd(A)
+    assert len(calls) == 2
+    assert ((U * s) @ Vh - A).abs().max() <= 1e-5
