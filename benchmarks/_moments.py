@@ -43,6 +43,7 @@ class _Unlimited:
 
 
 RULES: dict[str, Callable[[], Callable[..., Tensor]]] = {
+    "library": lambda: _library,
     "block": lambda: _block,
     "point": lambda: _point,
     "block, unlimited": _Unlimited,

@@ -1,12 +1,14 @@
 """A character-level transformer: dense AdamW against CondLRAdam at half the weights.
 
 Two causal blocks of width 96 on 69 kB of the Python language reference (benchmarks/data). Both get
-the same start, batches, cosine and number of steps, and the same small grid of rates. Goal: within
-3 % of the dense validation loss.
+the same start, batches, cosine and number of steps, and the same small grid of rates. All linear
+layers but the head are low-rank with cond <= 1.1. Goal: within 3 % of the dense validation loss.
+About 6 minutes on one core.
 
-    python -m benchmarks.transformer_adam [--steps 700] [--rules]
+    python -m benchmarks.transformer_adam [--steps 2000] [--rules]
 
-``--rules`` compares one second moment a block, as in the library, with one a point.
+``--rules`` compares one second moment a block with one a point instead, with the bound and
+without.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from ._moments import moment_rule
 from ._record import record
 
 TEXT = Path(__file__).resolve().parent / "data" / "python_reference.txt"
-WIDTH, HEADS, BLOCKS, CONTEXT, BATCH = 96, 4, 2, 64, 16
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+WIDTH, HEADS, BLOCKS, CONTEXT, BATCH = 96, 4, 2, 64, 8
+RATES, TAU = (1e-3, 2e-3, 4e-3, 8e-3), 0.1
 
 
 class Block(nn.Module):
@@ -97,7 +99,7 @@ def train(
     model: nn.Module = Transformer(size)
     full = sum(p.numel() for p in model.parameters())
     if not dense:
-        lrm.factorize(model, compression=compression, tau=tau)
+        lrm.factorize(model, compression=compression, tau=tau, exclude="head")
     groups = param_groups(model)
     optimizer = torch.optim.AdamW(groups, lr) if dense else CondLRAdam(groups, lr)
     for group in optimizer.param_groups:
@@ -134,14 +136,14 @@ def train(
 def main() -> None:
     """Run the grid, print a table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rules", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
 
-    def run(method: str, lr: float, rule: str = "block", **how: Any) -> None:
+    def run(method: str, lr: float, rule: str = "library", **how: Any) -> None:
         with moment_rule(rule):
             result = train(lr, options.steps, seed=options.seed, **how)
         rows.append({"method": method, **result})
@@ -153,16 +155,16 @@ def main() -> None:
         )
 
     if options.rules:
-        for rule in ("block", "point", "block, unlimited"):
-            for tau in (None, 0.5):
-                for lr in RATES:
+        for tau in (TAU, None):
+            for rule in ("block", "point"):
+                for lr in RATES[2:]:
                     run(f"CondLRAdam {rule}, tau={tau}", lr, rule, tau=tau, dense=False)
         record("second_moments_transformer", rows)
         return
     for lr in RATES:
         run("dense AdamW", lr, tau=None, dense=True)
     for lr in RATES:
-        run("CondLRAdam, tau=None", lr, tau=None, dense=False)
+        run(f"CondLRAdam, tau={TAU}", lr, tau=TAU, dense=False)
     best: dict[str, float] = {}
     for row in rows:
         best[row["method"]] = min(row["loss"], best.get(row["method"], math.inf))

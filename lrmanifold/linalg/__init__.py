@@ -8,7 +8,8 @@ rank-deficient one as NaN or with an arbitrary completion of its basis, and the 
 are untouched.
 """
 
-from ._common import compute_dtype
+from ._certificate import condition_bound
+from ._common import all_finite, compute_dtype
 from ._conditioning import (
     Centre,
     clip_values,
@@ -17,17 +18,23 @@ from ._conditioning import (
     conditioning_penalty_grad,
     spectral_clip,
 )
-from ._orthonormal import orthonormalize, polar, qr, solve_right
+from ._newton_schulz import inverse_square_root
+from ._orthonormal import gram, inverse, orthonormalize, polar, qr, solve_right
 from ._svd import SVD, svd, svdvals
 
 __all__ = [
     "SVD",
     "Centre",
+    "all_finite",
     "clip_values",
     "compute_dtype",
+    "condition_bound",
     "condition_number",
     "conditioning_penalty",
     "conditioning_penalty_grad",
+    "gram",
+    "inverse",
+    "inverse_square_root",
     "orthonormalize",
     "polar",
     "qr",

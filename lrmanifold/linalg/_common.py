@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,9 +22,18 @@ def checked(A: Tensor, name: str) -> Tensor:
     if not A.is_floating_point():
         raise TypeError(f"{name} must be a real floating point tensor, got {A.dtype}")
     A = A.to(compute_dtype(A.dtype))
-    if A.device.type == "cpu" and not bool(torch.isfinite(A).all()):
+    if A.device.type == "cpu" and not all_finite(A):
         raise ValueError(f"{name} must be finite, got NaN or Inf in a tensor of {tuple(A.shape)}")
     return A
+
+
+def all_finite(A: Tensor) -> bool:
+    """Whether no entry is NaN or Inf; waits for the device.
+
+    By the sum, which a NaN or Inf never leaves and which costs a tenth of ``torch.isfinite``; entry
+    by entry only where the sum itself overflows.
+    """
+    return math.isfinite(A.detach().sum()) or bool(torch.isfinite(A).all())
 
 
 def check_square(S: Tensor, name: str) -> None:

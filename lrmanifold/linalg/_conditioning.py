@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ._certificate import certified, condition_bound, relative_defect
 from ._common import check_square, checked, compute_dtype
-from ._newton_schulz import clip_by_sign
+from ._newton_schulz import clip_by_sign, inverse_square_root
 from ._svd import svd, svdvals
 
 Centre = Literal["metric", "mean"]
+
+# Up to this condition number eigenvalues of SᵀS are as good as singular values.
+_NEAR = 3.0
+# A single core below this size has its SVD sooner than a certificate.
+_SMALL = 24
+# Rounding leaves a clipped spectrum a few ulp outside; so many count as feasible.
+_SLACK = 16
 
 
 def condition_number(S: Tensor) -> Tensor:
@@ -52,30 +62,40 @@ def metric_threshold(s: Tensor, kappa: float) -> Tensor:
     Tensor, shape (...)
         Where `s` is feasible already, some `t` with all of `s` in ``[t, kappa t]``.
     """
-    r = s.shape[-1]
-    up = s.double().flip(-1).contiguous()
-    zero = torch.zeros_like(up[..., :1])
-    sums = torch.cat((zero, up.cumsum(-1)), -1)
-    breaks = torch.cat((up, up / kappa), -1).sort(-1).values.contiguous()
+    wide = s.double()
+    rows = wide.detach().flip(-1).reshape(-1, s.shape[-1]).tolist()
+    inside = wide.new_tensor([_point_of_piece(row, kappa) for row in rows]).reshape(s.shape[:-1])
+    # Weight kappa for the p values above the band, 1 for the q below it, 0 within.
+    above, below = wide > kappa * inside[..., None], wide < inside[..., None]
+    weight = kappa * above.to(wide.dtype) + below.to(wide.dtype)
+    total = weight.square().sum(-1)
+    return torch.where(total > 0, (weight * wide).sum(-1) / total.clamp_min(1e-300), inside)
 
-    def counts(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q = torch.searchsorted(up, t, right=False)
-        below = torch.searchsorted(up, kappa * t, right=True)
-        small = sums.gather(-1, q)
-        big = sums[..., -1:] - sums.gather(-1, below)
-        # float64 counts: an int64 tensor times a Python float would be float32
-        return q.to(up.dtype), (r - below).to(up.dtype), small, big
 
-    q, p, small, big = counts(breaks)
-    slope = q * breaks - small + kappa * (kappa * p * breaks - big)
-    # The root lies between the last breakpoint with f' <= 0 and the next one.
-    left = ((slope <= 0).sum(-1, keepdim=True) - 1).clamp(0, 2 * r - 2)
-    a, b = breaks.gather(-1, left), breaks.gather(-1, left + 1)
-    q, p, small, big = counts(0.5 * (a + b))
-    weight = kappa * kappa * p + q
-    root = (kappa * big + small) / weight.clamp_min(1)
-    t = torch.where(weight > 0, root.clamp(a, b), 0.5 * (a + b))
-    return t[..., 0]
+def _point_of_piece(up: list[float], kappa: float) -> float:
+    """A point of the linear piece of f' that holds its root; `up` increases.
+
+    A bisection over the breakpoints in plain Python: a few values, found ten times faster than by
+    tensors.
+    """
+    sums = [0.0, *accumulate(up)]
+
+    def slope(t: float) -> float:
+        q, below = bisect_left(up, t), bisect_right(up, kappa * t)
+        high = kappa * (len(up) - below) * t - (sums[-1] - sums[below])
+        return q * t - sums[q] + kappa * high
+
+    breaks = sorted(up + [x / kappa for x in up])
+    left = max(bisect_right(breaks, 0.0, key=slope) - 1, 0)
+    return 0.5 * (breaks[left] + breaks[min(left + 1, len(breaks) - 1)])
+
+
+def _threshold(up: list[float], kappa: float) -> float:
+    """:func:`metric_threshold` of one increasing spectrum."""
+    t = _point_of_piece(up, kappa)
+    q, below = bisect_left(up, t), bisect_right(up, kappa * t)
+    p = len(up) - below
+    return (kappa * sum(up[below:]) + sum(up[:q])) / (kappa * kappa * p + q) if p + q else t
 
 
 def clip_values(s: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor:
@@ -94,6 +114,10 @@ def clip_values(s: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor:
     """
     kappa = 1.0 + _check_tau(tau)
     if centre == "metric":
+        if s.ndim == 1 and s.device.type == "cpu" and not s.requires_grad:
+            row = s.tolist()
+            low = _threshold(row[::-1], kappa)
+            return s.new_tensor([min(max(x, low), kappa * low) for x in row])
         t = metric_threshold(s, kappa).to(s.dtype)[..., None]
         return torch.minimum(torch.maximum(s, t), kappa * t)
     if centre == "mean":
@@ -103,7 +127,9 @@ def clip_values(s: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor:
     raise ValueError(f"centre must be 'metric' or 'mean', got {centre!r}")
 
 
-def spectral_clip(S: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor:
+def spectral_clip(
+    S: Tensor, tau: float, *, centre: Centre = "metric", margin: float = 0.0
+) -> Tensor:
     r"""Bring the singular values of `S` into a band of ratio ``1 + tau``.
 
     ``centre="metric"`` is the exact Frobenius projection onto
@@ -123,6 +149,9 @@ def spectral_clip(S: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor
     tau : float
         At least 0; the bound for the condition number is 1 + `tau`.
     centre : {"metric", "mean"}
+    margin : float
+        In [0, 1). Feasible matrices stay as they are; the others are brought further inside, to a
+        band of ratio ``1 + (1 - margin) tau``, so that the next ones need no clip for a while.
 
     Returns
     -------
@@ -131,30 +160,39 @@ def spectral_clip(S: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor
     Raises
     ------
     ValueError
-        If `tau` or `centre` is none of the above; on the CPU if `S` is zero or not finite.
+        If `tau`, `centre` or `margin` is none of these; on the CPU if `S` is zero or not finite.
     """
     tau = _check_tau(tau)
     if centre not in ("metric", "mean"):
         raise ValueError(f"centre must be 'metric' or 'mean', got {centre!r}")
+    if not 0.0 <= margin < 1.0:
+        raise ValueError(f"margin must be in [0, 1), got {margin}")
     dtype = S.dtype
     S = checked(S, "S")
     check_square(S, "S")
     if S.numel() == 0:
         return S.to(dtype)
     on_cpu = S.device.type == "cpu"
-    if on_cpu and not bool((S.abs().amax((-2, -1)) > 0).all()):
+    if on_cpu and not bool(S.any(-1).any(-1).all()):
         raise ValueError("S must not be the zero matrix: it has no well-conditioned neighbour")
     if S.shape[-1] == 1:
         return S.to(dtype)
     if not on_cpu:
-        return _clip_unchecked(S, tau, centre).to(dtype)
+        clipped = _clip_unchecked(S, (1.0 - margin) * tau, centre)
+        if margin:
+            fine = condition_bound(S) <= 1.0 + tau
+            clipped = torch.where(fine[..., None, None], S, clipped)
+        return clipped.to(dtype)
+    small = S.ndim == 2 and S.shape[-1] < _SMALL
+    if not small and not (S.requires_grad and torch.is_grad_enabled()):
+        found = _clip_by_products(S, tau, centre, margin)
+        if found is not None:
+            return found.to(dtype)
     U, s, Vh = svd(S)
-    # Rounding leaves a clipped spectrum a few ulp outside; those few count as feasible.
-    slack = 1.0 + 16 * torch.finfo(S.dtype).eps
-    feasible = s[..., 0] <= (1.0 + tau) * slack * s[..., -1]
+    feasible = _feasible(s, tau)
     if centre == "metric" and bool(feasible.all()):
         return S.to(dtype)
-    values = clip_values(s, tau, centre=centre)
+    values = clip_values(s, (1.0 - margin) * tau, centre=centre)
     # Only what leaves the band is changed: S + U diag(change) Vh keeps the rest to the last bit.
     clipped = S + (U * (values - s)[..., None, :]) @ Vh
     # But what is left of a dominant singular value would drown in its rounding.
@@ -165,6 +203,49 @@ def spectral_clip(S: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor
     if centre == "metric":
         clipped = torch.where(feasible[..., None, None], S, clipped)
     return clipped.to(dtype)
+
+
+def _feasible(s: Tensor, tau: float) -> Tensor:
+    """Whether max <= (1 + tau) min, up to rounding."""
+    slack = 1.0 + _SLACK * torch.finfo(s.dtype).eps
+    return s[..., 0] <= (1.0 + tau) * slack * s[..., -1]
+
+
+def _clip_by_products(S: Tensor, tau: float, centre: Centre, margin: float) -> Tensor | None:
+    """The clip without an SVD: near the set, from SᵀS alone. None where that is not accurate.
+
+    The usual case of a training step. A core that is certified to be feasible stays as it is;
+    otherwise ``S f(SᵀS)``, with an eigendecomposition (τ > 0) or Newton-Schulz products (τ = 0). An
+    eigenvalue of SᵀS is off by eps cond(S)², which counts for as much as the SVD's own rounding
+    while cond(S) is small.
+    """
+    kappa = 1.0 + tau
+    E, c = relative_defect(S)
+    if centre == "metric" and tau > 0 and certified(E, kappa):
+        return S
+    if tau == 0:
+        size = torch.linalg.matrix_norm(E)
+        worst = float(size.max())
+        if not worst <= 0.5:
+            return None
+        Q = S @ inverse_square_root(E, worst) / c.sqrt()
+        mean = (Q * S).sum((-2, -1), keepdim=True) / S.shape[-1]
+        return torch.where(
+            (size <= _SLACK * torch.finfo(S.dtype).eps)[..., None, None], S, mean * Q
+        )
+    try:
+        squares, Q = torch.linalg.eigh(E)
+    except torch.linalg.LinAlgError:
+        return None
+    # Not of the relative defect alone: NaN and Inf are for the SVD to report.
+    if not (float(squares.max()) + 1.0) <= _NEAR**2 * (float(squares.min()) + 1.0):
+        return None
+    s = (c[..., 0] * (1.0 + squares)).sqrt().flip(-1)
+    change = (clip_values(s, (1.0 - margin) * tau, centre=centre) / s - 1.0).flip(-1)
+    clipped = S + ((S @ Q) * change[..., None, :]) @ Q.mT
+    if centre == "mean":
+        return clipped
+    return torch.where(_feasible(s, tau)[..., None, None], S, clipped)
 
 
 def _clip_unchecked(S: Tensor, tau: float, centre: Centre) -> Tensor:

@@ -53,6 +53,43 @@ def scaled_newton_schulz(X: Tensor, *, lower: float | None = None) -> Tensor:
     return X
 
 
+# Coefficients of (1 + x)^(-1/2).
+_SERIES = (1.0, -1 / 2, 3 / 8, -5 / 16, 35 / 128, -63 / 256)
+
+
+def inverse_square_root(E: Tensor, size: float) -> Tensor:
+    """``(I + E)^(-1/2)`` of symmetric `E`, shape (..., r, r), by as few products as `size` allows.
+
+    The binomial series while it needs at most three products, coupled Newton-Schulz beyond.
+    Differentiable.
+
+    Parameters
+    ----------
+    E : Tensor
+    size : float
+        A bound for ‖E‖₂ of every matrix of the batch, below 1; at most 0.5 to be fast.
+    """
+    eps = torch.finfo(E.dtype).eps
+    identity = torch.eye(E.shape[-1], dtype=E.dtype, device=E.device)
+    differentiated = E.requires_grad and torch.is_grad_enabled()
+    for degree in range(1, 1 if differentiated else len(_SERIES) - 1):
+        if abs(_SERIES[degree + 1]) * size ** (degree + 1) <= 0.5 * eps * (1.0 - size):
+            root = _SERIES[degree] * E
+            for k in range(degree - 1, 0, -1):
+                root = E @ root + _SERIES[k] * E
+            return identity + root
+    # Differentiated, two more: the value converges before its first and second derivative.
+    steps = 2 if differentiated else 0
+    while size > eps and steps < 40:
+        size = 0.75 * size**2 + 0.25 * size**3
+        steps += 1
+    Y, Z = identity + E, identity.expand_as(E)
+    for k in range(steps):
+        T = 0.5 * (3.0 * identity - (Z @ Y if k else Y))
+        Y, Z = Y @ T, T @ Z if k else T
+    return Z
+
+
 def polar_square(R: Tensor, *, lower: float | None = None) -> Tensor:
     """Orthogonal polar factor of square matrices, shape (..., r, r), without a decomposition.
 

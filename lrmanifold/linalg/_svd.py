@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import checked
+from ._common import all_finite, checked
 
 
 class SVD(NamedTuple):
@@ -20,7 +20,7 @@ class SVD(NamedTuple):
 
 def _finite(found: SVD) -> SVD:
     """Raise if LAPACK reports success but returns NaN or Inf for a finite matrix."""
-    if found.s.device.type == "cpu" and not all(bool(torch.isfinite(x).all()) for x in found):
+    if found.s.device.type == "cpu" and not all(map(all_finite, found)):
         raise torch.linalg.LinAlgError("the SVD of a finite matrix holds NaN or Inf")
     return found
 
@@ -93,7 +93,7 @@ def svdvals(A: Tensor) -> Tensor:
     A = checked(A, "A")
     try:
         s = torch.linalg.svdvals(A)
-        if s.device.type != "cpu" or bool(torch.isfinite(s).all()):
+        if s.device.type != "cpu" or all_finite(s):
             return s
     except torch.linalg.LinAlgError:
         pass

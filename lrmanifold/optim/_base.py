@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from ..errors import GeometryError
+from ..linalg import all_finite, compute_dtype
 from ..manifolds import FixedRank
 from ..manifolds._dtype import storage_tolerance
 
 Ok = bool | Tensor
+# A parameter in a step: its group, itself, its manifold, a label for messages.
+Item = tuple[dict[str, Any], Tensor, geoopt.Manifold | None, str]
 
 # Rounding that a projection repairs without changing what the network computes by more than this.
 _REPAIRABLE = 0.05
@@ -88,6 +91,9 @@ class GeometricOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state; continues bit for bit where the saved optimizer stopped."""
         super().load_state_dict(state_dict)
+        # torch keeps the very tensors where it can; steps write into them, and not for two.
+        for state in self.state.values():
+            state.update({k: v.clone() for k, v in state.items() if isinstance(v, Tensor)})
         # torch casts all state to the parameter's dtype; the counters must stay integers.
         saved = state_dict["state"]
         ids = [k for g in state_dict["param_groups"] for k in g["params"]]
@@ -129,17 +135,33 @@ class GeometricOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, p, manifold, label in self._parameters():
+        bundles: dict[Any, list[Item]] = {}
+        for item in self._parameters():
+            group, p, manifold, label = item
             if p.grad is None:
                 continue
             if p.grad.is_sparse:
                 raise RuntimeError(f"sparse gradients are not supported, got one for {label}")
-            self._guarded_update(group, p, manifold, label)
+            bundles.setdefault(self._bundle_key(group, p, manifold), []).append(item)
+        for bundle in bundles.values():
+            if len(bundle) == 1 or not self._update_together(bundle):
+                for item in bundle:
+                    self._guarded_update(*item)
         return loss
+
+    def _bundle_key(
+        self, group: dict[str, Any], p: Tensor, manifold: geoopt.Manifold | None
+    ) -> Any:
+        """Parameters of equal keys are offered to :meth:`_update_together`; by default none are."""
+        return p
+
+    def _update_together(self, bundle: list[Item]) -> bool:
+        """Move all of these at once, or none and return False: each then moves by itself."""
+        return False
 
     def _parameters(
         self,
-    ) -> Iterator[tuple[dict[str, Any], Tensor, geoopt.Manifold | None, str]]:
+    ) -> Iterator[Item]:
         """Every parameter with its group, its checked manifold and a label for messages."""
         sizes = [len(group["params"]) for group in self.param_groups]
         if sizes != [len(geometry) for geometry in self._geometry]:
@@ -166,17 +188,13 @@ class GeometricOptimizer(torch.optim.Optimizer):
     def _guarded_update(
         self, group: dict[str, Any], p: Tensor, manifold: geoopt.Manifold | None, label: str
     ) -> None:
-        state, grad = self.state[p], p.grad
+        state, grad = self._state_of(p), p.grad
         assert grad is not None
-        if "skipped" not in state:
-            state["skipped"] = torch.zeros((), dtype=torch.int64, device=p.device)
-            state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
         if manifold is not None:
             self._ensure_on_manifold(p, manifold, state, label)
-        finite = torch.isfinite(grad).all()
-        ok: Ok = finite
+        ok: Ok = True
         if p.device.type == "cpu":
-            ok = bool(finite)
+            ok = all_finite(grad)
             if not ok and not group.get("skip_nonfinite", True):
                 raise FloatingPointError(f"the gradient of {label} holds NaN or Inf")
             if not ok:
@@ -184,9 +202,8 @@ class GeometricOptimizer(torch.optim.Optimizer):
                 return
         elif group.get("skip_nonfinite", True):
             # No host synchronisation: compute on zeros, then keep the old values where not finite.
-            grad = torch.where(finite, grad, torch.zeros_like(grad))
-        else:
-            ok = True
+            ok = torch.isfinite(grad).all()
+            grad = torch.where(ok, grad, torch.zeros_like(grad))
         grad = -grad if group.get("maximize") else grad
         try:
             ok = self._update(p, grad, manifold, group, state, ok)
@@ -202,6 +219,13 @@ class GeometricOptimizer(torch.optim.Optimizer):
             state["step"] += 1
         if manifold is not None:
             self._marks[p] = _mark(p)
+
+    def _state_of(self, p: Tensor) -> dict[str, Any]:
+        state = self.state[p]
+        if "skipped" not in state:
+            state["skipped"] = torch.zeros((), dtype=torch.int64, device=p.device)
+            state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
+        return state
 
     @abstractmethod
     def _update(
@@ -247,10 +271,9 @@ def and_finite(ok: Ok, Y: Tensor) -> Ok:
 
     A finite gradient can overflow on its way. On the CPU that raises.
     """
-    finite = torch.isfinite(Y).all()
     if isinstance(ok, Tensor):
-        return ok & finite
-    if Y.device.type == "cpu" and not bool(finite):
+        return ok & torch.isfinite(Y).all()
+    if Y.device.type == "cpu" and not all_finite(Y):
         raise ValueError("it overflows")
     return ok
 
@@ -274,7 +297,9 @@ def _mark(p: Tensor) -> tuple:
     the CPU the sum of the entries tells that one.
     """
     storage: Any = p.untyped_storage()
-    total = float(p.sum(dtype=torch.float64)) if p.device.type == "cpu" else 0.0
+    total = 0.0
+    if p.device.type == "cpu":
+        total = float(p.detach().sum(dtype=compute_dtype(p.dtype)))
     return p._version, storage._cdata, p.storage_offset(), tuple(p.shape), p.stride(), total
 
 

@@ -11,6 +11,7 @@ from .. import linalg
 from .._parameter import replace_data
 from ..manifolds import Factors, FixedRank, WellConditioned
 from ..manifolds._packing import change_of_base, pack, unpack
+from ._factored import Momentum, momentum_from_tangent, tangent_momentum
 
 # State tensors that are tangent vectors at the parameter's point.
 _TANGENT_STATE = ("momentum_buffer", "exp_avg")
@@ -132,12 +133,23 @@ def resize(p: Tensor, X: Factors, state: dict[str, Any] | None = None) -> None:
     wide = linalg.compute_dtype(p.dtype)
     with torch.no_grad():
         before = unpack(p.to(wide), manifold.m, manifold.n)
+        state = {} if state is None else state
+        velocities = "momentum_overlap" in state
+        if velocities:
+            momentum = Momentum(state["momentum_buffer"], state["momentum_overlap"])
+            state["momentum_buffer"] = tangent_momentum(manifold, p.detach(), momentum)
         for key in _TANGENT_STATE:
-            if state and key in state:
+            if key in state:
                 xi = unpack(state[key].to(wide), manifold.m, manifold.n)
                 state[key] = pack(*change_of_base(before, xi, X)).to(p.dtype)
+        if velocities:
+            xi = unpack(state["momentum_buffer"].to(wide), manifold.m, manifold.n)
+            momentum = momentum_from_tangent(X, xi)
+            state["momentum_buffer"] = momentum.velocity.to(p.dtype)
+            state["momentum_overlap"] = momentum.overlap.to(p.dtype)
+            state.pop("momentum_drift", None)
         for key in _SECOND_MOMENTS:
-            if state and key in state and state[key].shape == p.shape:
+            if key in state and state[key].shape == p.shape:
                 pairs = zip(unpack(state[key], manifold.m, manifold.n), X, strict=True)
                 sums = [(b[..., :1, :1] * (x.numel() / b.numel())).expand_as(x) for b, x in pairs]
                 state[key] = pack(*sums)

@@ -83,4 +83,13 @@ def step(
     Y_S = S + M
     if tau is not None:
         Y_S = nearest_well_conditioned(Y_S, 1.0 + tau)
-    return Y_U, Y_S, Y_V, (project_tangent(Y_U, Y_V, b) if momentum else None)
+    return Y_U, Y_S, Y_V, (transport(U, inverse, V, b, Y_U, Y_S, Y_V) if momentum else None)
+
+
+def transport(U, inverse, V, b, Y_U, Y_S, Y_V) -> Tensor:
+    """The velocities of the factors of `b`, without their parts in the new bases."""
+    M = U.mT @ b @ V
+    U_dot = (b @ V - U @ M) @ inverse
+    V_dot = (b.mT @ U - V @ M.mT) @ inverse.mT
+    U_dot, V_dot = U_dot - Y_U @ Y_U.mT @ U_dot, V_dot - Y_V @ Y_V.mT @ V_dot
+    return Y_U @ M @ Y_V.mT + U_dot @ Y_S @ Y_V.mT + Y_U @ Y_S @ V_dot.mT

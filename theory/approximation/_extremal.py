@@ -142,6 +142,6 @@ def sharp_reach(seed: int, dtype: torch.dtype, device: torch.device, *, tau: flo
     def force(t: Tensor, W: Layers) -> Layers:
         return ((push + 0.0 * t).expand_as(W[0]),)
 
-    start = (at.turned(1e-3),)
+    start = (at.turned(1e-2),)
     problem = Problem("sharp reach", force, (at.X,), at.rank, 0.3, 0.0, 0.0, start)
     return {"problem": problem, "tau": tau}

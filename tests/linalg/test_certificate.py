@@ -1,0 +1,139 @@
+"""Certificates without a decomposition: never wrong, and tight enough to be of use."""
+
+from __future__ import annotations
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import batches, cores, dtypes, gaussian, matrix, seeds, spectra, spectrum, taus
+
+from lrmanifold import linalg
+from lrmanifold.linalg._certificate import certified, relative_defect
+
+
+def true_cond(S: torch.Tensor) -> torch.Tensor:
+    s = torch.linalg.svdvals(S.double())
+    return s[..., 0] / s[..., -1]
+
+
+# Near feasible, where a wrong skip could hide: spectra of every kind just within and beyond a band.
+near = st.sampled_from((1.0, 1.0005, 1.001, 1.05, 1.0999, 1.1, 1.1001, 1.49, 1.5, 1.51, 3.0))
+
+
+@given(cores(sizes=(1, 2, 3, 8, 30, 100), conds=near))
+def test_the_bound_is_one(core):
+    bound = linalg.condition_bound(core.S)
+    assert bound.shape == core.S.shape[:-2]
+    assert bool((bound >= true_cond(core.S)).all())
+
+
+@given(cores(sizes=(2, 3, 8, 30, 100), conds=near), taus)
+def test_what_is_certified_is_feasible(core, tau):
+    E, _ = relative_defect(core.S)
+    if certified(E, 1 + tau):
+        assert bool((true_cond(core.S) <= 1 + tau).all())
+
+
+@given(
+    r=st.sampled_from((2, 5, 20, 60)),
+    tau=st.sampled_from((1e-3, 0.1, 0.5)),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_no_direction_out_of_the_band_is_ever_skipped(r, tau, dtype, seed):
+    """From the middle of the set along random and along the worst directions, step by step."""
+    Q = matrix(torch.ones(r, dtype=torch.float64), r, seed)
+    u, v = Q[:, :1], torch.eye(r, dtype=torch.float64)[:, :1]
+    worst = u @ v.mT  # grows a single singular value: Frobenius' and the spectral norm agree
+    for D in (worst, -worst, gaussian(r, r, seed=seed) / r**0.5, Q):
+        for t in torch.linspace(0, 2 * tau, 15).tolist():
+            S = (Q + t * D).to(dtype)
+            E, _ = relative_defect(S)
+            if certified(E, 1 + tau):
+                assert float(true_cond(S)) <= 1 + tau
+
+
+@pytest.mark.parametrize("r", [10, 50, 200])
+def test_the_bound_is_within_the_stated_factor_of_the_defect(r):
+    s = spectrum("random", r, 1.1, 0)
+    S = matrix(s, r, 0)
+    E, _ = relative_defect(S)
+    exact = float(torch.linalg.matrix_norm(E, 2))
+    bound = float(linalg.condition_bound(S)) ** 2
+    e = (bound - 1) / (bound + 1)
+    assert exact <= e <= exact * r ** (1 / 16) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e-5, 1e-3])
+def test_powers_of_a_tiny_defect_do_not_underflow_to_a_proof(size):
+    S = torch.diag(torch.tensor([1.0 + size, 1.0])).float()
+    assert float(linalg.condition_bound(S)) >= float(true_cond(S))
+    E, _ = relative_defect(S.double())
+    assert not certified(E, 1 + 0.9 * size) or size < 1e-10
+
+
+def test_a_singular_core_is_not_bounded():
+    S = torch.diag(torch.tensor([1.0, 0.0]))
+    assert linalg.condition_bound(S).isinf()
+    assert linalg.condition_bound(torch.full((3, 3), 0.5)).isinf()
+
+
+@given(kind=spectra, seed=seeds, tau=st.sampled_from((0.1, 0.5)), dtype=dtypes)
+def test_a_certified_core_comes_back_itself_and_an_uncertified_one_projected(
+    kind, seed, tau, dtype
+):
+    r = 40
+    inside = matrix(spectrum(kind, r, 1 + 0.3 * tau, seed), r, seed).to(dtype)
+    assert linalg.spectral_clip(inside, tau) is inside or torch.equal(
+        linalg.spectral_clip(inside, tau), inside
+    )
+    outside = matrix(spectrum(kind, r, 1 + 1.5 * tau, seed), r, seed).to(dtype)
+    clipped = linalg.spectral_clip(outside, tau)
+    U, s, Vh = torch.linalg.svd(outside.double())
+    expected = (U * linalg.clip_values(s, tau)) @ Vh
+    assert oracles.relative(clipped, expected) <= 60 * torch.finfo(dtype).eps
+    assert float(true_cond(clipped)) <= (1 + tau) * (1 + 1e-5)
+
+
+@given(core=cores(sizes=(2, 5, 30), conds=near), tau=taus, margin=st.sampled_from((0.25, 0.5, 0.9)))
+def test_a_margin_leaves_the_feasible_alone_and_brings_the_others_further_in(core, tau, margin):
+    for S in core.S.reshape(-1, *core.S.shape[-2:]):
+        found = linalg.spectral_clip(S, tau, margin=margin)
+        if float(true_cond(S)) <= 1 + tau:
+            assert torch.equal(found, S)
+        elif float(true_cond(S)) > (1 + tau) * (1 + 1e-5):
+            assert float(true_cond(found)) <= (1 + (1 - margin) * tau) * (1 + 1e-5)
+            nearest = linalg.spectral_clip(S, (1 - margin) * tau)
+            assert oracles.relative(found, nearest) <= 60 * torch.finfo(S.dtype).eps
+
+
+def test_margins_out_of_range_raise():
+    with pytest.raises(ValueError, match=r"margin must be in \[0, 1\), got 1.0"):
+        linalg.spectral_clip(torch.eye(3), 0.1, margin=1.0)
+
+
+@given(m=st.sampled_from((3, 90, 130, 200)), batch=batches, dtype=dtypes, seed=seeds)
+def test_gram_matrices_by_blocks_are_those_of_one_product(m, batch, dtype, seed):
+    for r in (1, 3, 97, 128, 130):
+        if r <= m:
+            A = gaussian(*batch, m, r, seed=seed, dtype=dtype)
+            G = linalg.gram(A)
+            assert oracles.relative(G, A.double().mT @ A.double()) <= 40 * torch.finfo(dtype).eps
+
+
+@given(
+    size=st.sampled_from((0.0, 1e-9, 1e-5, 1e-3, 1e-2, 0.1, 0.5)),
+    dtype=dtypes,
+    batch=batches,
+    seed=seeds,
+)
+def test_inverse_square_roots_near_the_identity(size, dtype, batch, seed):
+    A = gaussian(*batch, 12, 12, seed=seed)
+    E = A + A.mT
+    E = (E * (size / torch.linalg.matrix_norm(E, 2, keepdim=True))).to(dtype)
+    root = linalg.inverse_square_root(E, size).double()
+    eye = torch.eye(12, dtype=torch.float64)
+    error = root @ (eye + E.double()) @ root - eye
+    assert float(error.abs().max()) <= 30 * torch.finfo(dtype).eps
