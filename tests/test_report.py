@@ -230,3 +230,37 @@ def test_dict_is_strict_json_and_table_has_a_row_for_each_layer():
 
 def test_public_name():
     assert lrm.report(nn.Linear(3, 2)).layers[0].name == ""
+
+
+# -- cost
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])
+def test_an_example_tells_the_cost_of_a_step(form):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 6)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).mean((-2, -1))) + self.fc(self.conv(x).amax((-2, -1)))
+
+    model = lrm.factorize(Net(), rank=2)
+    model.train()
+    x = torch.randn(5, 3, 7, 7)
+    example = {"tensor": x, "tuple": (x,), "dict": {"x": x}}[form]
+    found = {layer.name: layer for layer in report(model, example).layers}
+    assert found["conv"].batch == 2 * 5 * 25  # used twice, 5 x 5 positions
+    assert found["fc"].batch == 2 * 5
+    assert "0.200" in str(report(model, example))
+    assert report(model, example).to_dict()["layers"][0]["batch"] == 250
+    assert model.training
+    assert not model.conv._forward_hooks
+    assert report(model).layers[0].batch is None
+
+
+def test_ranks_just_below_a_multiple_of_16_are_pointed_out():
+    model = nn.Sequential(lrm.nn.LowRankLinear(300, 300, 250), lrm.nn.LowRankLinear(300, 300, 256))
+    assert "0 250 -> 256" in str(report(model))
+    assert "1 256" not in str(report(model))
+    assert "multiples" not in str(report(nn.Sequential(lrm.nn.LowRankLinear(9, 9, 3))))

@@ -189,6 +189,7 @@ def make_plan(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     keep_larger: bool = False,
+    rank_multiple: int = 1,
 ) -> Plan:
     """Decide the rank of every dense layer; arguments as in :func:`lrmanifold.factorize`."""
     given = [
@@ -200,6 +201,8 @@ def make_plan(
         raise ValueError(
             f"exactly one of rank, compression and energy must be given, got {given or 'none'}"
         )
+    if int(rank_multiple) != rank_multiple or rank_multiple < 1:
+        raise ValueError(f"rank_multiple must be a positive integer, got {rank_multiple!r}")
     _check_patterns(model, include=include, exclude=exclude)
     candidates = _candidates(model, include, exclude)
     if isinstance(rank, Mapping):
@@ -217,7 +220,7 @@ def make_plan(
 
     def plan_with(choose: Callable[[str, nn.Module, int], int | None]) -> Plan:
         decisions = tuple(
-            _decide(name, module, reason, choose, keep_larger)
+            _decide(name, module, reason, choose, keep_larger, int(rank_multiple))
             for name, module, reason in candidates
             if _sized(module)
         )
@@ -236,16 +239,24 @@ def _sized(module: nn.Module) -> bool:
     return not isinstance(module.weight, _LAZY)
 
 
-def _decide(name, module, reason, choose, keep_larger) -> Decision:
+def _decide(name, module, reason, choose, keep_larger, multiple) -> Decision:
     shape, groups = matrix_of(module)
     if reason:
         return Decision(name, shape, groups, None, reason)
     rank = choose(name, module, min(shape))
     if rank is None:
         return Decision(name, shape, groups, None, "no rank given for it")
+    rank = _rounded(rank, multiple, min(shape))
     if packed_size(shape, rank, 1) >= shape[0] * shape[1] and not keep_larger:
         return Decision(name, shape, groups, None, f"would not get smaller at rank {rank}")
     return Decision(name, shape, groups, rank, "")
+
+
+def _rounded(rank: int, multiple: int, limit: int) -> int:
+    """The nearest positive multiple within `limit`; `rank` itself where none fits."""
+    nearest = max(1, round(rank / multiple)) * multiple
+    nearest = min(nearest, limit // multiple * multiple)
+    return nearest if nearest > 0 else rank
 
 
 def _plan_for_compression(target: float, plan_with: Callable[..., Plan]) -> Plan:

@@ -66,7 +66,9 @@ class _LowRankConvNd(LowRankLayer):
         self.reset_parameters()
 
     def _first(self, x: Tensor, V: Tensor) -> Tensor:
-        filters = V.mT.reshape(-1, self.in_channels // self.groups, *self.kernel_size)
+        # A view where there are no groups: the convolution lays it out as it likes, once.
+        shape = self.in_channels // self.groups, *self.kernel_size
+        filters = V.unflatten(-2, shape).movedim(-1, -1 - len(shape)).reshape(-1, *shape)
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._pad, mode=self.padding_mode), 0

@@ -67,7 +67,12 @@ class LowRankLinear(LowRankLayer):
         return F.linear(x, V.mT)
 
     def _last(self, z: Tensor, U: Tensor, S: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.linear(z if S is None else F.linear(z, S), U, bias)
+        if S is None:
+            return F.linear(z, U, bias)
+        # U S costs m r², z Sᵀ a row r² each: the cheaper one.
+        if z.numel() > U.numel():
+            return F.linear(z, U @ S, bias)
+        return F.linear(F.linear(z, S), U, bias)
 
     @classmethod
     def from_dense(

@@ -343,3 +343,19 @@ def test_models_without_storage_are_factorized():
     assert net.head.weight.manifold is net.head.manifold
     net.to_empty(device="cpu").load_state_dict(lrm.factorize(Net(), rank=4).state_dict())
     assert net(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("how", [{"rank": 0.4}, {"compression": 0.4}, {"energy": 0.9}])
+def test_ranks_can_be_rounded_to_a_multiple(how):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 90), nn.ReLU(), nn.Linear(90, 70), nn.Linear(70, 10))
+    lrm.factorize(model, rank_multiple=16, **how)
+    ranks = [m.rank for m in model if isinstance(m, lrm.nn.LowRankLinear)]
+    assert ranks
+    assert all(r % 16 == 0 or r <= 10 for r in ranks)
+
+
+@pytest.mark.parametrize("multiple", [0, -4, 1.5])
+def test_rank_multiples_that_are_none_raise(multiple):
+    with pytest.raises(ValueError, match="rank_multiple must be a positive integer"):
+        lrm.factorize(nn.Sequential(nn.Linear(9, 9)), rank=2, rank_multiple=multiple)
