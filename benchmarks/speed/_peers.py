@@ -27,7 +27,8 @@ LR, MOMENTUM, TAU = 1e-2, 0.9, 0.1
 # Options of CondLR that are measured beside one another; the first is the default.
 OURS: dict[str, dict[str, Any]] = {
     "CondLR": {},
-    "CondLR, scalar metric": {"metric": "scalar"},
+    "CondLR, clip margin ½": {"clip_margin": 0.5},
+    "CondLR, scalar metric, margin ½": {"metric": "scalar", "clip_margin": 0.5},
 }
 
 # A peer is left out where one step's n x n work would take longer than this many seconds, at a rate

@@ -31,6 +31,7 @@ class Settings:
     quick: bool = False
     output: Path | None = None
     only: str | None = None
+    seconds: float | None = None
 
     def pick(self, full: Any, quick: Any) -> Any:
         """`full`, or `quick` in a quick run."""
@@ -44,6 +45,8 @@ class Settings:
     @property
     def budget(self) -> float:
         """Seconds for one comparison."""
+        if self.seconds is not None:
+            return self.seconds
         return float(self.pick(15.0 if self.device.type == "cuda" else 60.0, 0.5))
 
     def gemm_rate(self) -> float:
@@ -158,13 +161,19 @@ def parse(argv: Sequence[str] | None, description: str, prog: str) -> Settings:
     add("--quick", action="store_true", help="tiny sizes: does it run? writes only with --output")
     add("--output", type=Path, metavar="DIR", help="for JSON and picture (benchmarks/results)")
     add("--only", metavar="TEXT", help="cases whose name holds this text")
+    add("--seconds", type=float, metavar="S", help="for one comparison (60; on a GPU 15)")
     args = parser.parse_args(argv)
     if args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     return Settings(
-        torch.device(args.device), args.threads, args.quick, args.output, only=args.only
+        torch.device(args.device),
+        args.threads,
+        args.quick,
+        args.output,
+        only=args.only,
+        seconds=args.seconds,
     )
 
 
