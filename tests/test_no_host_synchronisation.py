@@ -13,6 +13,15 @@ from oracles import ForbidHostSynchronisation
 
 import lrmanifold as lrm
 from lrmanifold import linalg
+from lrmanifold.optim import CondLR
+from lrmanifold.optim._factored import (
+    MOMENTUM_STATE,
+    Momentum,
+    Options,
+    Workspace,
+    factored_step,
+)
+from lrmanifold.optim._together import step_together
 
 BATCHES = [(), (4,)]
 MANIFOLDS = {
@@ -79,6 +88,40 @@ def test_a_training_step_on_low_rank_manifolds_does_not_wait(name, batch):
         assert manifold.inner(X, xi).shape == manifold.norm(X, xi).shape == batch
         assert manifold.drift(X).shape == batch
         assert manifold.project_ambient(X, manifold.to_dense(X)).shape == X.shape
+
+
+STEPS = {
+    "plain": {},
+    "scalar metric": {"metric": "scalar"},
+    "nesterov": {"nesterov": True},
+    "decay and penalty": {"weight_decay": 0.1, "penalty": 0.1},
+    "margin": {"clip_margin": 0.5, "orthonormality_tol": 1e-5},
+}
+
+
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("tau", [None, 0.0, 0.1])
+@pytest.mark.parametrize("together", [False, True])
+def test_a_step_in_velocities_does_not_wait(together, tau, options):
+    if tau is None:
+        M = lrm.FixedRank(9, 7, 3, retraction="factored")
+    else:
+        M = lrm.WellConditioned(9, 7, 3, tau=tau)
+    defaults = CondLR([torch.nn.Parameter(torch.ones(1))], 0.1, momentum=0.9).defaults
+    settings = Options(**{k: {**defaults, **options}[k] for k in Options._fields})
+    lead = (2,) if together else ()
+    X, G, velocity = (meta(*lead, *M.point_shape) for _ in range(3))
+    momentum = Momentum(velocity, meta(*lead, 2, 3, 3))
+    with ForbidHostSynchronisation():
+        for before in (None, momentum):
+            step = factored_step(M, M.unpack(X), M.unpack(G), before, settings, Workspace())
+            assert step.packed().shape == X.shape
+            assert step.momentum.overlap.shape == momentum.overlap.shape
+        if together:
+            pairs = zip(momentum.velocity, momentum.overlap, strict=True)
+            states = [dict(zip(MOMENTUM_STATE, pair, strict=False)) for pair in pairs]
+            ok = meta(2, dtype=torch.bool)
+            assert step_together(M, list(X), G, states, settings, ok).shape == (2,)
 
 
 @pytest.mark.parametrize("retraction", ["polar", "qr", "cayley"])

@@ -290,7 +290,8 @@ def _velocity(
     Q: Tensor, B: Tensor, g: Tensor, A: Tensor, last: Tensor | None, mu: float, out: Tensor
 ) -> None:
     """out = mu last + g A - Q B, with as few passes over memory as BLAS allows."""
-    if Q.ndim > 2:
+    if Q.ndim > 2 or Q.device.type != "cpu":
+        # Many small ones, or a number that the host would have to wait for.
         torch.sub(_times(g, A), Q @ B, out=out)
         if last is not None:
             out.add_(last, alpha=mu)

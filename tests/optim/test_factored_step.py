@@ -288,3 +288,24 @@ def test_memory_of_a_step_does_not_grow():
         if i:  # the first step has no momentum yet
             held.add(sum(t.numel() for t in own))
     assert len(held) == 1
+
+
+@pytest.mark.parametrize("tol", [0.0, 1e-6])
+def test_the_remembered_overlap_is_that_of_velocity_and_point(tol):
+    torch.manual_seed(0)
+    p = weight(20, 30, 5, 0.1)
+    M, target = p.manifold, torch.randn(20, 30, dtype=torch.float64)
+    optimizer = CondLR([p], lr=1e-4, momentum=0.9, orthonormality_tol=tol)
+    waited = 0
+    for _ in range(100):
+        optimizer.zero_grad()
+        pull(p, target).backward()
+        optimizer.step()
+        X, state = M.unpack(p.detach()), optimizer.state[p]
+        v, overlap = M.unpack(state["momentum_buffer"]), state["momentum_overlap"]
+        waited += "momentum_drift" in state
+        for Q, w, found in ((X.U, v.U, overlap[0]), (X.V, v.V, overlap[1])):
+            assert float((found - Q.mT @ w).abs().max()) <= (1e-9 + 10 * tol) * (
+                1 + float(w.norm())
+            )
+    assert (waited > 50) == (tol > 0)
