@@ -308,4 +308,4 @@ def test_the_remembered_overlap_is_that_of_velocity_and_point(tol):
             assert float((found - Q.mT @ w).abs().max()) <= (1e-9 + 10 * tol) * (
                 1 + float(w.norm())
             )
-    assert (waited > 50) == (tol > 0)
+    assert (waited > 0) == (tol > 0)

@@ -1,0 +1,179 @@
+"""Averages of low-rank weights: torch's leave the manifold, ours stay and are the nearest."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import lrmanifold as lrm
+from lrmanifold.errors import GeometryError
+from lrmanifold.optim import average_points, retracting_average
+
+
+def network(rank=3, tau=0.1) -> nn.Module:
+    dense = nn.Sequential(
+        nn.Conv2d(2, 8, 3, groups=2), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 12)
+    )
+    return lrm.factorize(dense, rank=rank, tau=tau, keep_larger=True)
+
+
+def train(model, steps, *averages, lr=0.1):
+    optimizer = lrm.optim.CondLR(model.parameters(), lr=lr, momentum=0.5)
+    for _ in range(steps):
+        x = torch.randn(16, 2, 4, 4)
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+        for average in averages:
+            average.update_parameters(model)
+
+
+def layers(model):
+    return [m for m in model.modules() if isinstance(m, lrm.nn.LowRankLayer)]
+
+
+def drift(model) -> float:
+    return max(float(x.manifold.drift(x.weight.detach()).max()) for x in layers(model))
+
+
+def cond(model) -> float:
+    return max(float(x.manifold.cond(x.weight.detach()).max()) for x in layers(model))
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_torchs_average_leaves_the_manifold_and_ours_does_not(decay):
+    model = network()
+    ours = retracting_average(model, decay)
+    rule = None if decay is None else get_ema_multi_avg_fn(decay)
+    plain = AveragedModel(model, multi_avg_fn=rule)
+    train(model, 30, ours, plain, lr=0.3)
+    assert drift(plain) > 1e-2
+    assert drift(ours) <= 1e-6
+    assert cond(ours) <= 1.1 + 1e-5
+    assert layers(ours)[0].weight.manifold is layers(ours)[0].manifold
+    # What is on no manifold is averaged as torch does it.
+    torch.testing.assert_close(ours.module[3].bias, plain.module[3].bias)
+    assert torch.equal(ours.module[1].running_mean, model[1].running_mean)
+    assert int(ours.n_averaged) == 30
+
+
+shapes = st.tuples(st.integers(3, 12), st.integers(3, 12), st.integers(1, 3), st.integers(1, 3))
+
+
+@given(shape=shapes, weight=st.floats(0, 1), tau=st.one_of(st.none(), st.floats(0, 3)))
+def test_it_is_the_nearest_point_to_the_average_of_the_matrices(shape, weight, tau):
+    m, n, r, other = shape
+
+    def manifold(rank):
+        if tau is None:
+            return lrm.FixedRank(m, n, rank)
+        return lrm.WellConditioned(m, n, rank, tau=tau)
+
+    M, N = manifold(r), manifold(other)
+    X, Y = N.random(dtype=torch.float64), M.random(dtype=torch.float64)
+    Z = average_points(M, X, Y, weight)
+    mean = (1 - weight) * N.to_dense(X) + weight * M.to_dense(Y)
+    U, s, Vh = torch.linalg.svd(mean)
+    core = M.project_core(torch.diag(s[:r]))
+    nearest = U[:, :r] @ core @ Vh[:r]
+    # To the distance, not to the matrix: where singular values meet, several are nearest.
+    one, best = (torch.linalg.matrix_norm(A - mean) for A in (M.to_dense(Z), nearest))
+    torch.testing.assert_close(one, best, atol=1e-10, rtol=1e-10)
+    assert float(M.drift(Z)) <= 1e-12
+
+
+@given(weight=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_it_does_not_depend_on_the_gauge(weight, seed):
+    torch.manual_seed(seed)
+    M = lrm.WellConditioned(9, 7, 3, tau=0.5)
+    X, Y = M.random(dtype=torch.float64), M.random(dtype=torch.float64)
+    A, B = (torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q for _ in range(2))
+    U, S, V = M.unpack(Y)
+    turned = M.pack(U @ A, A.mT @ S @ B, V @ B)
+    one, other = (M.to_dense(average_points(M, X, Z, weight)) for Z in (Y, turned))
+    torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+
+
+def test_a_weight_and_itself_in_another_gauge_average_to_itself():
+    model = network()
+    turned = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in layers(turned):
+            X = layer.manifold.unpack(layer.weight.data)
+            X.U.neg_()
+            X.S.neg_()
+    ours, plain = retracting_average(model), AveragedModel(model)
+    for average in (ours, plain):
+        average.update_parameters(model)
+        average.update_parameters(turned)
+    x = torch.randn(3, 2, 4, 4)
+    for a in (model, ours.module, plain.module):
+        a.eval()
+    torch.testing.assert_close(ours(x), model(x))
+    assert float((plain(x) - model(x)).detach().abs().max()) > 0.1  # U and S cancelled
+
+
+def test_ranks_that_were_adapted_are_followed():
+    model = network(rank=3)
+    average = retracting_average(model, 0.5)
+    average.update_parameters(model)
+    model.load_state_dict(network(rank=2).state_dict())
+    average.update_parameters(model)
+    assert [x.rank for x in layers(average)] == [2, 2]
+    assert drift(average) <= 1e-6
+    average(torch.randn(2, 2, 4, 4)).sum().backward()
+
+
+def test_other_manifolds_are_projected_to():
+    class Orthogonal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            import geoopt
+
+            M = lrm.Stiefel()
+            self.Q = geoopt.ManifoldParameter(M.random(6, 3), manifold=M)
+
+    model = Orthogonal()
+    average = retracting_average(model, 0.5)
+    average.update_parameters(model)
+    average.update_parameters(Orthogonal())
+    Q = average.module.Q.detach()
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(3))
+
+
+def test_state_dicts_and_copies_work_as_torchs():
+    model = network()
+    average = retracting_average(model, 0.9)
+    train(model, 5, average)
+    other = retracting_average(network(), 0.9)
+    other.load_state_dict(average.state_dict())
+    train(model, 3, average, other)
+    for a, b in zip(average.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert drift(copy.deepcopy(average)) <= 1e-6
+
+
+def test_wrong_arguments_and_lost_manifolds_are_refused():
+    model = network()
+    for decay in (1.0, -0.1):
+        with pytest.raises(ValueError, match=r"decay must be in \[0, 1\) or None, got"):
+            retracting_average(model, decay)
+    M = layers(model)[1].manifold
+    X = layers(model)[1].weight.detach()
+    with pytest.raises(ValueError, match=r"weight must be in \[0, 1\], got 1\.5"):
+        average_points(M, X, X, 1.5)
+    average = retracting_average(model)
+    average.update_parameters(model)
+    before = copy.deepcopy(dict(average.state_dict()))
+    layers(model)[1].weight.__class__ = nn.Parameter
+    del layers(model)[1].weight.manifold
+    with pytest.raises(GeometryError, match=r"'3\.weight' has lost its manifold in the model"):
+        average.update_parameters(model)
+    for key, value in average.state_dict().items():
+        assert torch.equal(value, before[key])
