@@ -10,8 +10,8 @@ factored.
 **Why.** Second order means P_W(R''(0)) = 0, and a geodesic of the embedded manifold has no
 tangential acceleration; both curves then have the same normal one, II(ξ, ξ) (claim
 second-fundamental-form). A simultaneous update (U + tU̇)(S + tṠ)(V + tV̇)ᵀ of the factors has the
-tangential second-order terms U̇MVᵀ + UMV̇ᵀ, which vanish only for M = 0, and no QR or polar factor
-afterwards removes them.
+tangential second-order terms U̇MVᵀ + UMV̇ᵀ. No QR or polar factor afterwards removes them; polar
+factors add -½ U(U̇ᵀU̇S + SV̇ᵀV̇)Vᵀ, so that `factored` is first order for M = 0 too.
 
 **Hypotheses.** r < min(m, n), so that there is curvature at all; W well inside M_r. Absil and
 Malick 2012; Absil and Oseledets 2015; mathematics 2 and 7. The geodesic is ``FixedRank.expmap``,

@@ -1,0 +1,109 @@
+"""Sphinx builds the pages of this folder: ``make docs``."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import lrmanifold
+
+ROOT = Path(__file__).resolve().parents[1]
+# The lessons run in kernels of their own and import `theory`, which is not part of the package.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+# Lessons are timed on one thread; matrices here are too small for more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(ROOT))
+
+project = "lrmanifold"
+version = release = lrmanifold.__version__
+author = "the lrmanifold founders"
+copyright = author
+
+extensions = [
+    "myst_nb",
+    "numpydoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinxcontrib.bibtex",
+]
+exclude_patterns = ["_build"]
+
+# -- pages
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
+# No internet is needed to build: names of other libraries are set in type, not linked.
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|geoopt|numpy|np|nn|matplotlib|pymanopt|collections|typing)\b.*"),
+    ("py:.*", r"(Tensor|Figure|Axes|Any|Callable|Iterable|Mapping|Sequence|Literal)\b.*"),
+    # Named in docstrings in passing, by their short names.
+    ("py:.*", r"(.*GeometricOptimizer|block_moments|FixedRank\.(egrad2rgrad|ehess2rhess))"),
+    # Type aliases and private bases, which have no entry of their own.
+    ("py:.*", r"(lrmanifold\.)?(\w+\.)*(Array|Clip|Gradient|Loss|Metric|Model|Norm|PerChannel)"),
+    ("py:.*", r"(lrmanifold\.)?(\w+\.)*(Retraction|Rule|Rank|Centre|Integrator|_\w+)"),
+]
+
+# -- lessons: executed at build, in the time that they promise
+
+nb_execution_mode = "force"
+nb_execution_timeout = 120  # a cell; a whole lesson takes a quarter of that on a free machine
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_merge_streams = True
+
+# -- reference, from the docstrings
+
+autodoc_default_options = {"exclude-members": "extra_repr"}
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+autosummary_generate = False
+numpydoc_show_class_members = False
+numpydoc_xref_param_type = False
+
+# -- looks
+
+html_theme = "pydata_sphinx_theme"
+html_title = "lrmanifold"
+html_static_path = ["_static"]
+html_css_files = ["lrmanifold.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_sidebars = {"index": [], "quickstart": []}
+html_theme_options = {
+    "logo": {"text": "lrmanifold"},
+    "header_links_before_dropdown": 6,
+    "navigation_with_keys": False,
+    "show_prev_next": True,
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "pygments_light_style": "a11y-high-contrast-light",
+}
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+
+def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
+    """Docstrings here are plain text: |x| is an absolute value, **options are arguments.
+
+    reStructuredText would see a substitution and the beginning of bold type.
+    """
+    for i, line in enumerate(lines):
+        if "|" in line:
+            line = re.sub(r"(?<![\\`])\|", r"\\|", line)
+        if line.count("**") % 2:
+            line = line.replace("**", r"\*\*")
+        lines[i] = line
+
+
+def setup(app) -> None:
+    """Hooks of this project."""
+    app.connect("autodoc-process-docstring", plain_text, priority=900)
