@@ -4,8 +4,9 @@ PYTHON ?= python3
 WORKERS ?= 2
 PY := .venv/bin/python
 STAMP := .venv/.ready
+DOCS := .venv/.docs
 
-.PHONY: setup demo test test-slow theory lint types clean
+.PHONY: setup demo test test-slow theory bench-robustness bench-report docs docs-linkcheck lint types clean
 
 setup: $(STAMP)
 
@@ -29,6 +30,27 @@ test-slow: $(STAMP)
 theory: $(STAMP)
 	$(PY) -m theory
 	$(PY) -m theory --controls
+
+# Under 20 minutes on two cores; FULL=--full adds MNIST and Fashion-MNIST (hours). Go on by calling
+# it again: nothing is repeated.
+bench-robustness: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.robustness $(FULL)
+	$(PY) -m benchmarks.report
+
+bench-report: $(STAMP)
+	$(PY) -m benchmarks.report
+
+$(DOCS): $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $(DOCS)
+
+# Executes the lessons; a warning is an error. The site is docs/_build/html/index.html.
+docs: $(DOCS)
+	$(PY) -m sphinx -W --keep-going -n -q docs docs/_build/html
+
+# Links to other sites, too; needs the internet.
+docs-linkcheck: $(DOCS)
+	$(PY) -m sphinx -b linkcheck -D nb_execution_mode=off -D suppress_warnings=myst-nb.lexer -q docs docs/_build/linkcheck
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
