@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -140,7 +141,8 @@ def publish(name: str, report: Report, settings: Settings) -> None:
     )
     suffix = "" if settings.device.type == "cpu" else f"_{settings.device.type}"
     suffix += "" if settings.threads == 1 else f"_{settings.threads}_threads"
-    suffix += "" if settings.only is None else "_part"
+    if settings.only is not None:
+        suffix += "_" + re.sub(r"\W+", "-", settings.only).strip("-").lower()
     stem = f"speed_{name}{suffix}"
     if settings.output is None:
         record(stem, payload)

@@ -25,7 +25,8 @@ PASSES, STEP = "forward + backward", "step"
 def to_format(x: Any, format: str) -> Any:
     """A model or a batch of images in that memory format; other batches as they are."""
     if isinstance(x, Tensor):
-        return x.contiguous(memory_format=FORMATS[format]) if x.ndim == 4 else x
+        # .contiguous() leaves a batch of one channel as it is: it counts as both.
+        return x.to(memory_format=FORMATS[format]) if x.ndim == 4 else x
     return x.to(memory_format=FORMATS[format])
 
 

@@ -66,12 +66,17 @@ class _LowRankConvNd(LowRankLayer):
         self.reset_parameters()
 
     def _first(self, x: Tensor, V: Tensor) -> Tensor:
-        # A view where there are no groups: the convolution lays it out as it likes, once.
-        shape = self.in_channels // self.groups, *self.kernel_size
-        filters = V.unflatten(-2, shape).movedim(-1, -1 - len(shape)).reshape(-1, *shape)
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._pad, mode=self.padding_mode), 0
+        shape = self.in_channels // self.groups, *self.kernel_size
+        filters = V.unflatten(-2, shape).movedim(-1, -1 - len(shape)).reshape(-1, *shape)
+        # Laid out as the images are, in one copy instead of two.
+        last = x.ndim == 4 and not x.is_contiguous()
+        last = last and x.is_contiguous(memory_format=torch.channels_last)
+        filters = filters.contiguous(
+            memory_format=torch.channels_last if last else torch.contiguous_format
+        )
         convolve = type(self)._convolve
         return convolve(x, filters, None, self.stride, padding, self.dilation, self.groups)
 

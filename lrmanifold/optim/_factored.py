@@ -329,7 +329,7 @@ def _retracted(
     defects = [linalg.gram(Y) for Y in moved]
     for E in defects:
         E.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-    sizes = torch.stack([torch.linalg.matrix_norm(E).amax() for E in defects]).tolist()
+    sizes = [float(torch.linalg.vector_norm(E, dim=(-2, -1)).max()) for E in defects]
     drifts = (None, None) if drift is None else drift.unbind(-3)
     U, V = (
         _retracted_side(*x, options)
