@@ -6,7 +6,7 @@ PY := .venv/bin/python
 STAMP := .venv/.ready
 DOCS := .venv/.docs
 
-.PHONY: setup demo test test-slow theory bench-robustness bench-report docs docs-linkcheck lint types clean
+.PHONY: setup demo test test-slow test-integration theory bench-robustness bench-report docs docs-linkcheck lint types clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m slow
+
+# Hugging Face, accelerate, lightning, ONNX: large packages, so an extra of their own.
+test-integration: $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[integration]"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) tests/integration tests/checkpoint -m "not slow"
 
 theory: $(STAMP)
 	$(PY) -m theory

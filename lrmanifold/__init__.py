@@ -1,9 +1,10 @@
 """Robust low-rank training: well-conditioned fixed-rank weights on Riemannian manifolds."""
 
-from . import linalg, nn, optim, retractions, robustness, viz
+from . import checkpoint, linalg, nn, optim, retractions, robustness, viz
 from .errors import GeometryError
 from .manifolds import Factors, FixedRank, Stiefel, WellConditioned
-from .nn import densify, factorize
+from .monitor import Monitor, monitor
+from .nn import densify, factorize, fold
 from .report import Report, report
 
 __version__ = "0.1.0"
@@ -12,13 +13,17 @@ __all__ = [
     "Factors",
     "FixedRank",
     "GeometryError",
+    "Monitor",
     "Report",
     "Stiefel",
     "WellConditioned",
     "__version__",
+    "checkpoint",
     "densify",
     "factorize",
+    "fold",
     "linalg",
+    "monitor",
     "nn",
     "optim",
     "report",

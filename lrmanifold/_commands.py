@@ -28,6 +28,7 @@ from ._arguments import (
     parse_strengths,
     run_name,
 )
+from .checkpoint import CheckpointError
 from .experiments import demo as demos
 from .experiments import models, runs
 from .experiments.data import Dataset, load
@@ -85,9 +86,15 @@ def train_command(
     eps: Annotated[
         str | None, typer.Option(help='strengths of FGSM (linf), as "0.02,0.04"')
     ] = None,
+    save_every: Annotated[
+        int, typer.Option(min=0, help="steps between two checkpoints, 0 for none")
+    ] = 100,
     out: Annotated[Path | None, typer.Option(help="folder; runs/<name> by default")] = None,
 ) -> None:
-    """Train a network and write results.json, model.pt and pictures."""
+    """Train a network and write results.json, model.pt and pictures.
+
+    A run that was cut off goes on from its last checkpoint when it is called again.
+    """
     with one_line_errors():
         check_word("data", data, STRENGTHS)
         check_word("model", model, models.NAMES)
@@ -105,7 +112,9 @@ def train_command(
         typer.echo(f"note: {images.note}")
     began = time.perf_counter()
     steps = epochs * -(-len(images.train_y) // batch_size)
-    with progress_bar(how.name, steps) as (_, advance), one_line_errors(FloatingPointError):
+    kept = folder / "checkpoint.pt"
+    wrong = (FloatingPointError, CheckpointError)
+    with progress_bar(how.name, steps) as (_, advance), one_line_errors(*wrong):
         trained = train(
             how,
             lambda: models.build(model, images),
@@ -116,6 +125,8 @@ def train_command(
             keep_larger=isinstance(ranks, dict),
             device=where,
             on_step=advance,
+            checkpoint=kept if save_every else None,
+            save_every=save_every or 1,
         )
     summary = make_report(trained.model.network)
     test = (images.test_x, images.test_y)
@@ -156,6 +167,7 @@ def train_command(
         path = folder / "model.pt"
         runs.save_model(path, trained.model, architecture=model, method=how, data=images)
         runs.write_json(folder / "results.json", results)
+        kept.unlink(missing_ok=True)
     typer.echo(str(summary))
     typer.echo(accuracy_words(results, images))
     typer.echo(f"written: {', '.join(sorted(p.name for p in folder.iterdir()))} in {folder}")

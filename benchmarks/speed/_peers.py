@@ -33,7 +33,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 # A peer is left out where one step's n x n work would take longer than this many seconds, at a rate
 # of so many flops a second.
-PATIENCE = {"cpu": (30.0, 5e10), "cuda": (2.0, 3e13)}
+PATIENCE = {"cpu": (5.0, 5e10), "cuda": (2.0, 3e13)}
 
 
 class LeftOutError(Exception):

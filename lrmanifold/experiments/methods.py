@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,8 @@ def train(
     dense: Trained | None = None,
     device: torch.device | str = "cpu",
     on_step: Callable[[], None] | None = None,
+    checkpoint: Path | None = None,
+    save_every: int = 1,
 ) -> Trained:
     """Train one network by one method.
 
@@ -99,19 +102,26 @@ def train(
         Where to train; the network starts the same on every device.
     on_step : callable, optional
         Called after every optimizer step.
+    checkpoint, save_every
+        As in :func:`~lrmanifold.experiments.training.fit`.
 
     Returns
     -------
     Trained
     """
     layers: dict[str, Any] = {"exclude": exclude, "keep_larger": keep_larger}
+    loop: dict[str, Any] = {
+        "on_step": on_step,
+        "checkpoint": checkpoint,
+        "save_every": save_every,
+    }
     torch.manual_seed(settings.seed)
     network = build()
     size = sum(p.numel() for p in network.parameters())
     if method.kind == "svd":
         if dense is None:
             plain = Method("dense", "dense")
-            dense = train(plain, build, data, rank, settings, device=device, on_step=on_step)
+            dense = train(plain, build, data, rank, settings, device=device, **loop)
         model = copy.deepcopy(dense.model)
         factorize(model.network, rank=rank, tau=None, **layers)
         kept = _shares(model, size)
@@ -126,7 +136,7 @@ def train(
     model = Normalized(network, data).to(device)
     # The same class for all: on ordinary parameters CondLR is torch.optim.SGD.
     optimizer = CondLR(model.parameters(), settings.lr, momentum=settings.momentum)
-    history = fit(model, optimizer, data, settings, on_step=on_step)
+    history = fit(model, optimizer, data, settings, **loop)
     return Trained(model, history, *_shares(model, size))
 
 

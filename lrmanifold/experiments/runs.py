@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .._files import write_atomically
 from ..errors import GeometryError
 from ..nn import LowRankLayer, factorize
 from . import models
@@ -47,20 +48,6 @@ def versions() -> dict[str, str]:
         "numpy": numpy.__version__,
         "python": platform.python_version(),
     }
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; the folder is made if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # or a crash may leave a renamed, empty file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from .data import Dataset, batches
 from .factors import spectrum
+from .resume import Keeper, Position, identity
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ def fit(
     settings: Settings,
     *,
     on_step: Callable[[], None] | None = None,
+    checkpoint: Path | None = None,
+    save_every: int = 1,
 ) -> History:
     """Train with cross entropy; the loop that every comparison uses.
 
@@ -112,7 +117,13 @@ def fit(
     data : Dataset
     settings : Settings
     on_step : callable, optional
-        Called after every step (progress bars).
+        Called after every step (progress bars); for those of a run that is taken up, at its start.
+    checkpoint : path, optional
+        A file to which the run is written every `save_every` steps, whole or not at all. If it is
+        there already the run goes on from it, with results equal to the bit to those of a run that
+        was never cut off. It stays at the end; who has saved the results removes it.
+    save_every : int
+        With 1 a process that is killed loses the current step only.
 
     Returns
     -------
@@ -122,31 +133,48 @@ def fit(
     ------
     FloatingPointError
         If the loss of an epoch is not finite.
+    CheckpointError
+        If `checkpoint` is damaged or belongs to another run.
     """
     device = next(model.parameters()).device
     steps = settings.epochs * -(-len(data.train_y) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(settings.seed)
-    history = History()
-    history.record(model)
+    history, keeper, at = History(), None, None
+    if checkpoint is not None:
+        same = identity(settings, data, model, optimizer)
+        keeper = Keeper(checkpoint, save_every, model, optimizer, schedule, same)
+        at = keeper.resume(history)
+    if at is None:
+        history.record(model)
+        at = Position(0, 0, generator.get_state(), torch.zeros((), device=device), 0)
+    elif on_step is not None:
+        for _ in range(schedule.last_epoch):
+            on_step()
     model.train()
-    for epoch in range(settings.epochs):
-        total, count = torch.zeros((), device=device), 0
-        for x, y in batches(data.train_x, data.train_y, settings.batch_size, generator=generator):
+    while at.epoch < settings.epochs:
+        generator.set_state(at.order)
+        order = batches(data.train_x, data.train_y, settings.batch_size, generator=generator)
+        for x, y in itertools.islice(order, at.batch, None):
             x, y = x.to(device), y.to(device)
             loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += loss.detach() * len(y)
-            count += len(y)
+            at.total += loss.detach() * len(y)
+            at.count += len(y)
+            at.batch += 1
+            if keeper is not None and schedule.last_epoch % save_every == 0:
+                keeper.save(at, history)
             if on_step is not None:
                 on_step()
-        history.loss.append(float(total) / count)
-        if not torch.isfinite(total):  # before the spectra: those of NaN do not exist
+        history.loss.append(float(at.total) / at.count)
+        if not torch.isfinite(at.total):  # before the spectra: those of NaN do not exist
             raise FloatingPointError(
-                f"the training loss is not finite after epoch {epoch + 1}: lower lr = {settings.lr}"
+                f"the training loss is not finite after epoch {at.epoch + 1}: lower lr = "
+                f"{settings.lr}"
             )
         history.record(model)
+        at = Position(at.epoch + 1, 0, generator.get_state(), torch.zeros_like(at.total), 0)
     return history

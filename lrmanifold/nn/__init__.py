@@ -2,12 +2,15 @@
 
 from ._layer import LowRankLayer
 from ._plan import Decision, Plan
+from .adapter import LowRankAdapter
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .factorize import densify, factorize
+from .fold import fold
 from .linear import LowRankLinear
 
 __all__ = [
     "Decision",
+    "LowRankAdapter",
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",
@@ -16,4 +19,5 @@ __all__ = [
     "Plan",
     "densify",
     "factorize",
+    "fold",
 ]

@@ -16,6 +16,7 @@ from ..errors import GeometryError
 from ..manifolds import Factors, FixedRank, WellConditioned
 from ..manifolds._dtype import storage_tolerance
 from ..manifolds.fixed_rank import Gradient
+from ._sharded import gathered, takes_sharded
 
 
 def make_manifold(
@@ -167,6 +168,7 @@ class LowRankLayer(nn.Module):
             return f"its shape must be {shape}, rank {self.rank} of {size}, got {tuple(X.shape)}"
         if X.is_meta:
             return None
+        X = gathered(X)
         tol = storage_tolerance(X.dtype)
         ok, reason = self.manifold.check_point_on_manifold(X, explain=True, atol=tol, rtol=tol)
         return None if ok else reason
@@ -196,13 +198,15 @@ class LowRankLayer(nn.Module):
     # -- doors through which torch replaces a weight
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and not self.__dict__.get("_is_replica"):
+        replica = self.__dict__.get("_is_replica")
+        if name == "weight" and not replica and not takes_sharded(self, value):
             self._check_weight(value)
         super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch's; a weight must be a point of the manifold."""
-        if name == "weight" and "weight" in self._parameters:
+        known = name == "weight" and "weight" in self._parameters
+        if known and not takes_sharded(self, param):
             self._check_weight(param)
         super().register_parameter(name, param)
 

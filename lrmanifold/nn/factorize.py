@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from ..manifolds.fixed_rank import Gradient
 from ._layer import LowRankLayer
 from ._plan import LAYERS, Plan, make_plan
+from .adapter import LowRankAdapter
 
 logger = logging.getLogger("lrmanifold")
 
@@ -100,6 +102,10 @@ def factorize(
             except ValueError as error:
                 raise ValueError(f"layer {d.name!r} cannot be factorized: {error}") from error
     logger.info("factorize:\n%s", plan)
+    if plan.decisions and not replacements:
+        reasons = "; ".join(f"{d.name or '(model)'}: {d.reason}" for d in plan.decisions[:3])
+        more = ", ..." if len(plan.decisions) > 3 else ""
+        warnings.warn(f"factorize replaced no layer ({reasons}{more})", stacklevel=2)
     if summary is not None:
         summary(plan)
     return _replace(model, replacements)
@@ -107,6 +113,8 @@ def factorize(
 
 def densify(model: nn.Module) -> nn.Module:
     """Replace every low-rank layer by the dense one with the same function, in place.
+
+    An adapter is merged into its dense layer.
 
     The inverse of :func:`factorize` for deployment on code that knows torch's layers only.
 
@@ -119,11 +127,12 @@ def densify(model: nn.Module) -> nn.Module:
     nn.Module
         `model`; if `model` is itself a low-rank layer, the dense layer.
     """
-    replacements: dict[int, nn.Module] = {
-        id(module): module.to_dense()
-        for module in model.modules()
-        if isinstance(module, LowRankLayer)
-    }
+    adapters = [module for module in model.modules() if isinstance(module, LowRankAdapter)]
+    replacements: dict[int, nn.Module] = {id(module): module.merge() for module in adapters}
+    inner = {id(module.update) for module in adapters}
+    for module in model.modules():
+        if isinstance(module, LowRankLayer) and id(module) not in inner:
+            replacements[id(module)] = module.to_dense()
     return _replace(model, replacements)
 
 
@@ -162,7 +171,7 @@ def _avoid_fused_path(module: nn.Module) -> None:
     """
     if isinstance(module, nn.TransformerEncoderLayer):
         layers = (module.linear1, module.linear2)
-        if any(isinstance(layer, LowRankLayer) for layer in layers):
+        if not all(isinstance(layer, nn.Linear) for layer in layers):
             module.__dict__.setdefault("_fused_activation", module.activation_relu_or_gelu)
             module.activation_relu_or_gelu = 0
         elif "_fused_activation" in module.__dict__:

@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from ..manifolds.fixed_rank import Gradient
 from ._layer import LowRankLayer, make_manifold
 
+# torch 2.6 cannot tell exporting from compiling.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 
 class LowRankLinear(LowRankLayer):
     """``y = U S Vᵀ x + b`` with a well-conditioned low-rank weight; drop-in for ``nn.Linear``.
@@ -69,8 +72,9 @@ class LowRankLinear(LowRankLayer):
     def _last(self, z: Tensor, U: Tensor, S: Tensor | None, bias: Tensor | None) -> Tensor:
         if S is None:
             return F.linear(z, U, bias)
-        # U S costs m r², z Sᵀ a row r² each: the cheaper one.
-        if z.numel() > U.numel():
+        # U S costs m r², z Sᵀ a row r² each: the cheaper one. An exported graph must not depend on
+        # the size of the batch; there U S is a constant.
+        if _is_exporting() or z.numel() > U.numel():
             return F.linear(z, U @ S, bias)
         return F.linear(F.linear(z, S), U, bias)
 

@@ -2,6 +2,7 @@
 
 from ._rank import resize
 from .adam import CondLRAdam, adam_update
+from .averaging import RetractingAverage, average_points, retracting_average
 from .condlr import CondLR, condlr_update
 from .dlrt import DLRT
 from .groups import param_groups
@@ -15,10 +16,13 @@ __all__ = [
     "CondLRAdam",
     "OptionScheduler",
     "RankScheduler",
+    "RetractingAverage",
     "adam_update",
+    "average_points",
     "capped_dlrt",
     "condlr_update",
     "param_groups",
     "resize",
+    "retracting_average",
     "robust_dlrt",
 ]

@@ -153,6 +153,11 @@ class CondLR(GeometricOptimizer):
     skip_nonfinite : bool
         Leave a parameter and its momentum bit for bit as they are when its gradient holds NaN or
         Inf, and count it in ``state[p]["skipped"]``. If False, the CPU raises FloatingPointError.
+    distribute : bool
+        For replicas with equal gradients (DistributedDataParallel): each rank of the default
+        process group computes the steps of its share of the low-rank weights, and sends weights and
+        momentum to the others, so that every rank has all of both. Pays where a step costs more
+        than sending it. Sharded parameters (``fully_shard``) need no option: see the notes.
 
     Raises
     ------
@@ -163,6 +168,9 @@ class CondLR(GeometricOptimizer):
 
     Notes
     -----
+    With FSDP2 build the optimizer after ``fully_shard``. A step gathers one weight after the other,
+    every process moves it, and each keeps its rows; momentum is sharded like the weight.
+
     torch's flags `foreach`, `fused`, `capturable`, `differentiable` and `dampening` do not exist
     here; passing one is a TypeError.
 
@@ -192,6 +200,7 @@ class CondLR(GeometricOptimizer):
         orthonormality_tol: float = 0.0,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        distribute: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -208,6 +217,7 @@ class CondLR(GeometricOptimizer):
         }
         super().__init__(params, defaults)
         self._workspace = Workspace()
+        self._distribute = bool(distribute)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

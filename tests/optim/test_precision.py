@@ -145,6 +145,23 @@ def test_a_scaled_step_is_the_plain_one(device):
         assert torch.equal(a, b)  # powers of two are exact
 
 
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_a_step_taken_under_autocast_is_the_one_outside(device, optimizer):
+    one = network(device)
+    other = copy.deepcopy(one)
+    inside, outside = (OPTIMIZERS[optimizer](m.parameters()) for m in (one, other))
+    for _ in range(3):
+        x, y = batch(device)
+        for model, steps in ((one, inside), (other, outside)):
+            steps.zero_grad()
+            loss_of(model, x, y).backward()
+        outside.step()
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            inside.step()
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 # -- parameters stored in other dtypes
 
 LONG = [

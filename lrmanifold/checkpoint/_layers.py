@@ -1,0 +1,58 @@
+"""What a tensor of a checkpoint is to a low-rank layer: a point, a dense weight, or neither."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..manifolds._dtype import storage_tolerance
+from ..nn import LowRankLayer
+
+
+def low_rank_weights(model: nn.Module) -> dict[str, LowRankLayer]:
+    """The low-rank layers by the key of their weight in the state dict, shared ones under each."""
+    return {
+        f"{name}.weight" if name else "weight": module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LowRankLayer)
+    }
+
+
+def is_dense(layer: LowRankLayer, value: Tensor) -> bool:
+    """Whether `value` has the shape of the dense layer's weight (never that of a packed one)."""
+    return layer._is_dense(value)
+
+
+def packed_from_dense(layer: LowRankLayer, value: Tensor) -> Tensor:
+    """The nearest point of the layer's manifold, at its present rank.
+
+    Raises
+    ------
+    ValueError
+        If `value` is not finite or its rank is too small.
+    """
+    M = layer.manifold
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError("it holds NaN or Inf")
+    return M.from_dense(value.reshape(*layer.weight.shape[:-2], M.m, M.n))
+
+
+def defect(layer: LowRankLayer, value: Tensor) -> str | None:
+    """In words, why `value` is no point of the layer's manifold at any rank; None if it is one."""
+    M, lead = copy.copy(layer.manifold), tuple(layer.weight.shape[:-2])
+    rank = value.shape[-1] if value.ndim >= 2 else 0
+    if not 1 <= rank <= min(M.m, M.n) or tuple(value.shape) != (*lead, M.m + rank + M.n, rank):
+        size = ", ".join([*map(str, lead), f"{M.m} + r + {M.n}", "r"])
+        dense = math.prod(lead) * M.m
+        return (
+            f"its shape must be ({size}) with r in 1..{min(M.m, M.n)}, or for a dense weight "
+            f"({dense}, ...) of {dense * M.n} entries, got {tuple(value.shape)}"
+        )
+    if not value.is_floating_point():
+        return f"its dtype must be a floating point type, got {value.dtype}"
+    tol = storage_tolerance(value.dtype)
+    ok, reason = M.set_rank_(rank).check_point_on_manifold(value, explain=True, atol=tol, rtol=tol)
+    return None if ok else reason

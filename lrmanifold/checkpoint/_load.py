@@ -1,0 +1,169 @@
+"""From a file into a model: everything is checked before anything changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._file import CheckpointError, Payload, read
+from ._layers import defect, is_dense, low_rank_weights, packed_from_dense
+
+# State of an optimizer that has the shape of its parameter.
+_SHAPED = ("momentum_buffer", "exp_avg")
+
+
+class Loaded(NamedTuple):
+    """What came out of a file beside the model's tensors."""
+
+    extra: Any
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    from_dense: tuple[str, ...]
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    dense: Literal["refuse", "svd"] = "refuse",
+    strict: bool = True,
+    migrate: Callable[[Payload], Payload] | None = None,
+) -> Loaded:
+    """Load a checkpoint into a model, and an optimizer if one is given.
+
+    Also reads files of others: a plain state dict, by ``torch.save`` or in safetensors, is a
+    checkpoint of version 0. Ranks may differ from the model's: each layer takes the file's. Bit
+    flips in files that :func:`save` wrote are found by their checksums.
+
+    Parameters
+    ----------
+    path : path
+        A name ending in ``.safetensors`` is read as that format.
+    model : nn.Module
+    optimizer : torch.optim.Optimizer, optional
+        Of this model's parameters.
+    dense : {"refuse", "svd"}
+        What to do with a dense weight for a layer that is low-rank here, as in the checkpoint of a
+        model from before :func:`lrmanifold.factorize`: an error, or the truncated SVD of the
+        layer's rank, projected to its bound on the condition number.
+    strict : bool
+        Whether keys that only the model or only the file has are an error.
+    migrate : callable, optional
+        Your own changes of format: called with the payload, a dict with the keys "model" (state
+        dict), "optimizer", "extra" and "geometry", after older versions of the file format have
+        been brought to the present one; returns it. For renamed modules, say.
+
+    Returns
+    -------
+    Loaded
+        ``extra`` as given to :func:`save`; keys ``missing`` in the file and ``unexpected`` in the
+        model (both empty if strict); ``from_dense``, the keys that went through an SVD.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged or does not fit, naming each key. Model and optimizer are as before.
+    """
+    if dense not in ("refuse", "svd"):
+        raise ValueError(f"dense must be 'refuse' or 'svd', got {dense!r}")
+    path = Path(path)
+    payload = read(path)
+    if migrate is not None:
+        payload = migrate(payload)
+        if not isinstance(payload, Mapping) or not isinstance(payload.get("model"), Mapping):
+            raise TypeError("migrate must return the payload, a dict with a state dict in 'model'")
+    state, converted, problems = _fitted(model, payload, dense)
+    own = set(model.state_dict())
+    missing = tuple(sorted(own - set(payload["model"])))
+    unexpected = tuple(sorted(set(payload["model"]) - own))
+    if strict:
+        problems += [f"{key!r} is missing in the file" for key in missing]
+        problems += [f"{key!r} is in the file, but not in the model" for key in unexpected]
+    if optimizer is not None:
+        problems += _optimizer_problems(optimizer, payload.get("optimizer"), model, state)
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in problems[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(f"{path}: does not fit:{shown}{more}")
+    model.load_state_dict(state, strict=False)
+    if optimizer is not None:
+        optimizer.load_state_dict(payload["optimizer"])
+    return Loaded(payload.get("extra"), missing, unexpected, converted)
+
+
+def _fitted(
+    model: nn.Module, payload: Mapping[str, Any], dense: str
+) -> tuple[dict[str, Tensor], tuple[str, ...], list[str]]:
+    """The state to load, the keys that were factorized, and what does not fit."""
+    layers, own = low_rank_weights(model), model.state_dict()
+    state, converted, problems = dict(payload["model"]), [], []
+    for key, value in payload["model"].items():
+        if not isinstance(value, Tensor):
+            problems.append(f"{key!r} must be a tensor, got {type(value).__name__}")
+        elif key in layers and not is_dense(layers[key], value):
+            reason = defect(layers[key], value)
+            if reason is not None:
+                problems.append(f"{key!r} is not a point of {layers[key].manifold}: {reason}")
+        elif key in layers and dense == "refuse":
+            problems.append(
+                f"{key!r} is a dense weight, {tuple(value.shape)}, and the layer is low-rank here: "
+                "dense='svd' factorizes it"
+            )
+        elif key in layers:
+            try:
+                state[key] = packed_from_dense(layers[key], value)
+            except ValueError as error:
+                problems.append(f"{key!r} cannot be factorized: {error}")
+            converted.append(key)
+        elif key in own and isinstance(own[key], Tensor) and own[key].shape != value.shape:
+            problems.append(_wrong_shape(key, own[key], value, payload.get("geometry", {})))
+    return state, tuple(converted), problems
+
+
+def _wrong_shape(key: str, own: Tensor, value: Tensor, geometry: Mapping[str, Any]) -> str:
+    words = f"{key!r} must have shape {tuple(own.shape)}, got {tuple(value.shape)}"
+    if key in geometry:
+        known = geometry[key]
+        words += (
+            f", the packed weight of a low-rank layer (rank {known['rank']} of {known['m']} x "
+            f"{known['n']}): factorize the model before loading"
+        )
+    return words
+
+
+def _optimizer_problems(
+    optimizer: torch.optim.Optimizer,
+    saved: Any,
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+) -> list[str]:
+    """What ``optimizer.load_state_dict`` would refuse, or take and fail with later."""
+    if not isinstance(saved, Mapping):
+        return ["the file holds no optimizer"]
+    if not {"state", "param_groups"} <= saved.keys():
+        return ["'optimizer' is no state dict of an optimizer"]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    found = [len(group["params"]) for group in saved["param_groups"]]
+    if sizes != found:
+        return [f"'optimizer' must have groups of {sizes} parameters, got {found}"]
+    names = {id(p): name for name, p in model.named_parameters()}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    ids = [k for group in saved["param_groups"] for k in group["params"]]
+    problems = []
+    for k, p in zip(ids, params, strict=True):
+        name = names.get(id(p), f"parameter {k}")
+        shape = state[name].shape if name in state else p.shape
+        for key in _SHAPED:
+            value = saved["state"].get(k, {}).get(key)
+            if isinstance(value, Tensor) and value.shape != shape:
+                problems.append(
+                    f"the optimizer's {key!r} of {name!r} must have shape {tuple(shape)}, got "
+                    f"{tuple(value.shape)}"
+                )
+    return problems

@@ -1,0 +1,144 @@
+"""A training run that was cut off goes on: bit for bit as if nothing had happened."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint
+from .._files import remove_leftovers
+from ..checkpoint import CheckpointError
+from ..checkpoint._file import checksum
+from .data import Dataset
+
+
+@dataclasses.dataclass
+class Position:
+    """Where in its data a run is.
+
+    Attributes
+    ----------
+    epoch, batch : int
+        Complete epochs, and batches done of the next one.
+    order : Tensor
+        State of the generator at the start of that epoch: it gives the order of its batches.
+    total : Tensor, shape ()
+        Sum of the losses of that epoch so far.
+    count : int
+        Examples in it.
+    """
+
+    epoch: int
+    batch: int
+    order: Tensor
+    total: Tensor
+    count: int
+
+
+class Keeper:
+    """Writes a run to a file every few steps, and takes it up again.
+
+    Parameters
+    ----------
+    path : path
+    every : int
+        Steps between two writings. What a killed process loses is at most so many, with 1 the
+        current step; the result is the same.
+    model, optimizer, schedule
+        Whose states are kept.
+    identity : dict
+        Of words and numbers: a file with another one belongs to another run and is refused.
+
+    Raises
+    ------
+    ValueError
+        If `every` is no positive integer.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        every: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        identity: dict[str, Any],
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"save_every must be at least 1, got {every}")
+        self.path, self.every, self.identity = Path(path), every, identity
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.device = next(model.parameters()).device
+
+    def save(self, position: Position, history: Any) -> None:
+        """Write the run as it is now, whole or not at all."""
+        extra = {
+            "identity": self.identity,
+            "position": dict(vars(position)),
+            "history": dataclasses.asdict(history),
+            "schedule": self.schedule.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            extra["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint.save(self.path, self.model, self.optimizer, extra=extra)
+
+    def resume(self, history: Any) -> Position | None:
+        """Bring everything to where the file is, or return None if there is none.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is damaged or belongs to another run; nothing is changed then.
+        """
+        remove_leftovers(self.path)
+        if not self.path.exists():
+            return None
+        extra = checkpoint.load(self.path, self.model, self.optimizer, migrate=self._checked).extra
+        self.schedule.load_state_dict(extra["schedule"])
+        for key, value in extra["history"].items():
+            setattr(history, key, value)
+        torch.set_rng_state(extra["random"])
+        if "random_cuda" in extra and self.device.type == "cuda":
+            torch.cuda.set_rng_state(extra["random_cuda"], self.device)
+        position = Position(**extra["position"])
+        position.total = position.total.to(self.device)
+        return position
+
+    def _checked(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Refuse another run's file before anything is loaded."""
+        extra = payload["extra"]
+        known = extra.get("identity") if isinstance(extra, dict) else None
+        if not isinstance(known, dict):
+            raise CheckpointError(f"{self.path}: is not the checkpoint of a training run")
+        for key in self.identity.keys() | known.keys():
+            mine, other = self.identity.get(key), known.get(key)
+            if mine != other:
+                raise CheckpointError(
+                    f"{self.path}: belongs to another run, with {key} {_short(other)} instead of "
+                    f"{_short(mine)}; delete it, or choose another folder"
+                )
+        return payload
+
+
+def identity(
+    settings: Any, data: Dataset, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """What two runs must have in common for one to go on where the other stopped."""
+    return {
+        **dataclasses.asdict(settings),
+        "data": data.name,
+        "training images": len(data.train_y),
+        "labels (CRC-32)": checksum(data.train_y),
+        "optimizer": type(optimizer).__name__,
+        "network": str(model),
+    }
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."

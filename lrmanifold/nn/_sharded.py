@@ -1,0 +1,47 @@
+"""Low-rank weights under FSDP2 (``torch.distributed.fsdp.fully_shard``).
+
+It replaces a parameter by a DTensor, each process holding some of its rows, and puts the whole one
+in its place for as long as the layer computes. Both come in by the doors of the layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import GeometryError
+
+
+def takes_sharded(layer: Any, value: Any) -> bool:
+    """Whether `value` is a weight of this layer in the hands of FSDP2; it gets the manifold then.
+
+    The rows of a weight that was checked when it came in are not checked again: to see whether they
+    are on the manifold they would have to be gathered, and FSDP2 brings them twice a step.
+
+    Raises
+    ------
+    GeometryError
+        If its shape is not that of the weight.
+    """
+    if _is_dtensor(value):
+        layer.__dict__["_is_sharded"] = True
+    elif not (layer.__dict__.get("_is_sharded") and type(value) is nn.Parameter):
+        return False
+    wanted = (*layer.__dict__["_lead"], *layer.manifold.point_shape)
+    if tuple(value.shape) != wanted:
+        raise GeometryError(
+            f"weight must be a point of {layer.manifold}: its shape must be {wanted}, got "
+            f"{tuple(value.shape)}"
+        )
+    value.manifold = layer.manifold
+    return True
+
+
+def gathered(X: Tensor) -> Tensor:
+    """The whole tensor; of a DTensor, all its processes take part."""
+    return X.full_tensor() if _is_dtensor(X) else X  # type: ignore[attr-defined]
+
+
+def _is_dtensor(value: Any) -> bool:
+    return getattr(value, "placements", None) is not None and hasattr(value, "full_tensor")

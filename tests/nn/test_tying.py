@@ -1,0 +1,89 @@
+"""Weights that layers share, and layers that are frozen, in a whole training run."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lrmanifold as lrm
+
+
+def tied_network() -> nn.Module:
+    layers = [lrm.nn.LowRankLinear(8, 8, 3, dtype=torch.float64) for _ in range(2)]
+    layers[1].weight = layers[0].weight
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1])
+
+
+def train(model, optimizer, steps=20):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(16, 8, dtype=torch.float64, generator=generator)
+        optimizer.zero_grad()
+        (model(x) - x.flip(-1)).square().mean().backward()
+        optimizer.step()
+
+
+OPTIMIZERS = {
+    "CondLR": lambda p: lrm.optim.CondLR(p, lr=0.2, momentum=0.5),
+    "CondLRAdam": lambda p: lrm.optim.CondLRAdam(p, lr=0.02),
+}
+
+
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+def test_a_tied_weight_is_one_weight_that_is_moved_once_a_step(kind):
+    model = tied_network()
+    groups = lrm.optim.param_groups(model)
+    assert sum(len(g["params"]) for g in groups) == 3
+    optimizer = OPTIMIZERS[kind](groups)
+    train(model, optimizer)
+    assert model[0].weight is model[2].weight
+    assert int(optimizer.state[model[0].weight]["step"]) == 20
+    M, X = model[0].manifold, model[0].weight.detach()
+    assert float(M.drift(X)) <= 1e-12
+    assert float(M.cond(X)) <= 1.1 + 1e-12
+
+
+def test_the_gradient_of_a_tied_weight_is_that_of_both_uses():
+    model = tied_network()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    model(x).sum().backward()
+    first, second = (copy.deepcopy(model[i]) for i in (0, 2))
+    untied = nn.Sequential(first, nn.Tanh(), second)
+    untied.zero_grad()
+    untied(x).sum().backward()
+    total = first.weight.grad + second.weight.grad
+    torch.testing.assert_close(model[0].weight.grad, total)
+
+
+def test_tied_dense_weights_stay_tied_and_dense():
+    model = nn.ModuleDict({"embed": nn.Embedding(20, 8), "body": nn.Linear(8, 8)})
+    model["head"] = nn.Linear(8, 20, bias=False)
+    model["head"].weight = model["embed"].weight
+    notes = []
+    lrm.factorize(model, rank=2, summary=lambda plan: notes.extend(plan.decisions))
+    assert type(model["head"]) is nn.Linear
+    assert model["head"].weight is model["embed"].weight
+    assert {d.name: d.reason for d in notes}["head"] == "its weight is tied to another module's"
+    assert isinstance(model["body"], lrm.nn.LowRankLinear)
+
+
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+def test_frozen_layers_stay_to_the_bit_and_thaw(kind):
+    dense = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).double()
+    dense[0].requires_grad_(False)
+    model = lrm.factorize(dense, rank=3)
+    assert not model[0].weight.requires_grad
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    before = copy.deepcopy(model.state_dict())
+    train(model, optimizer)
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert torch.equal(model[0].bias, before["0.bias"])
+    assert not torch.equal(model[2].weight, before["2.weight"])
+    model[0].requires_grad_(True)
+    train(model, optimizer)
+    assert not torch.equal(model[0].weight, before["0.weight"])
+    for layer in (model[0], model[2]):
+        assert float(layer.manifold.drift(layer.weight.detach())) <= 1e-12
