@@ -150,7 +150,8 @@ def publish(name: str, report: Report, settings: Settings) -> None:
         settings.output.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"conditions": conditions(), "results": payload}, indent=1)
         (settings.output / f"{stem}.json").write_text(text + "\n")
-    if report.panels:
+    # One or two cases make no curve.
+    if report.panels and settings.only is None:
         draw(report.panels).savefig((settings.output or FOLDER) / f"{stem}.png", dpi=120)
 
 
