@@ -51,7 +51,14 @@ def draw(panels: Sequence[Panel], columns: int = 2) -> Figure:
         ax.grid(alpha=0.3, which="both")
         ax.spines[["top", "right"]].set_visible(False)
         if ax.get_legend_handles_labels()[1]:
-            ax.legend(frameon=False, fontsize="small")
+            # Below the axes: with many peers it would lie on the curves.
+            ax.legend(
+                frameon=False,
+                fontsize="small",
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.15),
+                ncols=2,
+            )
     for ax in axes[len(panels) :]:
         ax.remove()
     return figure
