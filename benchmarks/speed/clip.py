@@ -48,7 +48,7 @@ def count_clips() -> Iterator[dict[str, int]]:
     The others are let pass by a certificate, or clipped by products.
     """
     counts = {"decomposed": 0, "changed": 0}
-    clip, svd = linalg.spectral_clip, linalg.svd
+    clip, svd, eigh = linalg.spectral_clip, torch.linalg.svd, torch.linalg.eigh
 
     def clipping(S: Tensor, *args: Any, **options: Any) -> Tensor:
         clipped = clip(S, *args, **options)
@@ -56,19 +56,24 @@ def count_clips() -> Iterator[dict[str, int]]:
         counts["changed"] += int(moved.sum())
         return clipped
 
-    def decomposing(S: Tensor) -> linalg.SVD:
-        found = svd(S)
-        counts["decomposed"] += found.s[..., 0].numel()
-        return found
+    def counted(decompose: Any) -> Any:
+        def decomposing(S: Tensor, *args: Any, **options: Any) -> Any:
+            counts["decomposed"] += S[..., 0, 0].numel()
+            return decompose(S, *args, **options)
+
+        return decomposing
 
     with (
         mock.patch.object(linalg, "spectral_clip", clipping),
-        mock.patch("lrmanifold.linalg._conditioning.svd", decomposing),
+        mock.patch("torch.linalg.svd", counted(svd)),
+        mock.patch("torch.linalg.eigh", counted(eigh)),
     ):
         yield counts
 
 
-def fractions(tau: float, lr: float, steps: int, device: torch.device) -> dict[str, float]:
+def fractions(
+    tau: float, lr: float, margin: float, steps: int, device: torch.device
+) -> dict[str, float]:
     """Shares of the layer-steps of a small training run that decompose the core, and change it.
 
     An mlp 64-256-256-10 on labels of a random network of the same kind, batch 128, momentum 0.9.
@@ -77,7 +82,8 @@ def fractions(tau: float, lr: float, steps: int, device: torch.device) -> dict[s
     teacher = mlp(64, 10, (128,)).to(device)
     model: nn.Module = mlp(64, 10, (256, 256)).to(device)
     lrm.factorize(model, rank=32, tau=tau, exclude="fc3")
-    optimizer = lrm.optim.CondLR(model.parameters(), lr=lr, momentum=0.9)
+    parameters = model.parameters()
+    optimizer = lrm.optim.CondLR(parameters, lr=lr, momentum=0.9, clip_margin=margin)
     layers = sum(isinstance(m, lrm.nn.LowRankLayer) for m in model.modules())
     with count_clips() as counts:
         for _ in range(steps):
@@ -98,8 +104,9 @@ def measure(settings: Settings) -> Report:
     streams = {f"training, tau {t}, lr {lr}": (t, lr) for t, lr in STREAMS[: settings.pick(4, 1)]}
     for case, (a, b) in settings.chosen({**cases, **streams}).items():
         if case in streams:
-            shares = fractions(a, b, settings.pick(1000, 10), settings.device)
-            rows.append({"what": case, "name": "CondLR", **shares})
+            for name, margin in (("CondLR", 0.0), ("CondLR, clip margin ½", 0.5)):
+                shares = fractions(a, b, margin, settings.pick(1000, 10), settings.device)
+                rows.append({"what": case, "name": name, **shares})
             continue
         batch, r = int(a), int(b)
         for state, cond in (("outside", 2.0), ("inside", 1.0 + 0.5 * TAU)):

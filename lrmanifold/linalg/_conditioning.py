@@ -151,7 +151,7 @@ def spectral_clip(
     centre : {"metric", "mean"}
     margin : float
         In [0, 1). Feasible matrices stay as they are; the others are brought further inside, to a
-        band of ratio ``1 + (1 - margin) tau``, so that the next ones need no clip for a while.
+        band of ratio ``1 + (1 - margin) tau``, so that the next ones need no change for a while.
 
     Returns
     -------

@@ -141,8 +141,8 @@ class CondLR(GeometricOptimizer):
         eight products of the step; on cores far from orthogonal it converges more slowly.
     clip_margin : float
         In [0, 1). A core that leaves the band of ratio 1 + τ is brought back to it by the exact
-        projection if 0, and further, to the ratio 1 + (1 - margin) τ, otherwise. Then a certificate
-        made of products lets most of the following steps do without a decomposition (with 0.5).
+        projection if 0, and further, to the ratio 1 + (1 - margin) τ, otherwise. Then fewer steps
+        change the core, and a certificate made of products spares some their decomposition.
     orthonormality_tol : float
         If positive, bases are retracted only when ‖UᵀU - I‖_F, which every step measures, exceeds
         it; the condition number is then off by that much too. At most what counts as rounding of
@@ -331,12 +331,12 @@ class CondLR(GeometricOptimizer):
             self._ensure_on_manifold(p, own, state, label)
         grads = torch.stack([p.grad for p in params if p.grad is not None])
         ok = None
-        if first.device.type != "cpu":
+        if first.device.type == "cpu":
+            if not linalg.all_finite(grads):
+                return False
+        elif group["skip_nonfinite"]:
             ok = torch.isfinite(grads).flatten(1).all(1)
-            if group["skip_nonfinite"]:
-                grads = torch.where(ok[:, None, None], grads, torch.zeros_like(grads))
-        elif not linalg.all_finite(grads):
-            return False
+            grads = torch.where(ok[:, None, None], grads, torch.zeros_like(grads))
         grads = -grads if group["maximize"] else grads
         options = Options(**{key: group[key] for key in Options._fields})
         try:
