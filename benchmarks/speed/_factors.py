@@ -33,7 +33,7 @@ class Factors(nn.Module):
         if isinstance(layer, LowRankConv2d):
             if layer.groups != 1 or layer.padding_mode != "zeros":
                 raise ValueError(f"groups and padding modes are left out here, got {layer}")
-            self.kernel = (layer.in_channels, *layer.kernel_size)
+            self.kernel = (*layer.kernel_size, layer.in_channels)
             self.convolution = (layer.stride, layer.padding, layer.dilation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +42,9 @@ class Factors(nn.Module):
         U, S, V = self.U, self.S, self.V
         if self.convolution is None:
             return F.linear(F.linear(F.linear(x, V.mT), S), U, self.bias)
-        z = F.conv2d(x, V.mT.reshape(-1, *self.kernel), None, *self.convolution)
+        filters = V.mT.contiguous().reshape(-1, *self.kernel).movedim(-1, 1)
+        filters = filters.contiguous() if x.is_contiguous() else filters
+        z = F.conv2d(x, filters, None, *self.convolution)
         return F.conv2d(z, (U @ S)[:, :, None, None], self.bias)
 
 
@@ -83,7 +85,8 @@ def _pair(layer: LowRankLayer) -> TwoFactors:
         raise TypeError(f"layer must be linear or a 2-d convolution, got {type(layer).__name__}")
     with torch.no_grad():
         U, S, V = layer.factors
-        first.weight.copy_(V.mT.reshape(first.weight.shape))  # type: ignore[operator, union-attr]
+        filters = layer._filters(V) if isinstance(layer, LowRankConv2d) else V.mT
+        first.weight.copy_(filters)  # type: ignore[operator, union-attr]
         second.weight.copy_((U @ S).reshape(second.weight.shape))  # type: ignore[operator, union-attr]
         if layer.bias is not None:
             second.bias.copy_(layer.bias)  # type: ignore[operator, union-attr]

@@ -34,10 +34,9 @@ def packed_from_dense(layer: LowRankLayer, value: Tensor) -> Tensor:
     ValueError
         If `value` is not finite or its rank is too small.
     """
-    M = layer.manifold
     if not bool(torch.isfinite(value).all()):
         raise ValueError("it holds NaN or Inf")
-    return M.from_dense(value.reshape(*layer.weight.shape[:-2], M.m, M.n))
+    return layer.manifold.from_dense(layer.matricised(value))
 
 
 def defect(layer: LowRankLayer, value: Tensor) -> str | None:

@@ -9,6 +9,7 @@ are untouched.
 """
 
 from ._certificate import condition_bound
+from ._clip_memory import ClipMemory
 from ._common import all_finite, compute_dtype
 from ._conditioning import (
     Centre,
@@ -25,6 +26,7 @@ from ._svd import SVD, svd, svdvals
 __all__ = [
     "SVD",
     "Centre",
+    "ClipMemory",
     "all_finite",
     "clip_values",
     "compute_dtype",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -184,10 +184,9 @@ def spectral_clip(
             clipped = torch.where(fine[..., None, None], S, clipped)
         return clipped.to(dtype)
     if not (S.requires_grad and torch.is_grad_enabled()):
-        small = S.ndim == 2 and S.shape[-1] < _SMALL
-        found = (_clip_small if small else _clip_by_products)(S, tau, centre, margin)
+        found = clip_near(S, tau, centre, margin, certify=True)
         if found is not None:
-            return found.to(dtype)
+            return found.S.to(dtype)
     U, s, Vh = svd(S)
     feasible = _feasible(s, tau)
     if centre == "metric" and bool(feasible.all()):
@@ -211,7 +210,24 @@ def _feasible(s: Tensor, tau: float) -> Tensor:
     return s[..., 0] <= (1.0 + tau) * slack * s[..., -1]
 
 
-def _clip_small(S: Tensor, tau: float, centre: Centre, margin: float) -> Tensor | None:
+class Clipped(NamedTuple):
+    """A clipped core, and of a single one its smallest and largest singular value if known."""
+
+    S: Tensor
+    low: float | None = None
+    high: float | None = None
+
+
+def clip_near(
+    S: Tensor, tau: float, centre: Centre, margin: float, *, certify: bool
+) -> Clipped | None:
+    """The clip on the CPU by the cheapest means; None where these are not accurate."""
+    if S.ndim == 2 and S.shape[-1] < _SMALL:
+        return _clip_small(S, tau, centre, margin)
+    return _clip_by_products(S, tau, centre, margin, certify)
+
+
+def _clip_small(S: Tensor, tau: float, centre: Centre, margin: float) -> Clipped | None:
     """The clip of one small core by its SVD in as few calls as possible; None where it is hard."""
     try:
         U, s, Vh = torch.linalg.svd(S)
@@ -222,14 +238,15 @@ def _clip_small(S: Tensor, tau: float, centre: Centre, margin: float) -> Tensor 
         return None
     slack = 1.0 + _SLACK * torch.finfo(S.dtype).eps
     if centre == "metric" and row[0] <= (1.0 + tau) * slack * row[-1]:
-        return S
+        return Clipped(S, row[-1], row[0])
     values = clip_values(s, (1.0 - margin) * tau, centre=centre)
-    if row[0] > 2.0 * float(values[0]):
-        return None
-    return S + (U * (values - s)) @ Vh
+    high, low = float(values[0]), float(values[-1])
+    return Clipped(S + (U * (values - s)) @ Vh, low, high) if row[0] <= 2.0 * high else None
 
 
-def _clip_by_products(S: Tensor, tau: float, centre: Centre, margin: float) -> Tensor | None:
+def _clip_by_products(
+    S: Tensor, tau: float, centre: Centre, margin: float, certify: bool
+) -> Clipped | None:
     """The clip without an SVD: near the set, from SᵀS alone. None where that is not accurate.
 
     The usual case of a training step. A core that is certified to be feasible stays as it is;
@@ -239,8 +256,8 @@ def _clip_by_products(S: Tensor, tau: float, centre: Centre, margin: float) -> T
     """
     kappa = 1.0 + tau
     E, c = relative_defect(S)
-    if centre == "metric" and tau > 0 and certified(E, kappa):
-        return S
+    if certify and centre == "metric" and tau > 0 and certified(E, kappa):
+        return Clipped(S)
     if tau == 0:
         size = torch.linalg.matrix_norm(E)
         worst = float(size.max())
@@ -248,9 +265,8 @@ def _clip_by_products(S: Tensor, tau: float, centre: Centre, margin: float) -> T
             return None
         Q = S @ inverse_square_root(E, worst) / c.sqrt()
         mean = (Q * S).sum((-2, -1), keepdim=True) / S.shape[-1]
-        return torch.where(
-            (size <= _SLACK * torch.finfo(S.dtype).eps)[..., None, None], S, mean * Q
-        )
+        small = size <= _SLACK * torch.finfo(S.dtype).eps
+        return Clipped(torch.where(small[..., None, None], S, mean * Q))
     try:
         squares, Q = torch.linalg.eigh(E)
     except torch.linalg.LinAlgError:
@@ -259,11 +275,17 @@ def _clip_by_products(S: Tensor, tau: float, centre: Centre, margin: float) -> T
     if not (float(squares.max()) + 1.0) <= _NEAR**2 * (float(squares.min()) + 1.0):
         return None
     s = (c[..., 0] * (1.0 + squares)).sqrt().flip(-1)
-    change = (clip_values(s, (1.0 - margin) * tau, centre=centre) / s - 1.0).flip(-1)
+    feasible = _feasible(s, tau)
+    if centre == "metric" and S.ndim == 2 and bool(feasible):
+        return Clipped(S, float(s[-1]), float(s[0]))
+    values = clip_values(s, (1.0 - margin) * tau, centre=centre)
+    change = (values / s - 1.0).flip(-1)
     clipped = S + ((S @ Q) * change[..., None, :]) @ Q.mT
-    if centre == "mean":
-        return clipped
-    return torch.where(_feasible(s, tau)[..., None, None], S, clipped)
+    if S.ndim == 2:
+        return Clipped(clipped, float(values[-1]), float(values[0]))
+    if centre == "metric":
+        clipped = torch.where(feasible[..., None, None], S, clipped)
+    return Clipped(clipped)
 
 
 def _clip_unchecked(S: Tensor, tau: float, centre: Centre) -> Tensor:

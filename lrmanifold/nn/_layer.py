@@ -129,14 +129,19 @@ class LowRankLayer(nn.Module):
         """The weight in the dense layer's shape, with gradients; formed anew at each call."""
         raise NotImplementedError  # the abstract contract: each layer knows its dense shape
 
-    def _take_over(self, module: nn.Module, matrix: Tensor, init: str) -> None:
-        """Fill this layer from a dense one whose weight is `matrix`, shape (..., m, n)."""
+    def matricised(self, weight: Tensor) -> Tensor:
+        """A dense layer's weight as the matrix that the manifold holds, shape (..., m, n)."""
+        raise NotImplementedError  # the abstract contract: each layer knows its dense shape
+
+    def _take_over(self, module: nn.Module, init: str) -> None:
+        """Fill this layer from a dense one."""
         if init not in ("svd", "random"):
             raise ValueError(f"init must be 'svd' or 'random', got {init!r}")
         weight, bias = module.weight, module.bias
         with torch.no_grad():
-            if init == "svd" and not matrix.is_meta:
-                self.weight.copy_(self.manifold.from_dense(matrix.detach()))
+            if init == "svd" and not weight.is_meta:  # type: ignore[union-attr]
+                matrix = self.matricised(weight.detach())  # type: ignore[union-attr, operator]
+                self.weight.copy_(self.manifold.from_dense(matrix))
             if self.bias is not None:
                 self.bias.copy_(bias)  # type: ignore[arg-type]
                 self.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr, arg-type]

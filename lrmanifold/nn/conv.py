@@ -16,6 +16,7 @@ from ._layer import LowRankLayer, make_manifold
 class _LowRankConvNd(LowRankLayer):
     """Shared by the three dimensions; see :class:`LowRankConv2d`."""
 
+    _version = 2
     _dense_class: ClassVar[type[nn.Module]]
     _convolve: ClassVar[Any]
 
@@ -52,7 +53,7 @@ class _LowRankConvNd(LowRankLayer):
             device="meta",
         )
         m = out_channels // groups
-        n = in_channels // groups * math.prod(dense.kernel_size)
+        n = math.prod(dense.kernel_size) * in_channels // groups
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         lead = (groups,) if groups > 1 else ()
         manifold = make_manifold(m, n, rank, tau=tau, gradient=gradient, retraction=retraction)
@@ -69,16 +70,29 @@ class _LowRankConvNd(LowRankLayer):
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._pad, mode=self.padding_mode), 0
-        shape = self.in_channels // self.groups, *self.kernel_size
-        filters = V.unflatten(-2, shape).movedim(-1, -1 - len(shape)).reshape(-1, *shape)
-        # Laid out as the images are, in one copy instead of two.
-        last = x.ndim == 4 and not x.is_contiguous()
-        last = last and x.is_contiguous(memory_format=torch.channels_last)
-        filters = filters.contiguous(
-            memory_format=torch.channels_last if last else torch.contiguous_format
-        )
+        filters = self._filters(V)
+        if x.ndim != 4 or x.is_contiguous():
+            # The layout of the filters would become that of the output.
+            filters = filters.contiguous()
         convolve = type(self)._convolve
         return convolve(x, filters, None, self.stride, padding, self.dilation, self.groups)
+
+    def _filters(self, V: Tensor) -> Tensor:
+        """The columns of V as filters, shape (groups * r, in_channels / groups, *kernel_size)."""
+        # One plain transpose: this is why the channels are last in V.
+        rows = V.mT.contiguous().reshape(-1, *self.kernel_size, self.in_channels // self.groups)
+        return rows.movedim(-1, 1)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args: Any) -> None:
+        M, key = self.manifold, prefix + "weight"
+        value = state_dict.get(key)
+        fits = isinstance(value, Tensor) and value.shape[-2:-1] == (M.m + M.n + value.shape[-1],)
+        if local_metadata.get("version") == 1 and fits:
+            # Before version 2 of this class the channels were first in V.
+            U, S, V = M.unpack(value)
+            V = V.unflatten(-2, (-1, math.prod(self.kernel_size))).transpose(-3, -2)
+            state_dict[key] = M.pack(U, S, V.flatten(-3, -2))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _last(self, z: Tensor, U: Tensor, S: Tensor | None, bias: Tensor | None) -> Tensor:
         ones = (1,) * len(self.kernel_size)
@@ -119,9 +133,7 @@ class _LowRankConvNd(LowRankLayer):
             device=dense.weight.device,
             dtype=dense.weight.dtype,
         )
-        lead = layer.weight.shape[:-2]
-        matrix = dense.weight.reshape(*lead, layer.manifold.m, layer.manifold.n)
-        layer._take_over(dense, matrix, init)
+        layer._take_over(dense, init)
         return layer
 
     def to_dense(self) -> nn.Module:
@@ -145,7 +157,23 @@ class _LowRankConvNd(LowRankLayer):
     def dense_weight(self) -> Tensor:
         """The kernel, shape (out_channels, in_channels / groups, *kernel_size), with gradients."""
         matrix = self.manifold.to_dense(self.weight)
-        return matrix.reshape(self.out_channels, -1, *self.kernel_size)
+        kernel = matrix.reshape(self.out_channels, *self.kernel_size, -1)
+        return kernel.movedim(-1, 1).contiguous()
+
+    def matricised(self, weight: Tensor) -> Tensor:
+        """A dense kernel as the matrix that the manifold holds, shape ([groups,] m, n).
+
+        Parameters
+        ----------
+        weight : Tensor, shape (out_channels, in_channels / groups, *kernel_size)
+
+        Returns
+        -------
+        Tensor
+            The columns go through the kernel's positions first and the channels last.
+        """
+        M = self.manifold
+        return weight.movedim(1, -1).reshape(*self.weight.shape[:-2], M.m, M.n)
 
     def extra_repr(self) -> str:
         parts = [
@@ -176,10 +204,12 @@ class LowRankConv1d(_LowRankConvNd):
 class LowRankConv2d(_LowRankConvNd):
     """Drop-in for ``nn.Conv2d`` whose matricised kernel is well-conditioned of rank r.
 
-    The kernel, as a matrix (out_channels) x (in_channels · prod(kernel_size)), is U S Vᵀ. The layer
-    runs as a convolution with the r filters Vᵀ followed by a 1 x 1 convolution with U S; no im2col.
+    The kernel, as a matrix (out_channels) x (prod(kernel_size) · in_channels), is U S Vᵀ. Its
+    columns are those of ``weight.flatten(1)`` of the dense layer in another order, channels last,
+    which is that of the filters in ``torch.channels_last``; see ``matricised``. The layer runs as a
+    convolution with the r filters Vᵀ followed by a 1 x 1 convolution with U S; no im2col.
     With groups, every group has a matrix of its own: the weight has the groups as a batch dimension
-    (groups, m + r + n, r), m = out_channels/groups, n = in_channels/groups · prod(kernel_size).
+    (groups, m + r + n, r), m = out_channels/groups, n = prod(kernel_size) · in_channels/groups.
 
     The condition number bounded here is that of the matricised kernel. It is *not* that of the
     convolution as an operator on images (mathematics 6).

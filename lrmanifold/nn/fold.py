@@ -47,9 +47,9 @@ def fold(model: nn.Module) -> nn.Module:
 
 def _folded(layer: LowRankLayer) -> nn.Module:
     if isinstance(layer, LowRankLinear):
-        pair = _linear_pair(layer)
+        pair, filters = _linear_pair(layer), _transposed
     elif isinstance(layer, _LowRankConvNd):
-        pair = _convolution_pair(layer)
+        pair, filters = _convolution_pair(layer), layer._filters
     else:
         raise TypeError(
             f"a {type(layer).__name__} cannot be folded: only linear layers and convolutions can"
@@ -58,7 +58,7 @@ def _folded(layer: LowRankLayer) -> nn.Module:
     wide = linalg.compute_dtype(layer.weight.dtype)
     with torch.no_grad():
         U, S, V = layer.manifold.unpack(layer.weight.detach().to(wide))
-        first.weight.copy_(V.mT.reshape(first.weight.shape))
+        first.weight.copy_(filters(V))
         last.weight.copy_((U @ S).reshape(last.weight.shape))
         if layer.bias is not None:
             last.bias.copy_(layer.bias)
@@ -66,6 +66,10 @@ def _folded(layer: LowRankLayer) -> nn.Module:
     for part in pair:
         part.weight.requires_grad_(layer.weight.requires_grad)
     return nn.Sequential(*pair).train(layer.training)
+
+
+def _transposed(V: Any) -> Any:
+    return V.mT
 
 
 def _linear_pair(layer: LowRankLinear) -> tuple[Any, Any]:

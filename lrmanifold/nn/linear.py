@@ -110,7 +110,7 @@ class LowRankLinear(LowRankLayer):
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
-        layer._take_over(module, module.weight, init)
+        layer._take_over(module, init)
         return layer
 
     def to_dense(self) -> nn.Linear:
@@ -125,6 +125,10 @@ class LowRankLinear(LowRankLayer):
     def dense_weight(self) -> Tensor:
         """The matrix U S Vᵀ, shape (out_features, in_features), with gradients."""
         return self.manifold.to_dense(self.weight)
+
+    def matricised(self, weight: Tensor) -> Tensor:
+        """`weight` itself."""
+        return weight
 
     def extra_repr(self) -> str:
         return (

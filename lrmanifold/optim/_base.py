@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GeometryError
-from ..linalg import all_finite, compute_dtype
+from ..linalg import ClipMemory, all_finite, compute_dtype
 from ..manifolds import FixedRank
 from ..manifolds._dtype import storage_tolerance
 from ._distributed import is_sharded, may_be_shared_out, move_sharded, move_shared_out
@@ -46,6 +46,8 @@ class GeometricOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._geometry: list[list[geoopt.Manifold | None]] = []
         self._marks: dict[Tensor, tuple] = {}
+        # Spares work and changes no result: never saved.
+        self._cores: dict[Tensor, ClipMemory] = {}
         self._sums: dict[Tensor, float] = {}  # the same for sharded parameters
         super().__init__(params, defaults)
 
@@ -88,7 +90,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._marks, self._sums = {}, {}
+        self._marks, self._sums, self._cores = {}, {}, {}
         # A state saved by torch.optim.SGD, or by an older version, lacks some options.
         for group in self.param_groups:
             for key in self.defaults.keys() - _UNSUPPORTED:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..linalg import all_finite
+from ..linalg import ClipMemory, all_finite
 from ..manifolds import FixedRank
 from ._factored import MOMENTUM_STATE, is_factored
 
@@ -94,11 +94,13 @@ def _move_stand_in(
     if manifold is not None and optimizer._sums.get(p) == _sum(stand_in):
         optimizer._marks[stand_in] = _mark(stand_in)  # nobody wrote to it: no need to measure
     optimizer.state[stand_in] = state
+    optimizer._cores[stand_in] = optimizer._cores.setdefault(p, ClipMemory())
     try:
         optimizer._guarded_update(group, stand_in, manifold, label)
     finally:
         moved = optimizer.state.pop(stand_in)
         optimizer._marks.pop(stand_in, None)
+        optimizer._cores.pop(stand_in)
     optimizer._sums[p] = _sum(stand_in)
     shape = stand_in.shape
     for key, value in moved.items():

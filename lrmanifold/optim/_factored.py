@@ -167,6 +167,7 @@ def factored_step(
     momentum: Momentum | None,
     options: Options,
     workspace: Workspace,
+    cores: linalg.ClipMemory | None = None,
 ) -> Step:
     """Compute one step; nothing is written.
 
@@ -179,6 +180,9 @@ def factored_step(
     momentum : Momentum or None
         In the same dtype; None before the first step.
     options : Options
+    workspace : Workspace
+    cores : ClipMemory, optional
+        Of this weight.
 
     Raises
     ------
@@ -200,7 +204,7 @@ def factored_step(
     if options.penalty:
         slope = linalg.conditioning_penalty_grad(X.S, squared=options.penalty_squared)
         force = force + options.penalty * slope
-    S = _project_core(manifold, X.S - options.lr * force, options.clip_margin)
+    S = _project_core(manifold, X.S - options.lr * force, options.clip_margin, cores)
 
     moved = []
     for i, (Q, g, w, Y) in enumerate(((X.U, G.U, new.U, goal.U), (X.V, G.V, new.V, goal.V))):
@@ -233,9 +237,12 @@ def factored_step(
     return Step(U, S, V, Momentum(velocity, overlap, drift))
 
 
-def _project_core(manifold: FixedRank, S: Tensor, margin: float) -> Tensor:
-    if margin and isinstance(manifold, WellConditioned):
-        return linalg.spectral_clip(S, manifold.tau, centre=manifold.centre, margin=margin)
+def _project_core(
+    manifold: FixedRank, S: Tensor, margin: float, cores: linalg.ClipMemory | None
+) -> Tensor:
+    if isinstance(manifold, WellConditioned) and (margin or cores is not None):
+        clip = linalg.spectral_clip if cores is None else cores.clip
+        return clip(S, manifold.tau, centre=manifold.centre, margin=margin)
     return manifold.project_core(S)
 
 

@@ -142,7 +142,8 @@ class CondLR(GeometricOptimizer):
     clip_margin : float
         In [0, 1). A core that leaves the band of ratio 1 + τ is brought back to it by the exact
         projection if 0, and further, to the ratio 1 + (1 - margin) τ, otherwise. Then fewer steps
-        change the core, and a certificate made of products spares some their decomposition.
+        change the core, and those near the last core that was decomposed need no decomposition
+        (Weyl's inequality; :class:`lrmanifold.linalg.ClipMemory`).
     orthonormality_tol : float
         If positive, bases are retracted only when ‖UᵀU - I‖_F, which every step measures, exceeds
         it; the condition number is then off by that much too. At most what counts as rounding of
@@ -295,7 +296,8 @@ class CondLR(GeometricOptimizer):
                 }
             )
         wide_X = Factors(*(x.to(wide) for x in X))
-        step = factored_step(manifold, wide_X, G, before, options, self._workspace)
+        cores = self._cores.setdefault(p, linalg.ClipMemory())
+        step = factored_step(manifold, wide_X, G, before, options, self._workspace, cores)
         if isinstance(ok, bool):
             and_finite(ok, step.S)  # the bases have been measured
             step.write_(X)

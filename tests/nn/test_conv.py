@@ -60,10 +60,21 @@ def limit(args: dict, d: int) -> int:
 
 
 def matricised_kernel(layer) -> Tensor:
-    """U S Vᵀ of each group, stacked along the output channels, in the kernel's shape."""
+    """U S Vᵀ of each group, stacked along the output channels, in the kernel's shape.
+
+    Column p C + c of the matrix is position p of the kernel, counted as by flatten, and channel c.
+    """
     blocks = layer.weight.reshape(-1, *layer.weight.shape[-2:])
     W = torch.cat([U @ S @ V.mT for U, S, V in map(layer.manifold.unpack, blocks)])
-    return W.reshape(layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    C = layer.in_channels // layer.groups
+    channels = [W[:, c::C].reshape(-1, *layer.kernel_size) for c in range(C)]
+    return torch.stack(channels, 1)
+
+
+def matricised(layer, weight: Tensor) -> Tensor:
+    """The other way, for each group."""
+    columns = [w for position in weight.flatten(2).unbind(-1) for w in position.unbind(-1)]
+    return torch.stack(columns, -1).reshape(-1, layer.manifold.m, layer.manifold.n)
 
 
 @settings(max_examples=80)
@@ -100,7 +111,8 @@ def test_output_and_all_gradients_are_those_of_the_dense_convolution(
         torch.testing.assert_close(layer.bias.grad, dense.bias.grad, rtol=1e-10, atol=1e-10)
     # The chain rule from the dense gradient to the factors, or to P_W G at once.
     M, X = layer.manifold, layer.weight.detach()
-    G = dense.weight.grad.reshape(*X.shape[:-2], M.m, M.n)
+    G = matricised(layer, dense.weight.grad).reshape(*X.shape[:-2], M.m, M.n)
+    assert torch.equal(layer.matricised(dense.weight.grad), G)
     xi = M.egrad2rgrad(X, layer.weight.grad)
     torch.testing.assert_close(xi, M.project_ambient(X, G), rtol=1e-8, atol=1e-8)
     if gradient == "factors":
@@ -140,11 +152,10 @@ def test_from_dense_takes_the_nearest_matrix_of_each_group(drawn, tau, seed):
     ours, theirs = PAIRS[d]
     dense, rank = theirs(**args, **F64), (limit(args, d) + 1) // 2
     layer = ours.from_dense(dense, rank, tau=tau)
-    blocks = dense.weight.detach().reshape(args["groups"], layer.manifold.m, layer.manifold.n)
+    blocks = matricised(layer, dense.weight.detach())
     expected = torch.stack([layer.manifold.to_dense(layer.manifold.from_dense(B)) for B in blocks])
-    torch.testing.assert_close(
-        layer.dense_weight().detach(), expected.reshape_as(dense.weight), rtol=1e-9, atol=1e-10
-    )
+    found = matricised(layer, layer.dense_weight().detach())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
     lead = (args["groups"],) if args["groups"] > 1 else ()
     assert layer.weight.shape == (*lead, *layer.manifold.point_shape)
 
@@ -299,3 +310,20 @@ def test_groups_keep_their_own_bound():
     assert float((s[:, 0] / s[:, 1]).max()) <= 1.1 * (1 + 1e-9)
     assert float(s[1, 0] / s[0, 0]) > 50
     assert isinstance(layer.manifold, lrm.WellConditioned)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_weights_saved_with_the_channels_first_are_brought_to_the_present_order(groups):
+    torch.manual_seed(groups)
+    layer = LowRankConv2d(4, 6, (3, 2), 2, groups=groups, **F64)
+    old = LowRankConv2d(4, 6, (3, 2), 2, groups=groups, **F64).state_dict()
+    U, S, V = layer.manifold.unpack(old["weight"].clone())
+    layer.load_state_dict(old)
+    expected = layer.dense_weight().detach()
+    # Row c P + p of the old V was that of channel c, position p.
+    C, P = 4 // groups, 6
+    rows = torch.tensor([p * C + c for c in range(C) for p in range(P)])
+    old["weight"] = layer.manifold.pack(U, S, V[..., rows, :])
+    old._metadata[""]["version"] = 1
+    layer.load_state_dict(old)
+    torch.testing.assert_close(layer.dense_weight().detach(), expected, rtol=1e-14, atol=1e-14)

@@ -60,7 +60,7 @@ def dense_products(layer: nn.Module, loss) -> tuple[Tensor, ...]:
     """(GV, UᵀGV, GᵀU) from the dense gradient G of a loss of the dense layer."""
     dense = layer.to_dense()
     loss(dense).backward()
-    G = dense.weight.grad.reshape(*layer.weight.shape[:-2], layer.manifold.m, layer.manifold.n)
+    G = layer.matricised(dense.weight.grad)
     U, _, V = oracles.split(layer.weight, layer.manifold.m, layer.manifold.n)
     return G @ V, U.mT @ G @ V, G.mT @ U
 

@@ -115,7 +115,8 @@ def test_grouped_convolutions_step_group_by_group(integrator):
     x, y = torch.randn(5, 4, 6, 6).double(), torch.randn(5, 6, 4, 4).double()
 
     def loss(kernel: Tensor) -> Tensor:
-        out = nn.functional.conv2d(x, kernel.reshape(6, 2, 3, 3), conv.bias.detach(), groups=2)
+        kernel = kernel.reshape(6, 3, 3, 2).movedim(-1, 1)
+        out = nn.functional.conv2d(x, kernel, conv.bias.detach(), groups=2)
         return (out - y).square().mean()
 
     points = [conv.manifold.unpack(X) for X in conv.weight.detach().clone()]
