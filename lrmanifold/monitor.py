@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from . import linalg
+from ._flow_certificate import FlowCertificate, check_flow
 from .nn import LowRankLayer
 from .optim._base import GeometricOptimizer
 
@@ -20,7 +23,12 @@ class Monitor:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, every: int
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        every: int,
+        reference: nn.Module | None,
+        loss: Callable[[nn.Module], Tensor] | None,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be an integer >= 1, got {every!r}")
@@ -38,10 +46,19 @@ class Monitor:
         }
         if not self._layers:
             raise ValueError("model must have low-rank layers, got none; see lrmanifold.factorize")
+        if (reference is None) != (loss is None):
+            raise ValueError("reference and loss must be given together: a certificate needs both")
+        self._certificate, self._time = None, 0.0
+        if reference is not None and loss is not None:
+            check_flow(optimizer)
+            layers = {"" if x is model else name: x for name, x in self._layers.items()}
+            self._certificate = FlowCertificate(layers, model, reference, loss)
 
     def step(self) -> dict[str, float]:
         """Count a step; the measurements if it is time for them, else an empty dict."""
         self.steps += 1
+        if self._certificate is not None and self.optimizer is not None:
+            self._time += float(self.optimizer.param_groups[0]["lr"])
         return {} if self.steps % self.every else self.measure()
 
     @torch.no_grad()
@@ -57,6 +74,9 @@ class Monitor:
         found["drift"] = max(row[1] for row in rows)
         if self.optimizer is not None:
             found["skipped_steps"] = self.optimizer.skipped_steps
+        if self._certificate is not None:
+            check_flow(self.optimizer)
+            found.update(self._certificate.measure(self._time))
         return found
 
 
@@ -78,7 +98,12 @@ def _numbers(layer: LowRankLayer) -> Tensor:
 
 
 def monitor(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, every: int = 50
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    every: int = 50,
+    reference: nn.Module | None = None,
+    loss: Callable[[nn.Module], Tensor] | None = None,
 ) -> Monitor:
     """Watch the low-rank layers of a model: conditioning, drift, singular values, ranks.
 
@@ -91,6 +116,19 @@ def monitor(
     A measurement costs one r x r SVD without vectors and 2 (m + n) r² flops a layer, less than an
     optimizer step.
 
+    With `reference` and `loss` the distance to the model that trains without a rank is certified
+    too, by theorem A of mathematics 4.1 in its a-posteriori form. Train the dense twin beside the
+    low-rank model, by ``torch.optim.SGD`` with the same rate and on the same batches; call
+    ``measure()`` once before the first step. With W, Y the weights of twin and model, X the best
+    approximation of W at the ranks of Y: ``flow/distance`` = ‖Y - W‖, ``flow/best`` = ‖W - X‖,
+    ``flow/error`` = ‖Y - X‖, and ``flow/certificate``, which bounds ``flow/error`` for exact
+    gradient flows; its growth ``flow/rate`` = λ + κ, ``flow/source`` = ℓε + δ and
+    ``flow/kappa/<name>``; ``flow/time``, the sum of the rates; ``flow/holds``: 1 where the
+    theorem's hypotheses are met, that is W has a gap behind its r-th singular value, ‖W - X‖ is
+    below the smallest singular value, and no condition number is held at its bound. Steps of finite
+    length, noise of batches and batch normalisation are not covered: it is a measurement, as good
+    as the steps are short. Costs three dense gradients and an SVD of each dense weight.
+
     Parameters
     ----------
     model : nn.Module
@@ -99,6 +137,11 @@ def monitor(
         Whose updates left out for NaN or Inf are counted.
     every : int
         Steps between two measurements.
+    reference : nn.Module, optional
+        The dense twin, with parameters of the same names.
+    loss : callable, optional
+        ``loss(model)`` is the loss, a scalar tensor, of a dense model of that kind on the present
+        batch.
 
     Returns
     -------
@@ -107,7 +150,9 @@ def monitor(
     Raises
     ------
     ValueError
-        If the model has no low-rank layer, or for an `every` below 1.
+        If the model has no low-rank layer, for an `every` below 1, for a `reference` without `loss`
+        or of other shapes, and if the optimizer does not follow the gradient flow (it needs
+        momentum, decay and penalty 0, the exact metric, one rate).
 
     Examples
     --------
@@ -117,4 +162,4 @@ def monitor(
     ...     for key, value in monitor.step().items():
     ...         writer.add_scalar(key, value, monitor.steps)
     """
-    return Monitor(model, optimizer, every)
+    return Monitor(model, optimizer, every, reference, loss)

@@ -127,10 +127,14 @@ class LowRankLayer(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The weight in the dense layer's shape, with gradients; formed anew at each call."""
-        raise NotImplementedError  # the abstract contract: each layer knows its dense shape
+        return self.as_weight(self.manifold.to_dense(self.weight))
 
     def matricised(self, weight: Tensor) -> Tensor:
         """A dense layer's weight as the matrix that the manifold holds, shape (..., m, n)."""
+        raise NotImplementedError  # the abstract contract: each layer knows its dense shape
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`matricised`."""
         raise NotImplementedError  # the abstract contract: each layer knows its dense shape
 
     def _take_over(self, module: nn.Module, init: str) -> None:

@@ -154,12 +154,6 @@ class _LowRankConvNd(LowRankLayer):
         self._hand_over(dense)
         return dense
 
-    def dense_weight(self) -> Tensor:
-        """The kernel, shape (out_channels, in_channels / groups, *kernel_size), with gradients."""
-        matrix = self.manifold.to_dense(self.weight)
-        kernel = matrix.reshape(self.out_channels, *self.kernel_size, -1)
-        return kernel.movedim(-1, 1).contiguous()
-
     def matricised(self, weight: Tensor) -> Tensor:
         """A dense kernel as the matrix that the manifold holds, shape ([groups,] m, n).
 
@@ -174,6 +168,11 @@ class _LowRankConvNd(LowRankLayer):
         """
         M = self.manifold
         return weight.movedim(1, -1).reshape(*self.weight.shape[:-2], M.m, M.n)
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`matricised`."""
+        kernel = matrix.reshape(self.out_channels, *self.kernel_size, -1)
+        return kernel.movedim(-1, 1).contiguous()
 
     def extra_repr(self) -> str:
         parts = [

@@ -122,13 +122,13 @@ class LowRankLinear(LowRankLayer):
         self._hand_over(dense)
         return dense
 
-    def dense_weight(self) -> Tensor:
-        """The matrix U S Vᵀ, shape (out_features, in_features), with gradients."""
-        return self.manifold.to_dense(self.weight)
-
     def matricised(self, weight: Tensor) -> Tensor:
         """`weight` itself."""
         return weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """`matrix` itself."""
+        return matrix
 
     def extra_repr(self) -> str:
         return (
