@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
-from .._parameter import replace_data
+from .._parameter import gathered, replace_data
 from ..errors import GeometryError
 from ..manifolds import Factors, FixedRank, WellConditioned
 from ..manifolds._dtype import storage_tolerance
 from ..manifolds.fixed_rank import Gradient
-from ._sharded import gathered, takes_sharded
+from ._sharded import takes_sharded
 
 
 def make_manifold(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from .._parameter import is_sharded
 from ..errors import GeometryError
 
 
@@ -24,7 +25,7 @@ def takes_sharded(layer: Any, value: Any) -> bool:
     GeometryError
         If its shape is not that of the weight.
     """
-    if _is_dtensor(value):
+    if is_sharded(value):
         layer.__dict__["_is_sharded"] = True
     elif not (layer.__dict__.get("_is_sharded") and type(value) is nn.Parameter):
         return False
@@ -36,12 +37,3 @@ def takes_sharded(layer: Any, value: Any) -> bool:
         )
     value.manifold = layer.manifold
     return True
-
-
-def gathered(X: Tensor) -> Tensor:
-    """The whole tensor; of a DTensor, all its processes take part."""
-    return X.full_tensor() if _is_dtensor(X) else X  # type: ignore[attr-defined]
-
-
-def _is_dtensor(value: Any) -> bool:
-    return getattr(value, "placements", None) is not None and hasattr(value, "full_tensor")

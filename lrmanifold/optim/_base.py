@@ -12,11 +12,12 @@ import geoopt
 import torch
 from torch import Tensor
 
+from .._parameter import is_sharded
 from ..errors import GeometryError
 from ..linalg import ClipMemory, all_finite, compute_dtype
 from ..manifolds import FixedRank
 from ..manifolds._dtype import storage_tolerance
-from ._distributed import is_sharded, may_be_shared_out, move_sharded, move_shared_out
+from ._distributed import WIDE_STATE, may_be_shared_out, move_sharded, move_shared_out
 
 Ok = bool | Tensor
 # A parameter in a step: its group, itself, its manifold, a label for messages.
@@ -39,6 +40,10 @@ class GeometricOptimizer(torch.optim.Optimizer):
 
     # Whether the ranks of a process group share out the low-rank weights.
     _distribute = False
+
+    def _shared_state(self, item: Item) -> dict[str, tuple[int, ...] | None]:
+        """Entries of the state that ranks send each other, and their shapes; None: not now."""
+        raise NotImplementedError  # only where `_distribute` may be set
 
     # Options that must be finite and non-negative, checked for every group.
     _non_negative: tuple[str, ...] = ("lr", "weight_decay", "penalty")
@@ -102,12 +107,13 @@ class GeometricOptimizer(torch.optim.Optimizer):
         # torch keeps the very tensors where it can; steps write into them, and not for two.
         for state in self.state.values():
             state.update({k: v.clone() for k, v in state.items() if isinstance(v, Tensor)})
-        # torch casts all state to the parameter's dtype; the counters must stay integers.
+        # torch casts all state to the parameter's dtype: counters must stay integers, and what was
+        # kept in float32 for the sake of float16 must stay so.
         saved = state_dict["state"]
         ids = [k for g in state_dict["param_groups"] for k in g["params"]]
         params = [p for g in self.param_groups for p in g["params"]]
         for key, p in zip(ids, params, strict=True):
-            for name in ("skipped", "step"):
+            for name in ("skipped", "step", *WIDE_STATE):
                 if name in saved.get(key, {}):
                     value = torch.as_tensor(saved[key][name])
                     self.state[p][name] = value.to(device=self.state[p][name].device, copy=True)

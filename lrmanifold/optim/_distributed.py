@@ -18,17 +18,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..linalg import ClipMemory, all_finite
+from .._parameter import gathered, is_sharded
+from ..linalg import ClipMemory, all_finite, compute_dtype
 from ..manifolds import FixedRank
-from ._factored import MOMENTUM_STATE, is_factored
 
 if TYPE_CHECKING:
     from ._base import GeometricOptimizer, Item
-
-
-def is_sharded(p: Any) -> bool:
-    """Whether a tensor is a DTensor; without the cost of importing those where there are none."""
-    return getattr(p, "placements", None) is not None and hasattr(p, "full_tensor")
 
 
 # -- sharded parameters
@@ -73,8 +68,7 @@ def _count_skipped(optimizer: Any, group: dict[str, Any], p: Tensor, label: str)
 
 def _move_gathered(optimizer: GeometricOptimizer, item: Item) -> None:
     _, p, _, _ = item
-    full = p.full_tensor().detach().clone()  # type: ignore[attr-defined]
-    grad = p.grad.full_tensor().detach()  # type: ignore[union-attr]
+    full, grad = gathered(p).detach().clone(), gathered(p.grad).detach()  # type: ignore[arg-type]
     _move_stand_in(optimizer, item, full, grad, local_state=False)
     _local(p).copy_(_rows(full, p))
 
@@ -89,7 +83,7 @@ def _move_stand_in(
     state = dict(optimizer._state_of(p))
     for key, value in state.items():
         if is_sharded(value):
-            state[key] = _local(value) if local_state else value.full_tensor()
+            state[key] = _local(value) if local_state else gathered(value)
     stand_in.grad = grad
     if manifold is not None and optimizer._sums.get(p) == _sum(stand_in):
         optimizer._marks[stand_in] = _mark(stand_in)  # nobody wrote to it: no need to measure
@@ -105,7 +99,7 @@ def _move_stand_in(
     shape = stand_in.shape
     for key, value in moved.items():
         if isinstance(value, Tensor) and value.ndim and value.shape == shape:
-            moved[key] = _like(p, value if local_state else _rows(value, p))
+            moved[key] = _like(p, value) if local_state else sharded_like(p, value)
     optimizer.state[p].clear()
     optimizer.state[p].update(moved)
 
@@ -126,6 +120,11 @@ def _rows(full: Tensor, p: Any) -> Tensor:
     whole = [Replicate()] * p.device_mesh.ndim
     replicated = DTensor.from_local(full, p.device_mesh, whole, run_check=False)
     return replicated.redistribute(placements=p.placements).to_local()
+
+
+def sharded_like(p: Any, full: Tensor) -> Tensor:
+    """A DTensor sharded like `p` from the whole one, which every process has; nothing is sent."""
+    return _like(p, _rows(full, p))
 
 
 def _like(p: Any, local: Tensor) -> Tensor:
@@ -230,7 +229,8 @@ def move_shared_out(
 
 
 _COUNTERS = ("step", "skipped")
-_FLAGS = len(_COUNTERS) + len(MOMENTUM_STATE)
+# Kept in a compute dtype whatever the parameter's.
+WIDE_STATE = ("exp_avg_sq",)
 
 
 def _exchange(
@@ -246,8 +246,8 @@ def _exchange(
     messages, pending = [], []
     for rank in range(ranks):
         mine = [item for item, owner in chosen if owner == rank]
-        size = 1 + sum(_FLAGS + sum(map(_numel, _layout(item))) for item in mine)
-        message = torch.zeros(size, dtype=like.dtype, device=like.device)
+        size = 1 + sum(_length(optimizer, item) for item in mine)
+        message = torch.zeros(size, dtype=compute_dtype(like.dtype), device=like.device)
         if rank == me:
             message[0] = float(error is not None)
             at = 1
@@ -267,13 +267,10 @@ def _exchange(
     return [rank for rank, message in enumerate(messages) if message[0] != 0]
 
 
-def _layout(item: Item) -> list[tuple[int, ...] | None]:
-    """Shapes of the weight and of the entries of its state that may exist; None for those not."""
-    group, p, manifold, _ = item
-    shape, momentum = tuple(p.shape), bool(group["momentum"])
-    overlap = (*shape[:-2], 2, shape[-1], shape[-1]) if momentum and is_factored(manifold) else None
-    waits = overlap if group["orthonormality_tol"] else None
-    return [shape, shape if momentum else None, overlap, waits]
+def _length(optimizer: Any, item: Item) -> int:
+    """Of the part of a message that tells of `item`: counters, flags, the weight, its state."""
+    shapes = optimizer._shared_state(item)
+    return len(_COUNTERS) + len(shapes) + item[1].numel() + sum(map(_numel, shapes.values()))
 
 
 def _numel(shape: tuple[int, ...] | None) -> int:
@@ -282,16 +279,16 @@ def _numel(shape: tuple[int, ...] | None) -> int:
 
 def _write(optimizer: Any, item: Item, message: Tensor, at: int, counted: Sequence[Tensor]) -> int:
     _, p, _, _ = item
-    state = optimizer._state_of(p)
-    entries = [p.detach(), *(state.get(key) for key in MOMENTUM_STATE)]
-    for i, (key, before) in enumerate(zip(_COUNTERS, counted, strict=True)):
-        message[at + i] = (state[key] - before).to(message.dtype)
-    for i, key in enumerate(MOMENTUM_STATE):
-        message[at + len(_COUNTERS) + i] = float(key in state)
-    at += _FLAGS
-    for entry, shape in zip(entries, _layout(item), strict=True):
-        if shape is not None and entry is not None:
-            message[at : at + _numel(shape)] = entry.reshape(-1)
+    state, shapes = optimizer._state_of(p), optimizer._shared_state(item)
+    numbers = [state[key] - before for key, before in zip(_COUNTERS, counted, strict=True)]
+    for number in [*numbers, *(float(key in state) for key in shapes)]:
+        message[at] = number
+        at += 1
+    message[at : at + p.numel()] = p.detach().reshape(-1)
+    at += p.numel()
+    for key, shape in shapes.items():
+        if shape is not None and key in state:
+            message[at : at + _numel(shape)] = state[key].reshape(-1)
         at += _numel(shape)
     return at
 
@@ -300,21 +297,22 @@ def _read(optimizer: Any, item: Item, message: Tensor, at: int) -> int:
     from ._base import _mark
 
     _, p, _, _ = item
-    state = optimizer._state_of(p)
-    for i, key in enumerate(_COUNTERS):
-        state[key] += message[at + i].to(torch.int64)
-    there = [True] * len(MOMENTUM_STATE)
+    state, shapes = optimizer._state_of(p), optimizer._shared_state(item)
+    for key in _COUNTERS:
+        state[key] += message[at].to(torch.int64)
+        at += 1
+    there = [True] * len(shapes)
     if message.device.type == "cpu":
-        there = [bool(x) for x in message[at + len(_COUNTERS) : at + _FLAGS].tolist()]
-    at += _FLAGS
-    layout = _layout(item)
-    p.detach().copy_(message[at : at + _numel(layout[0])].view(p.shape))
-    at += _numel(layout[0])
-    for key, shape, exists in zip(MOMENTUM_STATE, layout[1:], there, strict=True):
+        there = [bool(x) for x in message[at : at + len(shapes)].tolist()]
+    at += len(shapes)
+    p.detach().copy_(message[at : at + p.numel()].view(p.shape))
+    at += p.numel()
+    for (key, shape), exists in zip(shapes.items(), there, strict=True):
         if shape is None or not exists:
             state.pop(key, None)
         else:
-            state[key] = message[at : at + _numel(shape)].view(shape).clone()
+            entry = message[at : at + _numel(shape)].view(shape).clone()
+            state[key] = entry if key in WIDE_STATE else entry.to(p.dtype)
         at += _numel(shape)
     optimizer._marks[p] = _mark(p)
     return at

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import linalg
 from ..manifolds import FixedRank, WellConditioned
-from ._base import GeometricOptimizer, Ok, and_finite, commit, store
+from ._base import GeometricOptimizer, Item, Ok, and_finite, commit, store
 from .condlr import add_to_core
 
 
@@ -80,21 +80,25 @@ def adam_update(
     Returns
     -------
     Y, first, second : Tensor
-        The new point, the first moment as a tangent vector there, the second moment.
+        The new point, the first moment as a tangent vector there, the second moment (in float32 for
+        float16 and bfloat16).
     """
     xi = manifold.egrad2rgrad(X, G)
-    square = block_moments(manifold, X, xi)
+    # Squares, and eps with them, are below the smallest number of float16.
+    wide = linalg.compute_dtype(X.dtype)
+    square = block_moments(manifold, X.to(wide), xi.to(wide))
     first = (1 - betas[0]) * xi if first is None else betas[0] * first + (1 - betas[0]) * xi
     second = (1 - betas[1]) * square + (0.0 if second is None else betas[1] * second)
     root = (second / (1 - betas[1] ** step)).sqrt() + eps
     # With eps = 0 a block that is zero by its nature (U_p at r = m) stays zero.
     divisor = (root * (1 - betas[0] ** step)).clamp_min(torch.finfo(root.dtype).tiny)
-    direction = scale_blocks(manifold, first, 1.0 / divisor)
+    direction = scale_blocks(manifold, first.to(wide), 1.0 / divisor)
     if isinstance(manifold, FixedRank):
         # Transport moves momentum from block to block, away from the second moment that it was
         # gathered with: unlimited, a step can grow without end.
-        size = block_moments(manifold, X, direction)
+        size = block_moments(manifold, X.to(wide), direction)
         direction = scale_blocks(manifold, direction, size.clamp_min(1.0).rsqrt())
+    direction = direction.to(X.dtype)
     if isinstance(manifold, FixedRank) and (weight_decay or penalty):
         S = manifold.unpack(X).S
         term = weight_decay * S
@@ -132,7 +136,7 @@ class CondLRAdam(GeometricOptimizer):
     penalty_squared : bool
         β R(S)² instead.
     maximize : bool
-    skip_nonfinite : bool
+    skip_nonfinite, distribute : bool
         As in :class:`CondLR`.
 
     Raises
@@ -162,6 +166,7 @@ class CondLRAdam(GeometricOptimizer):
         penalty_squared: bool = False,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        distribute: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -174,6 +179,11 @@ class CondLRAdam(GeometricOptimizer):
             "skip_nonfinite": skip_nonfinite,
         }
         super().__init__(params, defaults)
+        self._distribute = bool(distribute)
+
+    def _shared_state(self, item: Item) -> dict[str, tuple[int, ...] | None]:
+        _, p, _, _ = item
+        return {"exp_avg": tuple(p.shape), "exp_avg_sq": (*p.shape[:-2], 3)}
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
@@ -228,9 +238,10 @@ def _adamw(
     eps: float,
     weight_decay: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The step of torch.optim.AdamW."""
+    """The step of torch.optim.AdamW, with second moments in float32 or wider."""
     first = torch.lerp(torch.zeros_like(p) if first is None else first, grad, 1 - betas[0])
-    second = (1 - betas[1]) * grad.square() + (0.0 if second is None else betas[1] * second)
+    square = grad.to(linalg.compute_dtype(p.dtype)).square()
+    second = (1 - betas[1]) * square + (0.0 if second is None else betas[1] * second)
     root = (second / (1 - betas[1] ** step)).sqrt() + eps
     moved = p * (1 - lr * weight_decay) - (lr / (1 - betas[0] ** step)) * (first / root)
-    return moved, first, second
+    return moved.to(p.dtype), first, second

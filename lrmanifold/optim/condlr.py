@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import linalg
+from .._parameter import gathered, is_sharded
 from ..manifolds import Factors, FixedRank
 from ..manifolds._dtype import storage_tolerance
 from ..manifolds._packing import unpack
 from ._base import GeometricOptimizer, Item, Ok, _manifold_of, _mark, and_finite, commit, store
+from ._distributed import sharded_like
 from ._factored import (
     MOMENTUM_STATE,
     Metric,
@@ -317,6 +319,15 @@ class CondLR(GeometricOptimizer):
                 store(state, key, value.to(p.dtype), ok)
         return ok
 
+    def _shared_state(self, item: Item) -> dict[str, tuple[int, ...] | None]:
+        group, p, manifold, _ = item
+        shape, momentum = tuple(p.shape), bool(group["momentum"])
+        factored = momentum and is_factored(manifold)
+        overlap = (*shape[:-2], 2, shape[-1], shape[-1]) if factored else None
+        waits = overlap if group["orthonormality_tol"] else None
+        shapes = shape if momentum else None, overlap, waits
+        return dict(zip(MOMENTUM_STATE, shapes, strict=True))
+
     def _bundle_key(
         self, group: dict[str, Any], p: Tensor, manifold: geoopt.Manifold | None
     ) -> Any:
@@ -363,16 +374,17 @@ class CondLR(GeometricOptimizer):
         Returns
         -------
         Tensor, shape of `p`
-            Packed for low-rank weights.
+            Packed for low-rank weights. Of a sharded parameter sharded like it; all its processes
+            have to ask together.
         """
         state, manifold = self.state.get(p, {}), _manifold_of(p)
         buffer = state.get("momentum_buffer")
         if buffer is None:
             return torch.zeros_like(p.detach())
         if isinstance(manifold, FixedRank) and "momentum_overlap" in state:
-            return tangent_momentum(
-                manifold, p.detach(), Momentum(buffer, state["momentum_overlap"])
-            )
+            X, velocity = gathered(p.detach()), gathered(buffer)
+            found = tangent_momentum(manifold, X, Momentum(velocity, state["momentum_overlap"]))
+            return sharded_like(p, found) if is_sharded(p) else found
         return buffer.clone()
 
     def _euclidean_step(

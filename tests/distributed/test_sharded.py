@@ -110,6 +110,23 @@ def test_sharded_weights_off_their_manifold_are_refused(tmp_path):
     launch(refusing_worker, 2, tmp_path)
 
 
+def momentum_worker(rank, world, folder):
+    model = shard(network(), world)
+    optimizer = optimizer_for(model)
+    train(model, optimizer, 3, rank, world)
+    found = [optimizer.momentum(p).full_tensor() for p in model.parameters()]
+    torch.save(found, folder / f"momentum-{rank}.pt")
+
+
+def test_the_momentum_of_a_sharded_weight_is_sharded_like_it(tmp_path):
+    launch(momentum_worker, 2, tmp_path)
+    model, optimizer = single(steps=3)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"momentum-{rank}.pt")
+        for p, momentum in zip(model.parameters(), found, strict=True):
+            torch.testing.assert_close(momentum, optimizer.momentum(p), rtol=1e-9, atol=1e-9)
+
+
 # -- torch.distributed.checkpoint
 
 
@@ -119,12 +136,12 @@ def options():
     return StateDictOptions()
 
 
-def dcp_save_worker(rank, world, folder, sharded):
+def dcp_save_worker(rank, world, folder, sharded, kind):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     model = shard(network(), world) if sharded else network()
-    optimizer = optimizer_for(model)
+    optimizer = optimizer_for(model, kind)
     train(model, optimizer, 5, rank, world)
     state, moments = get_state_dict(model, optimizer, options=options())
     dcp.save({"model": state, "optimizer": moments}, checkpoint_id=folder / "dcp")
@@ -132,12 +149,12 @@ def dcp_save_worker(rank, world, folder, sharded):
     save(folder, rank, model, optimizer)
 
 
-def dcp_load_worker(rank, world, folder, sharded):
+def dcp_load_worker(rank, world, folder, sharded, kind):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     model = shard(network(seed=5), world) if sharded else network(seed=5)
-    optimizer = optimizer_for(model)
+    optimizer = optimizer_for(model, kind)
     state, moments = get_state_dict(model, optimizer, options=options())
     found = {"model": state, "optimizer": moments}
     dcp.load(found, checkpoint_id=folder / "dcp")
@@ -155,11 +172,14 @@ def dcp_load_worker(rank, world, folder, sharded):
     save(folder, rank, model, optimizer)
 
 
-@pytest.mark.parametrize(("world", "sharded"), [(1, True), (1, False), (4, True)])
-def test_a_checkpoint_of_2_processes_goes_on_in_1_and_in_4(tmp_path, world, sharded):
-    launch(dcp_save_worker, 2, tmp_path, True)
+@pytest.mark.parametrize(
+    ("world", "sharded", "kind"),
+    [(1, True, "CondLR"), (1, False, "CondLR"), (4, True, "CondLR"), (4, True, "CondLRAdam")],
+)
+def test_a_checkpoint_of_2_processes_goes_on_in_1_and_in_4(tmp_path, world, sharded, kind):
+    launch(dcp_save_worker, 2, tmp_path, True, kind)
     whole, moments = torch.load(tmp_path / "rank-0.pt", weights_only=True)
-    launch(dcp_load_worker, world, tmp_path, sharded)
+    launch(dcp_load_worker, world, tmp_path, sharded, kind)
     for rank in range(world):
         found, own = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
         for key, value in whole.items():
@@ -167,4 +187,5 @@ def test_a_checkpoint_of_2_processes_goes_on_in_1_and_in_4(tmp_path, world, shar
         for a, b in zip(own, moments, strict=True):
             assert a.keys() == b.keys()
             assert int(a["step"]) == 10
-            torch.testing.assert_close(a["momentum_buffer"], b["momentum_buffer"])
+            for key in a:
+                torch.testing.assert_close(a[key], b[key])

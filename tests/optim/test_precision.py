@@ -217,3 +217,38 @@ def test_float64_is_float64_all_the_way(device, optimizer):
     for state in steps.state.values():
         tensors = [v for v in state.values() if v.is_floating_point()]
         assert {v.dtype for v in tensors} == {torch.float64}
+
+
+@pytest.mark.parametrize("low", list(DTYPES))
+def test_adam_keeps_second_moments_in_float32_and_goes_on_bit_for_bit(device, low):
+    """In float16 they, and eps with them, would be 0: a division of 0 by 0."""
+    torch.manual_seed(0)
+    model = network(device, DTYPES[low])
+    optimizer = CondLRAdam(model.parameters(), lr=1e-2)
+
+    def train(net, rule, steps):
+        losses = []
+        for step in steps:
+            torch.manual_seed(step)
+            x, y = batch(device, DTYPES[low])
+            rule.zero_grad()
+            loss = loss_of(net, x, y)
+            loss.backward()
+            rule.step()
+            losses.append(float(loss.detach()))
+        return losses
+
+    losses = train(model, optimizer, range(60))
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert optimizer.skipped_steps == 0
+    assert drift(model) <= 2e-2
+    assert {p.dtype for p in model.parameters()} == {DTYPES[low]}
+    for state in optimizer.state.values():
+        assert state["exp_avg"].dtype == DTYPES[low]
+        assert state["exp_avg_sq"].dtype == torch.float32
+    other = copy.deepcopy(model)
+    resumed = CondLRAdam(other.parameters(), lr=1.0)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, range(60, 70))
+    train(other, resumed, range(60, 70))
+    assert_untouched(everything(model, optimizer), everything(other, resumed))
