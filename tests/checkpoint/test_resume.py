@@ -96,7 +96,7 @@ def test_a_run_killed_at_20_random_moments_ends_like_the_uninterrupted_one(tmp_p
             time.sleep(0.001)
         if kills < 20:
             time.sleep(rng.random() * 0.03)  # within the step, or while the file is written
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()  # SIGKILL; nothing if it has ended
         process.join(120)
         before, done = done, progress()
         # Nothing but the current step is lost: the file never goes back, and is always whole.
