@@ -9,8 +9,9 @@ name                      files                                           images
 ``cifar10``               ``train.npz``, ``test.npz`` (re-encoded JPEG)   3 x 32 x 32, 60,000
 ========================  ==============================================  ====================
 
-Nothing is downloaded. Every file is checked in full before a :class:`Dataset` exists; whatever is
-wrong with one raises :class:`DataError`, which names the file and what was expected.
+Nothing is downloaded, unless asked for by ``root="hf:"`` (Hugging Face ``datasets``). Every file is
+checked in full before a :class:`Dataset` exists; whatever is wrong with one raises
+:class:`DataError`, which names the file and what was expected.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from . import _hub
 
 ENVIRONMENT_VARIABLE = "LRMANIFOLD_DATA"
 _DIGITS = "0123456789"
@@ -84,10 +87,21 @@ def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset:
         The data set's own folder or the folder above it (``root/mnist``, or torchvision's
         ``root/MNIST/raw``). None looks into the folder that the environment variable
         LRMANIFOLD_DATA names, then, for ``fashion-mnist``, where Debian's package
-        dataset-fashion-mnist puts it. ``digits`` takes none.
+        dataset-fashion-mnist puts it. ``digits`` takes none. "hf:" fetches all but ``digits`` from
+        the Hugging Face hub, "hf:user/name" from that repository, "hf:/folder" reads a local one in
+        its layout; with the package ``datasets`` (``pip install 'lrmanifold[hub]'``).
     """
     if name not in _LOADERS:
         raise DataError(f"name must be one of {', '.join(map(repr, _LOADERS))}, got {name!r}")
+    named = os.environ.get(ENVIRONMENT_VARIABLE) if root is None and name != "digits" else root
+    if isinstance(named, str) and named.startswith(_hub.PREFIX):
+        source = named.removeprefix(_hub.PREFIX)
+        try:
+            train, test, names = _hub.read(name, source)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        origin = source or _hub.REPOSITORIES[name]
+        return _dataset(name, train, test, names, f"From {origin}, by Hugging Face datasets.")
     return _LOADERS[name](name, root)
 
 

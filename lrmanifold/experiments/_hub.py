@@ -1,0 +1,83 @@
+"""Image data sets of the Hugging Face hub, or of a folder in its layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PREFIX = "hf:"
+# Where the hub keeps what this library knows.
+REPOSITORIES = {
+    "mnist": "ylecun/mnist",
+    "fashion-mnist": "zalando-datasets/fashion_mnist",
+    "cifar10": "uoft-cs/cifar10",
+}
+_SHAPES = {"mnist": (28, 28), "fashion-mnist": (28, 28), "cifar10": (32, 32, 3)}
+# Columns by the names that these repositories use.
+_IMAGES, _LABELS = ("image", "img"), ("label", "labels")
+
+Part = tuple[Tensor, Tensor]
+
+
+def read(name: str, source: str) -> tuple[Part, Part, tuple[str, ...]]:
+    """Training part, test part and class names of a data set.
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`REPOSITORIES`.
+    source : str
+        A repository (``user/name``), a local folder, or empty for the known repository.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be had, or is not what `name` says.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{PREFIX} needs Hugging Face datasets, not installed: pip install 'lrmanifold[hub]'"
+        ) from error
+    if name not in REPOSITORIES:
+        raise ValueError(f"root={PREFIX!r} serves {', '.join(REPOSITORIES)}, not {name!r}")
+    source = source or REPOSITORIES[name]
+    parts, names = [], None
+    for split in ("train", "test"):
+        try:
+            rows = datasets.load_dataset(source, split=split)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{source}: no split {split!r} could be loaded ({error})") from error
+        image, label = (_column(source, rows.column_names, known) for known in (_IMAGES, _LABELS))
+        kind = rows.features[label]
+        if not isinstance(kind, datasets.ClassLabel) or kind.num_classes != 10:
+            raise ValueError(f"{source}: {label} must be a ClassLabel of 10 classes, got {kind}")
+        names = names or tuple(kind.names)
+        parts.append((_images(source, rows[image], _SHAPES[name]), torch.tensor(list(rows[label]))))
+    assert names is not None
+    return parts[0], parts[1], names
+
+
+def _column(source: str, found: list[str], known: tuple[str, ...]) -> str:
+    for name in known:
+        if name in found:
+            return name
+    raise ValueError(f"{source}: must have a column {' or '.join(known)}, got {found}")
+
+
+def _images(source: str, images: Any, shape: tuple[int, ...]) -> Tensor:
+    """Decoded images, shape (N, C, H, W) in [0, 1]."""
+    pixels = np.empty((len(images), *shape), dtype=np.uint8)
+    for i, image in enumerate(images):
+        array = np.asarray(image)
+        if array.shape != shape or array.dtype != np.uint8:
+            raise ValueError(
+                f"{source}: image {i} must be {shape} bytes, got {array.shape} {array.dtype}"
+            )
+        pixels[i] = array
+    x = torch.from_numpy(pixels).float().div_(255)
+    return x[:, None] if len(shape) == 2 else x.permute(0, 3, 1, 2).contiguous()
