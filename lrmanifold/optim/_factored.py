@@ -190,7 +190,7 @@ def factored_step(
         On the CPU, if the step is too long to be made.
     """
     metric = _inverse_metric(manifold, X.S, options.metric)
-    overlaps = _overlaps(manifold, X, G)
+    overlaps = overlaps_by_gauge(manifold, X, G)
     mu = options.momentum if momentum is not None else 0.0
     shape = (*X.S.shape[:-2], *manifold.point_shape)
     velocity = workspace.take("velocity", shape, X.S)
@@ -204,7 +204,7 @@ def factored_step(
     if options.penalty:
         slope = linalg.conditioning_penalty_grad(X.S, squared=options.penalty_squared)
         force = force + options.penalty * slope
-    S = _project_core(manifold, X.S - options.lr * force, options.clip_margin, cores)
+    S = project_core(manifold, X.S - options.lr * force, options.clip_margin, cores)
 
     moved = []
     for i, (Q, g, w, Y) in enumerate(((X.U, G.U, new.U, goal.U), (X.V, G.V, new.V, goal.V))):
@@ -237,7 +237,7 @@ def factored_step(
     return Step(U, S, V, Momentum(velocity, overlap, drift))
 
 
-def _project_core(
+def project_core(
     manifold: FixedRank, S: Tensor, margin: float, cores: linalg.ClipMemory | None
 ) -> Tensor:
     if isinstance(manifold, WellConditioned) and (margin or cores is not None):
@@ -257,7 +257,7 @@ def _inverse_metric(manifold: FixedRank, S: Tensor, metric: Metric) -> tuple[Ten
     return (inverse, inverse.mT) if probe else (inverse.mT @ inverse, inverse @ inverse.mT)
 
 
-def _overlaps(manifold: FixedRank, X: Factors, G: Factors) -> tuple[Tensor, Tensor]:
+def overlaps_by_gauge(manifold: FixedRank, X: Factors, G: Factors) -> tuple[Tensor, Tensor]:
     """UᵀG.U and VᵀG.V: by the gauge identities where they hold, else by products."""
     by_gauge = (G.S, G.S.mT) if manifold.gradient == "probe" else (G.S @ X.S.mT, G.S.mT @ X.S)
     r, device = X.S.shape[-1], X.S.device

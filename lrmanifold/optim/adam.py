@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..manifolds import FixedRank, WellConditioned
+from ..manifolds import Factors, FixedRank
+from ..manifolds._packing import unpack
 from ._base import GeometricOptimizer, Item, Ok, and_finite, commit, store
+from ._factored import Workspace, is_factored
+from ._factored_adam import factored_adam_step
+from ._moments import means_of_blocks
 from .condlr import add_to_core
 
 
@@ -22,10 +26,8 @@ def block_moments(manifold: geoopt.Manifold, X: Tensor, xi: Tensor) -> Tensor:
     :func:`adam_update`); (..., 1) on other manifolds, from their metric.
     """
     if isinstance(manifold, FixedRank):
-        means = torch.stack([b.square().mean((-2, -1)) for b in manifold.unpack(xi)], -1)
-        if isinstance(manifold, WellConditioned):
-            return means
-        return xi.square().mean((-2, -1))[..., None].expand_as(means)
+        sums = torch.stack([b.square().sum((-2, -1)) for b in manifold.unpack(xi)], -1)
+        return means_of_blocks(manifold, sums)
     inner = manifold.inner(X, xi, keepdim=True)
     return inner * (inner.numel() / xi.numel())
 
@@ -179,7 +181,12 @@ class CondLRAdam(GeometricOptimizer):
             "skip_nonfinite": skip_nonfinite,
         }
         super().__init__(params, defaults)
+        self._workspace = Workspace()
         self._distribute = bool(distribute)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._workspace = Workspace()
 
     def _shared_state(self, item: Item) -> dict[str, tuple[int, ...] | None]:
         _, p, _, _ = item
@@ -208,22 +215,49 @@ class CondLRAdam(GeometricOptimizer):
         if manifold is None:
             Y, first, second = _adamw(p, grad, first, second, step, **options)
         else:
-            Y, first, second = adam_update(
-                manifold,
-                p,
-                grad,
-                first,
-                second,
-                step,
-                penalty=group["penalty"],
-                penalty_squared=group["penalty_squared"],
-                **options,
-            )
+            options |= {k: group[k] for k in ("penalty", "penalty_squared")}
+            single = isinstance(ok, bool) and isinstance(manifold, FixedRank) and p.ndim == 2
+            fast = single and is_factored(manifold)
+            if fast and self._factored_step(p, grad, manifold, state, options):
+                return ok
+            Y, first, second = adam_update(manifold, p, grad, first, second, step, **options)
         ok = and_finite(ok, Y)
         commit(p, Y, ok)
         store(state, "exp_avg", first, ok)
         store(state, "exp_avg_sq", second, ok)
         return ok
+
+    def _factored_step(
+        self,
+        p: Tensor,
+        grad: Tensor,
+        manifold: FixedRank,
+        state: dict[str, Any],
+        options: dict[str, Any],
+    ) -> bool:
+        """The same step by fewer products; False, with nothing done, where it is too long."""
+        wide = linalg.compute_dtype(p.dtype)
+        X = unpack(p.detach(), manifold.m, manifold.n)
+        first = state.get("exp_avg")
+        found = factored_adam_step(
+            manifold,
+            Factors(*(x.to(wide) for x in X)),
+            unpack(grad.to(wide), manifold.m, manifold.n),
+            None if first is None else first.to(wide),
+            state.get("exp_avg_sq"),
+            float(state["step"]) + 1.0,
+            options,
+            self._workspace,
+            self._cores.setdefault(p, linalg.ClipMemory()),
+        )
+        if found is None:
+            return False
+        and_finite(True, found.step.S)  # the bases have been measured
+        found.step.write_(X)
+        if p.dtype == wide:
+            self._workspace.swap("transported", found.first, first)
+        state["exp_avg"], state["exp_avg_sq"] = found.first.to(p.dtype), found.second
+        return True
 
 
 def _adamw(

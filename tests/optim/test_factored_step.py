@@ -100,11 +100,11 @@ def test_gauge_identities_are_used_for_autograds_gradients_and_their_multiples(m
     exact = X.U.mT @ p.manifold.unpack(p.grad).U
     for factor in (1.0, -3.0):
         G = p.manifold.unpack(factor * p.grad)
-        overlap, _ = _factored._overlaps(p.manifold, X, G)
+        overlap, _ = _factored.overlaps_by_gauge(p.manifold, X, G)
         assert not torch.equal(overlap, X.U.mT @ G.U)  # another way of computing ...
         torch.testing.assert_close(overlap, factor * exact, rtol=1e-10, atol=1e-10)  # ... the same
     G = p.manifold.unpack(p.grad + torch.randn_like(p))
-    assert torch.equal(_factored._overlaps(p.manifold, X, G)[0], X.U.mT @ G.U)
+    assert torch.equal(_factored.overlaps_by_gauge(p.manifold, X, G)[0], X.U.mT @ G.U)
 
 
 @given(size=st.sampled_from(SIZES), tau=taus, seed=seeds)
