@@ -33,6 +33,7 @@ class Settings:
     output: Path | None = None
     only: str | None = None
     seconds: float | None = None
+    without: tuple[str, ...] = ()
 
     def pick(self, full: Any, quick: Any) -> Any:
         """`full`, or `quick` in a quick run."""
@@ -134,6 +135,7 @@ def publish(name: str, report: Report, settings: Settings) -> None:
             "device": settings.device.type,
             "threads": settings.threads,
             "quick": settings.quick,
+            "without": settings.without,
             "peers": _versions(),
             **report.facts,
             "rows": report.rows,
@@ -164,6 +166,13 @@ def parse(argv: Sequence[str] | None, description: str, prog: str) -> Settings:
     add("--quick", action="store_true", help="tiny sizes: does it run? writes only with --output")
     add("--output", type=Path, metavar="DIR", help="for JSON and picture (benchmarks/results)")
     add("--only", metavar="TEXT", help="cases whose name holds this text")
+    add(
+        "--without",
+        nargs="+",
+        default=(),
+        metavar="TEXT",
+        help="peers whose name holds one of these",
+    )
     add("--seconds", type=float, metavar="S", help="for one comparison (60; on a GPU 15)")
     args = parser.parse_args(argv)
     if args.threads < 1:
@@ -177,6 +186,7 @@ def parse(argv: Sequence[str] | None, description: str, prog: str) -> Settings:
         args.output,
         only=args.only,
         seconds=args.seconds,
+        without=tuple(args.without),
     )
 
 

@@ -110,7 +110,7 @@ def measure(settings: Settings) -> Report:
     for case, make in settings.chosen(settings.pick(CASES, QUICK)).items():
         shapes = make()
         start = start_of(shapes, settings.device)
-        built, missing = _peers.build_all(start, without=_peers.IN_FORWARD)
+        built, missing = _peers.build_all(start, without=(*_peers.IN_FORWARD, *settings.without))
         tasks = {name: task(model, optimizer.step) for name, (model, optimizer) in built.items()}
         if len(set(shapes)) == 1 and len(shapes) > 1:
             model, _ = _peers.ours()(start)

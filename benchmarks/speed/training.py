@@ -49,7 +49,7 @@ def tasks_of(
     x, y = (t.to(settings.device) for t in problem.batch())
     tried: dict[str, dict[str, Task]] = {}
     for format in problem.formats:
-        built, missing = _peers.build_all(start)
+        built, missing = _peers.build_all(start, without=settings.without)
         images = to_format(x, format)
         for name, (model, optimizer) in built.items():
             converted = to_format(model, format) if problem.images else model
