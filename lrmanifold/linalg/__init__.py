@@ -19,7 +19,7 @@ from ._conditioning import (
     conditioning_penalty_grad,
     spectral_clip,
 )
-from ._newton_schulz import inverse_square_root
+from ._newton_schulz import inverse_square_root, inverse_square_root_and_image
 from ._orthonormal import gram, inverse, orthonormalize, polar, qr, solve_right
 from ._svd import SVD, svd, svdvals
 
@@ -37,6 +37,7 @@ __all__ = [
     "gram",
     "inverse",
     "inverse_square_root",
+    "inverse_square_root_and_image",
     "orthonormalize",
     "polar",
     "qr",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._common import check_square, checked
+from ._orthonormal import gram
 
 # Squarings of the defect after which its norm is looked at; the last bound is at most r^(1/16)
 # times too large, 1.33 for r = 100.
@@ -47,7 +48,7 @@ def condition_bound(S: Tensor) -> Tensor:
 
 def relative_defect(S: Tensor) -> tuple[Tensor, Tensor]:
     """E = SᵀS/c - I and c, the mean squared singular value, shape (..., 1, 1)."""
-    E = S.mT @ S
+    E = gram(S)
     c = E.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     E = E / c
     E.diagonal(dim1=-2, dim2=-1).sub_(1.0)

@@ -69,15 +69,12 @@ def inverse_square_root(E: Tensor, size: float) -> Tensor:
     size : float
         A bound for ‖E‖₂ of every matrix of the batch, below 1; at most 0.5 to be fast.
     """
+    differentiated = E.requires_grad and torch.is_grad_enabled()
+    degree = None if differentiated else _series_degree(E, size)
+    if degree is not None:
+        return _series(_powers(E, degree), offset=0)
     eps = torch.finfo(E.dtype).eps
     identity = torch.eye(E.shape[-1], dtype=E.dtype, device=E.device)
-    differentiated = E.requires_grad and torch.is_grad_enabled()
-    for degree in range(1, 1 if differentiated else len(_SERIES) - 1):
-        if abs(_SERIES[degree + 1]) * size ** (degree + 1) <= 0.5 * eps * (1.0 - size):
-            root = _SERIES[degree] * E
-            for k in range(degree - 1, 0, -1):
-                root = E @ root + _SERIES[k] * E
-            return identity + root
     # Differentiated, two more: the value converges before its first and second derivative.
     steps = 2 if differentiated else 0
     while size > eps and steps < 40:
@@ -88,6 +85,47 @@ def inverse_square_root(E: Tensor, size: float) -> Tensor:
         T = 0.5 * (3.0 * identity - (Z @ Y if k else Y))
         Y, Z = Y @ T, T @ Z if k else T
     return Z
+
+
+def inverse_square_root_and_image(E: Tensor, size: float) -> tuple[Tensor, Tensor]:
+    """K = ``(I + E)^(-1/2)`` and K E, which the series has as a by-product; both to rounding of I.
+
+    Not differentiable; arguments as :func:`inverse_square_root`.
+    """
+    degree = _series_degree(E, size)
+    if degree is None:
+        K = inverse_square_root(E, size)
+        return K, K @ E
+    powers = _powers(E, degree)
+    return _series(powers, offset=0), _series(powers, offset=1)
+
+
+def _series_degree(E: Tensor, size: float) -> int | None:
+    """Where the binomial series may end; None if that takes more than three products."""
+    eps = torch.finfo(E.dtype).eps
+    for degree in range(1, len(_SERIES) - 1):
+        if abs(_SERIES[degree + 1]) * size ** (degree + 1) <= 0.5 * eps * (1.0 - size):
+            return degree
+    return None
+
+
+def _powers(E: Tensor, degree: int) -> list[Tensor]:
+    """E, E², ..., E^degree."""
+    powers = [E]
+    for _ in range(degree - 1):
+        powers.append(powers[-1] @ E)
+    return powers
+
+
+def _series(powers: list[Tensor], *, offset: int) -> Tensor:
+    """Σ c_k E^(k + offset) over the powers at hand; without an offset c_0 is that of I."""
+    # From the smallest term on, or rounding would add up.
+    total = _SERIES[len(powers) - offset] * powers[-1]
+    for k in range(len(powers) - 1, 0, -1):
+        total = torch.add(total, powers[k - 1], alpha=_SERIES[k - offset])
+    if not offset:
+        total.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    return total
 
 
 def polar_square(R: Tensor, *, lower: float | None = None) -> Tensor:

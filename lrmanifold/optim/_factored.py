@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from .. import linalg, retractions
-from ..linalg import inverse_square_root
 from ..manifolds import Factors, FixedRank, WellConditioned
 from ..manifolds._packing import pack, perp, unpack
 
@@ -189,8 +188,7 @@ def factored_step(
     ValueError, torch.linalg.LinAlgError
         On the CPU, if the step is too long to be made.
     """
-    metric = _inverse_metric(manifold, X.S, options.metric)
-    overlaps = overlaps_by_gauge(manifold, X, G)
+    metric, within = _metric_and_overlaps(manifold, X, G, options.metric, cores)
     mu = options.momentum if momentum is not None else 0.0
     shape = (*X.S.shape[:-2], *manifold.point_shape)
     velocity = workspace.take("velocity", shape, X.S)
@@ -212,7 +210,7 @@ def factored_step(
             w.zero_()  # a square basis has nowhere to go
             moved.append(Y.copy_(Q))
             continue
-        B = _times(overlaps[i], metric[i])
+        B = within[i]
         last = overlap = None
         if momentum is not None and old is not None:
             last, overlap = (old.U, old.V)[i], momentum.overlap[..., i, :, :]
@@ -246,35 +244,50 @@ def project_core(
     return manifold.project_core(S)
 
 
-def _inverse_metric(manifold: FixedRank, S: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """What the gradients of U and V are multiplied by to give velocities."""
-    probe = manifold.gradient == "probe"
+def _metric_and_overlaps(
+    manifold: FixedRank,
+    X: Factors,
+    G: Factors,
+    metric: Metric,
+    cores: linalg.ClipMemory | None = None,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What gradients of U and V are multiplied by, A, to give velocities; and UᵀgA of both."""
+    probe, S = manifold.gradient == "probe", X.S
     if metric == "scalar":
         # r/‖S‖² for (SSᵀ)⁻¹: equal to it for multiples of orthogonal cores.
         c = S.shape[-1] / S.square().sum((-2, -1), keepdim=True)
-        return (c * S.mT, c * S) if probe else (c, c)
-    inverse = linalg.inverse(S)
-    return (inverse, inverse.mT) if probe else (inverse.mT @ inverse, inverse @ inverse.mT)
+        A = (c * S.mT, c * S) if probe else (c, c)
+    else:
+        inverse = linalg.inverse(S) if cores is None else cores.inverse(S)
+        A = (inverse, inverse.mT)
+        if not probe:
+            A = (linalg.gram(inverse), linalg.gram(inverse.mT))
+    if not gauge_holds(manifold, X, G):
+        return A, (_times(X.U.mT @ G.U, A[0]), _times(X.V.mT @ G.V, A[1]))
+    if metric == "scalar":
+        return A, (c * (G.S @ S.mT), c * (G.S.mT @ S))
+    return A, (G.S @ inverse, G.S.mT @ inverse.mT)
 
 
-def overlaps_by_gauge(manifold: FixedRank, X: Factors, G: Factors) -> tuple[Tensor, Tensor]:
-    """UᵀG.U and VᵀG.V: by the gauge identities where they hold, else by products."""
-    by_gauge = (G.S, G.S.mT) if manifold.gradient == "probe" else (G.S @ X.S.mT, G.S.mT @ X.S)
+def gauge_holds(manifold: FixedRank, X: Factors, G: Factors) -> bool:
+    """Whether Uᵀg = g_S Sᵀ and VᵀG_V = g_Sᵀ S (for probe gradients g_S and g_Sᵀ), as they should.
+
+    False where to find out would cost more than to form them.
+    """
     r, device = X.S.shape[-1], X.S.device
     tall = max(X.U.shape[-2], X.V.shape[-2]) * r * r
     single = X.S.ndim == 2 and device.type == "cpu"
-    if single and tall >= _WORTH_A_CHECK and X.S.dtype in _GAUGE_TOLERANCE:
-        z = _probe_vector(r, X.S.dtype)
-        sizes = []
-        for Q, g, overlap in ((X.U, G.U, by_gauge[0]), (X.V, G.V, by_gauge[1])):
-            image = torch.mv(g, z)
-            gap = torch.mv(Q.mT, image) - torch.mv(overlap, z)
-            sizes += [torch.dot(image, image), torch.dot(gap, gap)]
-        a, da, b, db = torch.stack(sizes).tolist()
-        tolerance = _GAUGE_TOLERANCE[X.S.dtype] ** 2
-        if da <= tolerance * a and db <= tolerance * b:
-            return by_gauge
-    return X.U.mT @ G.U, X.V.mT @ G.V
+    if not (single and tall >= _WORTH_A_CHECK and X.S.dtype in _GAUGE_TOLERANCE):
+        return False
+    z, probe = _probe_vector(r, X.S.dtype), manifold.gradient == "probe"
+    sizes = []
+    for Q, g, g_S, S in ((X.U, G.U, G.S, X.S), (X.V, G.V, G.S.mT, X.S.mT)):
+        image = torch.mv(g, z)
+        gap = torch.mv(Q.mT, image) - torch.mv(g_S, z if probe else torch.mv(S.mT, z))
+        sizes += [torch.dot(image, image), torch.dot(gap, gap)]
+    a, da, b, db = torch.stack(sizes).tolist()
+    tolerance = _GAUGE_TOLERANCE[X.S.dtype] ** 2
+    return da <= tolerance * a and db <= tolerance * b
 
 
 _PROBES: dict[tuple[int, torch.dtype], Tensor] = {}
@@ -352,14 +365,16 @@ def _retracted_side(
         Q = linalg.polar(Y)
         return Side(Q, None, Q.mT @ w)
     waits = size <= options.orthonormality_tol
-    K = None if waits else inverse_square_root(E, size)
+    K, image = (None, E) if waits else linalg.inverse_square_root_and_image(E, size)
     if not options.momentum:
-        overlap = E  # of no use
-    elif options.nesterov:
-        overlap = Y.mT @ w
+        return Side(Y, K, E, E if waits else None)  # the overlap is of no use
+    if options.nesterov:
+        overlap = Y.mT @ w if K is None else K @ (Y.mT @ w)
     elif size <= 32 * E.shape[-1] ** 0.5 * torch.finfo(E.dtype).eps or not options.lr:
         # All rounding: the overlap, lr U̇ᵀU̇, is too small to matter or to be measured.
         overlap = torch.zeros_like(E)
     else:
-        overlap = (E if drift is None else E - drift) * (-1.0 / options.lr)
-    return Side(Y, K, overlap if K is None else K @ overlap, E if waits else None)
+        if drift is not None:
+            image = image - (drift if K is None else K @ drift)
+        overlap = image * (-1.0 / options.lr)
+    return Side(Y, K, overlap, E if waits else None)

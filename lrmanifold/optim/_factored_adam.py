@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import linalg
 from ..manifolds import Factors, FixedRank
 from ..manifolds._packing import unpack
-from ._factored import _NEAR, Side, Step, Workspace, overlaps_by_gauge, project_core
+from ._factored import _NEAR, Side, Step, Workspace, gauge_holds, project_core
 from ._moments import means_of_blocks
 
 
@@ -60,7 +60,7 @@ def factored_adam_step(
         Of the optimizer, and of this weight.
     """
     lr, (beta, beta2) = float(options["lr"]), options["betas"]
-    inverse = linalg.inverse(X.S)
+    inverse = cores.inverse(X.S)
     packed = {
         name: workspace.take(name, manifold.point_shape, X.S)
         for name in ("gradient", "first", "point", "transported")
@@ -110,19 +110,20 @@ def factored_adam_step(
 
 def _gradient(manifold: FixedRank, X: Factors, G: Factors, inverse: Tensor, out: Factors) -> None:
     """The Riemannian gradient (U_p, M, V_p)."""
-    probe = manifold.gradient == "probe"
-    overlaps = overlaps_by_gauge(manifold, X, G)
-    for Q, g, A, overlap, block in (
-        (X.U, G.U, inverse.mT, overlaps[0], out.U),
-        (X.V, G.V, inverse, overlaps[1], out.V),
+    probe, known = manifold.gradient == "probe", gauge_holds(manifold, X, G)
+    for Q, g, A, within, block in (
+        (X.U, G.U, inverse.mT, G.S, out.U),
+        (X.V, G.V, inverse, G.S.mT, out.V),
     ):
         if Q.shape[0] == Q.shape[1]:
             block.zero_()  # nothing is orthogonal to a full basis
-        elif probe:
-            torch.addmm(g, Q, overlap, alpha=-1.0, out=block)
+            continue
+        # The part within the old basis is M, unless the gradient was edited.
+        if probe:
+            torch.addmm(g, Q, within if known else Q.mT @ g, alpha=-1.0, out=block)
         else:
             torch.mm(g, A, out=block)
-            block.addmm_(Q, overlap @ A, alpha=-1.0)
+            block.addmm_(Q, within if known else Q.mT @ block, alpha=-1.0)
     out.S.copy_(G.S)
 
 

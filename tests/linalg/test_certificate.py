@@ -137,3 +137,6 @@ def test_inverse_square_roots_near_the_identity(size, dtype, batch, seed):
     eye = torch.eye(12, dtype=torch.float64)
     error = root @ (eye + E.double()) @ root - eye
     assert float(error.abs().max()) <= 30 * torch.finfo(dtype).eps
+    again, image = (x.double() for x in linalg.inverse_square_root_and_image(E, size))
+    assert torch.equal(again, root)
+    assert float((image - root @ E.double()).abs().max()) <= 30 * torch.finfo(dtype).eps

@@ -92,19 +92,24 @@ def test_a_gradient_edited_entry_by_entry_is_projected_in_full(seed, tau, moment
         assert float((p.detach() - X).norm()) <= 1e-10 * float(X.norm())
 
 
-def test_gauge_identities_are_used_for_autograds_gradients_and_their_multiples(monkeypatch):
+@pytest.mark.parametrize("gradient", ["factors", "probe"])
+@pytest.mark.parametrize("metric", ["exact", "scalar"])
+def test_gauge_identities_are_used_for_autograds_gradients_and_their_multiples(metric, gradient):
     torch.manual_seed(0)
-    p = weight(60, 200, 40, 0.1)
-    X = p.manifold.unpack(p.detach())
-    pull(p, torch.randn(60, 200, dtype=torch.float64)).backward()
-    exact = X.U.mT @ p.manifold.unpack(p.grad).U
+    layer = lrm.nn.LowRankLinear(200, 60, 40, bias=False, gradient=gradient, dtype=torch.float64)
+    layer(torch.randn(30, 200, dtype=torch.float64)).square().sum().backward()
+    M, p = layer.manifold, layer.weight
+    X = M.unpack(p.detach())
     for factor in (1.0, -3.0):
-        G = p.manifold.unpack(factor * p.grad)
-        overlap, _ = _factored.overlaps_by_gauge(p.manifold, X, G)
-        assert not torch.equal(overlap, X.U.mT @ G.U)  # another way of computing ...
-        torch.testing.assert_close(overlap, factor * exact, rtol=1e-10, atol=1e-10)  # ... the same
-    G = p.manifold.unpack(p.grad + torch.randn_like(p))
-    assert torch.equal(_factored.overlaps_by_gauge(p.manifold, X, G)[0], X.U.mT @ G.U)
+        G = M.unpack(factor * p.grad)
+        assert _factored.gauge_holds(M, X, G)
+        A, within = _factored._metric_and_overlaps(M, X, G, metric)
+        for Q, g, a, found in ((X.U, G.U, A[0], within[0]), (X.V, G.V, A[1], within[1])):
+            torch.testing.assert_close(found, Q.mT @ _factored._times(g, a), rtol=1e-9, atol=1e-9)
+    G = M.unpack(p.grad + torch.randn_like(p))
+    assert not _factored.gauge_holds(M, X, G)
+    A, within = _factored._metric_and_overlaps(M, X, G, metric)
+    assert torch.equal(within[0], _factored._times(X.U.mT @ G.U, A[0]))
 
 
 @given(size=st.sampled_from(SIZES), tau=taus, seed=seeds)
