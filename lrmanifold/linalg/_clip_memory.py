@@ -14,7 +14,8 @@ class ClipMemory:
 
     Keeps a core :math:`S_0` with its extreme singular values. By Weyl's inequality those of `S` are
     within :math:`d = \|S - S_0\|_F` of them, so :math:`\sigma_1(S_0) + d \le
-    (1 + \tau)(\sigma_r(S_0) - d)` proves that `S` is feasible. Results are those of
+    (1 + \tau)(\sigma_r(S_0) - d)` proves that `S` is feasible. Where Frobenius' norm is too coarse
+    three products bound the spectral norm of :math:`S - S_0`. Results are those of
     :func:`spectral_clip` whatever is remembered, so it need not be saved.
 
     It serves ``margin > 0``, whose clipped cores lie inside the set, and cores that are inside of
@@ -64,5 +65,23 @@ class ClipMemory:
             return False
         # Of the remembered values: eigenvalues of a product of size r.
         rounding = 8.0 * S.shape[-1] * torch.finfo(S.dtype).eps * self._high
-        d = float(torch.linalg.vector_norm(S - core)) + rounding
-        return self._high + d <= (1.0 + tau) * (self._low - d)
+
+        def within(d: float) -> bool:
+            d += rounding
+            return self._high + d <= (1.0 + tau) * (self._low - d)
+
+        D = S - core
+        d = float(torch.linalg.vector_norm(D))
+        if within(d):
+            return True
+        # The 2-norm is between d/√r and d: where it may do, three products find it to r^(1/16).
+        return within(d / S.shape[-1] ** 0.5) and within(_spectral_bound(D, d))
+
+
+def _spectral_bound(D: Tensor, size: float) -> float:
+    """Upper bound for ‖D‖₂ from its Frobenius norm `size`: ‖(DᵀD)⁴‖_F^(1/8)."""
+    G = D / size  # or high powers would underflow
+    for _ in range(3):
+        G = G.mT @ G  # DᵀD first, then squares of symmetric matrices
+    # The rounding of three products, to an eighth.
+    return size * float(torch.linalg.vector_norm(G)) ** 0.125 * (1.0 + 1e-2)

@@ -60,10 +60,23 @@ def test_the_worst_directions_are_never_let_pass(r, tau, dtype, seed, inside):
     slack = float((1 + tau) * s[-1] - s[0]) / (2 + tau)
     for up, down in ((1, 0), (0, 1), (0.5, 0.5), (0.7, 0.7)):
         for t in (0.5, 0.9, 0.999, 1.0, 1.001, 1.1, 1.5, 2.0):
-            change = up * U[:, :1] @ Vh[:1] - down * U[:, -1:] @ Vh[-1:]
-            S = (core.double() + t * slack * change).to(dtype)
-            if memory.proves(S, tau):
-                assert true_cond(S) <= 1 + tau
+            worst = up * U[:, :1] @ Vh[:1] - down * U[:, -1:] @ Vh[-1:]
+            # And of full rank: as large in the 2-norm, √r times as large in Frobenius'.
+            many = (U * torch.linspace(up, -down, r, dtype=torch.float64)) @ Vh
+            for change in (worst, many, -many):
+                S = (core.double() + t * slack * change).to(dtype)
+                if memory.proves(S, tau):
+                    assert true_cond(S) <= 1 + tau
+
+
+@pytest.mark.parametrize("r", [24, 100])
+def test_changes_of_full_rank_are_measured_in_the_spectral_norm(r):
+    core, memory = start(r, 1.0, torch.float64, 0), linalg.ClipMemory()
+    memory.clip(core, 0.5)
+    Q = matrix(torch.ones(r, dtype=torch.float64), r, 1)
+    slack = float(torch.linalg.matrix_norm(core, 2)) * 0.5 / 2.5
+    assert memory.proves(core + 0.7 * slack * Q, 0.5)  # 0.7 √r in Frobenius' norm
+    assert not memory.proves(core + 1.05 * slack * Q, 0.5)
 
 
 @given(tau=bands, dtype=dtypes, seed=seeds)
