@@ -18,6 +18,7 @@ from ..linalg import ClipMemory, all_finite, compute_dtype
 from ..manifolds import FixedRank
 from ..manifolds._dtype import storage_tolerance
 from ._distributed import WIDE_STATE, may_be_shared_out, move_sharded, move_shared_out
+from ._factored import Workspace
 
 Ok = bool | Tensor
 # A parameter in a step: its group, itself, its manifold, a label for messages.
@@ -51,7 +52,8 @@ class GeometricOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._geometry: list[list[geoopt.Manifold | None]] = []
         self._marks: dict[Tensor, tuple] = {}
-        # Spares work and changes no result: never saved.
+        # These spare work and change no result: never saved.
+        self._workspace = Workspace()
         self._cores: dict[Tensor, ClipMemory] = {}
         self._sums: dict[Tensor, float] = {}  # the same for sharded parameters
         super().__init__(params, defaults)
@@ -96,6 +98,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._marks, self._sums, self._cores = {}, {}, {}
+        self._workspace = Workspace()
         # A state saved by torch.optim.SGD, or by an older version, lacks some options.
         for group in self.param_groups:
             for key in self.defaults.keys() - _UNSUPPORTED:

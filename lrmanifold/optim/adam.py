@@ -12,7 +12,7 @@ from .. import linalg
 from ..manifolds import Factors, FixedRank
 from ..manifolds._packing import unpack
 from ._base import GeometricOptimizer, Item, Ok, and_finite, commit, store
-from ._factored import Workspace, is_factored
+from ._factored import is_factored
 from ._factored_adam import factored_adam_step
 from ._moments import means_of_blocks
 from .condlr import add_to_core
@@ -181,12 +181,7 @@ class CondLRAdam(GeometricOptimizer):
             "skip_nonfinite": skip_nonfinite,
         }
         super().__init__(params, defaults)
-        self._workspace = Workspace()
         self._distribute = bool(distribute)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._workspace = Workspace()
 
     def _shared_state(self, item: Item) -> dict[str, tuple[int, ...] | None]:
         _, p, _, _ = item

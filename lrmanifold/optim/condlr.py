@@ -20,7 +20,6 @@ from ._factored import (
     Metric,
     Momentum,
     Options,
-    Workspace,
     factored_step,
     factored_transport,
     is_factored,
@@ -219,12 +218,7 @@ class CondLR(GeometricOptimizer):
             "skip_nonfinite": skip_nonfinite,
         }
         super().__init__(params, defaults)
-        self._workspace = Workspace()
         self._distribute = bool(distribute)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._workspace = Workspace()
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
