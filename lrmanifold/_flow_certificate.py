@@ -17,6 +17,10 @@ from .optim import CondLR
 
 Point = dict[str, Tensor]
 
+# Options of CondLR under which its steps do not follow the flow, or leave the bound unseen.
+_NOT_THE_FLOW = (
+    "momentum", "weight_decay", "penalty", "clip_margin", "orthonormality_tol", "maximize"
+)  # fmt: skip
 # A condition number within this of its bound counts as held there by the constraint.
 _AT_THE_BOUND = 1e-3
 
@@ -49,14 +53,16 @@ class FlowCertificate:
         self._layers = {f"{name}.weight" if name else "weight": x for name, x in layers.items()}
         self._model, self._reference, self._loss = model, reference, loss
         self._bound = math.nan
+        self._ranks: list[int] = []
         self._last: tuple[float, _Measured] | None = None
         _check_twins(self._layers, model, reference)
 
     def measure(self, time: float) -> dict[str, float]:
         """The certificate at `time`, the sum of the rates since the start; see ``monitor``."""
-        now = self._measured()
-        if self._last is None:
-            self._bound = now.e
+        now, ranks = self._measured(), [layer.rank for layer in self._layers.values()]
+        if self._last is None or ranks != self._ranks:
+            # The theorem is about a fixed rank: a change is a new start.
+            self._bound, self._ranks = now.e, ranks
         else:
             before, then = self._last
             rate, source = 0.5 * (then.rate + now.rate), 0.5 * (then.source + now.source)
@@ -98,9 +104,11 @@ class FlowCertificate:
             U_p = perp(best_U, F_W[key] @ best_V)
             V_p = perp(best_V, F_W[key].mT @ best_U)
             size = U_p.square().sum((-2, -1)) + V_p.square().sum((-2, -1))
-            deltas.append(float(((tail / (s_W - tail)).square() * size).sum()))
-            holds &= bool((s_W > tail).all()) and eps < min(float(s_W.min()), float(s_Y.min()))
-            if layer.tau is not None:
+            gap = bool((s_W > tail).all())
+            delta = ((tail / (s_W - tail)).square() * size).sum() if gap else math.inf
+            deltas.append(float(delta))
+            holds &= gap and eps < min(float(s_W.min()), float(s_Y.min()))
+            if layer.tau is not None and r > 1:
                 bound = (1.0 + layer.tau) * (1.0 - _AT_THE_BOUND)
                 holds &= bool((t[..., 0] < bound * s_Y).all())
         one_sided = _inner(Y, X, F_Y, F_X) / (e * e) if e else 0.0
@@ -193,10 +201,11 @@ def check_flow(optimizer: torch.optim.Optimizer | None) -> None:
     if not isinstance(optimizer, CondLR):
         raise TypeError(f"a certificate needs optimizer=CondLR, got {type(optimizer).__name__}")
     for group in optimizer.param_groups:
-        for option in ("momentum", "weight_decay", "penalty"):
+        for option in _NOT_THE_FLOW:
             if group[option]:
                 raise ValueError(
-                    f"a certificate needs plain gradient steps, {option} = 0, got {group[option]!r}"
+                    f"a certificate needs plain gradient steps, without {option}, got "
+                    f"{group[option]!r}"
                 )
         if group["metric"] != "exact":
             raise ValueError(f"a certificate needs metric='exact', got {group['metric']!r}")

@@ -163,6 +163,8 @@ def test_it_says_when_the_theorem_does_not_apply():
         ({"momentum": 0.9}, "momentum"),
         ({"weight_decay": 0.1}, "weight_decay"),
         ({"metric": "scalar"}, "metric"),
+        ({"clip_margin": 0.5}, "clip_margin"),
+        ({"maximize": True}, "maximize"),
     ):
         other = lrm.optim.CondLR(model.parameters(), lr=0.1, **options_)
         with pytest.raises(ValueError, match=word):

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._files import write_atomically
 
 FORMAT = "lrmanifold checkpoint"
-VERSION = 1
+VERSION = 2
 _SUFFIX = ".safetensors"
 _KEY = "lrmanifold"
 
@@ -111,17 +111,25 @@ def _plain_state_dict(path: Path, raw: Mapping[str, Any]) -> Payload:
             f"{path}: is neither a checkpoint of this library nor a state dict: {strange!r} must "
             f"be a tensor, got {type(raw[strange]).__name__}"
         )
-    return {"format": FORMAT, "version": 0, "model": dict(raw)}
+    # torch's own versions of the modules, for their own migrations.
+    metadata = getattr(raw, "_metadata", None)
+    return {"format": FORMAT, "version": 0, "model": dict(raw), "metadata": metadata}
 
 
 def _from_0(payload: Payload) -> Payload:
     """Plain state dicts: nothing is known beside the tensors."""
     empty: Payload = {"optimizer": None, "extra": None}
-    return {**empty, "aliases": {}, "geometry": {}, "checksums": {}, **payload}
+    known: Payload = {"aliases": {}, "geometry": {}, "checksums": {}, "channels_first": False}
+    return {**empty, **known, **payload}
+
+
+def _from_1(payload: Payload) -> Payload:
+    """Low-rank convolutions had their channels first in V; the model knows how many."""
+    return {"channels_first": True, **payload}
 
 
 # What brings a payload of a version to the next one.
-MIGRATIONS: dict[int, Callable[[Payload], Payload]] = {0: _from_0}
+MIGRATIONS: dict[int, Callable[[Payload], Payload]] = {0: _from_0, 1: _from_1}
 
 
 def _migrated(path: Path, payload: Payload) -> Payload:

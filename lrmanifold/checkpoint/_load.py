@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..nn.conv import _LowRankConvNd
 from ._file import CheckpointError, Payload, read
 from ._layers import defect, is_dense, low_rank_weights, packed_from_dense
 
@@ -78,7 +80,13 @@ def load(
         payload = migrate(payload)
         if not isinstance(payload, Mapping) or not isinstance(payload.get("model"), Mapping):
             raise TypeError("migrate must return the payload, a dict with a state dict in 'model'")
+    payload, old = _in_present_order(model, payload)
     state, converted, problems = _fitted(model, payload, dense)
+    if old and optimizer is not None:
+        problems.append(
+            f"the optimizer's state belongs to the order in which version 1 kept {old[0]!r}: load "
+            "without optimizer"
+        )
     own = set(model.state_dict())
     missing = tuple(sorted(own - set(payload["model"])))
     unexpected = tuple(sorted(set(payload["model"]) - own))
@@ -91,10 +99,30 @@ def load(
         shown = "".join(f"\n  {problem}" for problem in problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(f"{path}: does not fit:{shown}{more}")
-    model.load_state_dict(state, strict=False)
+    whole = OrderedDict(state)
+    if payload.get("metadata"):
+        whole._metadata = payload["metadata"]  # type: ignore[attr-defined]
+    model.load_state_dict(whole, strict=False)
     if optimizer is not None:
         optimizer.load_state_dict(payload["optimizer"])
     return Loaded(payload.get("extra"), missing, unexpected, converted)
+
+
+def _in_present_order(
+    model: nn.Module, payload: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """The payload with convolutions of version 1 brought to the present order, and their keys."""
+    if not payload.get("channels_first"):
+        return payload, []
+    state, changed = dict(payload["model"]), []
+    for key, layer in low_rank_weights(model).items():
+        value = state.get(key)
+        if not isinstance(layer, _LowRankConvNd) or not isinstance(value, Tensor):
+            continue
+        if not is_dense(layer, value):
+            state[key] = layer.from_channels_first(value)
+            changed.append(key)
+    return {**payload, "model": state}, changed
 
 
 def _fitted(

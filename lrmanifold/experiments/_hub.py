@@ -50,14 +50,21 @@ def read(name: str, source: str) -> tuple[Part, Part, tuple[str, ...]]:
     for split in ("train", "test"):
         try:
             rows = datasets.load_dataset(source, split=split)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(f"{source}: no split {split!r} could be loaded ({error})") from error
         image, label = (_column(source, rows.column_names, known) for known in (_IMAGES, _LABELS))
         kind = rows.features[label]
         if not isinstance(kind, datasets.ClassLabel) or kind.num_classes != 10:
             raise ValueError(f"{source}: {label} must be a ClassLabel of 10 classes, got {kind}")
-        names = names or tuple(kind.names)
-        parts.append((_images(source, rows[image], _SHAPES[name]), torch.tensor(list(rows[label]))))
+        if names is not None and names != tuple(kind.names):
+            raise ValueError(f"{source}: classes of test are {kind.names}, of train {names}")
+        names, labels = tuple(kind.names), torch.tensor(list(rows[label]))
+        if int(labels.min()) < 0:
+            raise ValueError(f"{source}: {split} has images without a label")
+        try:
+            parts.append((_images(source, rows[image], _SHAPES[name]), labels))
+        except OSError as error:
+            raise ValueError(f"{source}: {split} holds a broken image ({error})") from error
     assert names is not None
     return parts[0], parts[1], names
 

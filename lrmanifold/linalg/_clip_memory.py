@@ -22,6 +22,9 @@ class ClipMemory:
     themselves; not batches, ``tau = 0``, ``centre = "mean"`` or accelerators.
     """
 
+    # Squares of numbers far below these sizes still have their digits in float32.
+    _smallest = 1e-12
+
     def __init__(self) -> None:
         self._core: Tensor | None = None
         self._low = self._high = 0.0
@@ -54,7 +57,10 @@ class ClipMemory:
             As :func:`lrmanifold.linalg.inverse`.
         """
         squares, Q = self._squares, self._vectors
-        if squares is None or Q is None or self._core is None or not torch.equal(self._core, S):
+        core = self._core
+        if squares is None or Q is None or core is None or core.dtype != S.dtype:
+            return inverse(S)
+        if not torch.equal(core, S):
             return inverse(S)
         return (Q / squares) @ (S @ Q).mT
 
@@ -70,6 +76,8 @@ class ClipMemory:
             d += rounding
             return self._high + d <= (1.0 + tau) * (self._low - d)
 
+        if not self._smallest <= self._low <= self._high <= 1.0 / self._smallest:
+            return False  # squares of the difference would over- or underflow
         D = S - core
         d = float(torch.linalg.vector_norm(D))
         if within(d):

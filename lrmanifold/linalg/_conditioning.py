@@ -273,8 +273,11 @@ def _clip_by_products(
         squares, Q = torch.linalg.eigh(E)
     except torch.linalg.LinAlgError:
         return None
-    # Not of the relative defect alone: NaN and Inf are for the SVD to report.
-    if not (float(squares.max()) + 1.0) <= _NEAR**2 * (float(squares.min()) + 1.0):
+    # NaN, Inf and squares that over- or underflow are for the SVD.
+    low, high = float(squares.min()) + 1.0, float(squares.max()) + 1.0
+    info = torch.finfo(S.dtype)
+    clear = (c >= info.tiny / info.eps) & (c <= info.max * info.eps)
+    if not 0.0 < high <= _NEAR**2 * low or not bool(clear.all()):
         return None
     s = (c[..., 0] * (1.0 + squares)).sqrt().flip(-1)
     feasible = _feasible(s, tau)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..manifolds._packing import pack, unpack
 from ..manifolds.fixed_rank import Gradient
 from ._layer import LowRankLayer, make_manifold
 
@@ -72,8 +73,9 @@ class _LowRankConvNd(LowRankLayer):
             x, padding = F.pad(x, self._pad, mode=self.padding_mode), 0
         filters = self._filters(V)
         if x.ndim != 4 or x.is_contiguous():
-            # The layout of the filters would become that of the output.
-            filters = filters.contiguous()
+            # The layout of the filters would become that of the output. A copy has the strides of
+            # its shape, which .contiguous() leaves as they are for kernels of size 1.
+            filters = filters.clone(memory_format=torch.contiguous_format)
         convolve = type(self)._convolve
         return convolve(x, filters, None, self.stride, padding, self.dilation, self.groups)
 
@@ -84,15 +86,23 @@ class _LowRankConvNd(LowRankLayer):
         return rows.movedim(-1, 1)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args: Any) -> None:
-        M, key = self.manifold, prefix + "weight"
-        value = state_dict.get(key)
-        fits = isinstance(value, Tensor) and value.shape[-2:-1] == (M.m + M.n + value.shape[-1],)
-        if local_metadata.get("version") == 1 and fits:
-            # Before version 2 of this class the channels were first in V.
-            U, S, V = M.unpack(value)
-            V = V.unflatten(-2, (-1, math.prod(self.kernel_size))).transpose(-3, -2)
-            state_dict[key] = M.pack(U, S, V.flatten(-3, -2))
+        key = prefix + "weight"
+        if local_metadata.get("version") == 1 and isinstance(state_dict.get(key), Tensor):
+            state_dict[key] = self.from_channels_first(state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def from_channels_first(self, value: Tensor) -> Tensor:
+        """A packed weight of any rank as version 1 of this class kept it, in the present order.
+
+        There the channels came first in the rows of V. What is no packed weight of this layer is
+        returned as it is.
+        """
+        M = self.manifold
+        if value.ndim < 2 or value.shape[-2] != M.m + M.n + value.shape[-1]:
+            return value
+        U, S, V = unpack(value, M.m, M.n)
+        V = V.unflatten(-2, (-1, math.prod(self.kernel_size))).transpose(-3, -2)
+        return pack(U, S, V.flatten(-3, -2))
 
     def _last(self, z: Tensor, U: Tensor, S: Tensor | None, bias: Tensor | None) -> Tensor:
         ones = (1,) * len(self.kernel_size)

@@ -38,6 +38,8 @@ Metric = Literal["exact", "scalar"]
 _NEAR = 0.5
 # Gauge identities of rounded gradients hold to about this; what is off by less does no harm.
 _GAUGE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+# Tensors of memory: four for each shape of weights.
+_MOST_KEPT = 256
 # Rows times r² from where two matrix-vector products are cheaper than one of matrices.
 _WORTH_A_CHECK = 200_000
 
@@ -115,6 +117,8 @@ class Workspace:
         """A tensor to be written over, of the dtype and device of `like`."""
         key = (purpose, shape, like.dtype, like.device)
         if key not in self._kept:
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()  # of shapes that ranks have left
             self._kept[key] = like.new_empty(shape)
         return self._kept[key]
 

@@ -211,12 +211,12 @@ class CondLRAdam(GeometricOptimizer):
             Y, first, second = _adamw(p, grad, first, second, step, **options)
         else:
             options |= {k: group[k] for k in ("penalty", "penalty_squared")}
-            single = isinstance(ok, bool) and isinstance(manifold, FixedRank) and p.ndim == 2
+            single = isinstance(manifold, FixedRank) and p.ndim == 2 and p.device.type == "cpu"
             fast = single and is_factored(manifold)
             if fast and self._factored_step(p, grad, manifold, state, options):
                 return ok
             Y, first, second = adam_update(manifold, p, grad, first, second, step, **options)
-        ok = and_finite(ok, Y)
+        ok = and_finite(and_finite(ok, Y), second)
         commit(p, Y, ok)
         store(state, "exp_avg", first, ok)
         store(state, "exp_avg_sq", second, ok)
@@ -247,7 +247,7 @@ class CondLRAdam(GeometricOptimizer):
         )
         if found is None:
             return False
-        and_finite(True, found.step.S)  # the bases have been measured
+        and_finite(and_finite(True, found.step.S), found.second)  # the bases have been measured
         found.step.write_(X)
         if p.dtype == wide:
             self._workspace.swap("transported", found.first, first)

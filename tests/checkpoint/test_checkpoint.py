@@ -340,22 +340,22 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path):
 def test_newer_versions_are_refused_and_older_ones_migrated(tmp_path, monkeypatch):
     path, source = tmp_path / "a.pt", model()
     checkpoint.save(path, source)
-    monkeypatch.setattr(_file, "VERSION", 3)
+    monkeypatch.setattr(_file, "VERSION", 4)
 
     def renamed(payload):
         payload["model"] = {k.replace("3.", "4."): v for k, v in payload["model"].items()}
         payload["checksums"] = {}
         return payload
 
-    monkeypatch.setitem(_file.MIGRATIONS, 1, renamed)
-    monkeypatch.setitem(_file.MIGRATIONS, 2, lambda payload: {**payload, "extra": "seen"})
+    monkeypatch.setitem(_file.MIGRATIONS, 2, renamed)
+    monkeypatch.setitem(_file.MIGRATIONS, 3, lambda payload: {**payload, "extra": "seen"})
     payload = _file.read(path)
-    assert payload["version"] == 3
+    assert payload["version"] == 4
     assert payload["extra"] == "seen"
     assert "4.weight" in payload["model"]
     monkeypatch.undo()
     raw = torch.load(path, weights_only=True)
-    for version, words in ((99, "has version 99, this library reads up to 1"), ("x", "version mu")):
+    for version, words in ((99, "has version 99, this library reads up to 2"), ("x", "version mu")):
         torch.save({**raw, "version": version}, path)
         with pytest.raises(CheckpointError, match=words):
             checkpoint.load(path, source)

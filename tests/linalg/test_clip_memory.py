@@ -120,3 +120,20 @@ def test_a_caller_may_write_over_the_result():
     S.mul_(torch.linspace(1.0, 9.0, 30, dtype=torch.float64))
     assert not memory.proves(S, 0.5)
     assert true_cond(memory.clip(S, 0.5)) <= 1.5 + 1e-12
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e-20, 1.0, 3e18, 1e20])
+@pytest.mark.parametrize("r", [4, 40])
+def test_sizes_whose_squares_have_no_float32(r, size):
+    memory, S = linalg.ClipMemory(), start(r, 2.5, torch.float32, 0) * size
+    for i in range(6):
+        S = memory.clip(S, 0.1, margin=0.5)
+        assert true_cond(S) <= 1.1 * (1 + 1e-5)
+        S = S + 0.3 * size * gaussian(r, r, seed=i).float() / r
+    assert true_cond(linalg.spectral_clip(S, 0.1)) <= 1.1 * (1 + 1e-5)
+
+
+def test_a_core_of_another_dtype_is_inverted_anew():
+    memory = linalg.ClipMemory()
+    S = memory.clip(start(30, 2.0, torch.float32, 0), 0.5)
+    torch.testing.assert_close(memory.inverse(S.double()), torch.linalg.inv(S.double()))

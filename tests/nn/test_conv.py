@@ -327,3 +327,30 @@ def test_weights_saved_with_the_channels_first_are_brought_to_the_present_order(
     old._metadata[""]["version"] = 1
     layer.load_state_dict(old)
     torch.testing.assert_close(layer.dense_weight().detach(), expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_weights_of_the_old_order_may_have_another_rank(rank):
+    torch.manual_seed(0)
+    layer, other = (LowRankConv2d(4, 6, 3, r, **F64) for r in (2, rank))
+    old = other.state_dict()
+    old["weight"] = other.weight.detach().clone()
+    old._metadata[""]["version"] = 1
+    layer.load_state_dict(old)
+    assert layer.rank == rank
+    again = other.from_channels_first(other.weight.detach())
+    assert torch.equal(layer.weight, again)
+    assert not torch.equal(again, other.weight)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_the_layout_of_the_output_is_that_of_the_dense_convolution(last, mode, kernel, channels):
+    options = {"padding": kernel // 2, "padding_mode": mode}
+    format = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(2, channels, 6, 6).contiguous(memory_format=format)
+    layer = LowRankConv2d(channels, 8, kernel, 1, **options)
+    dense = nn.Conv2d(channels, 8, kernel, **options)
+    assert layer(x).stride() == dense(x).stride()

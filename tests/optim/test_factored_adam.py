@@ -140,3 +140,18 @@ def test_equal_weights_do_not_share_their_moments():
                 optimizer.step()
     for p, q in zip(pair, alone, strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("size", [1e19, 1e20])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_second_moments_that_overflow_are_never_kept(size, batch):
+    """Kept, they would stop the weight for good."""
+    torch.manual_seed(0)
+    p = weight(9, 6, 3, 0.1, batch, dtype=torch.float32)
+    optimizer = CondLRAdam([p], lr=1e-3)
+    p.grad = size * torch.randn_like(p).as_subclass(Tensor)
+    before = p.detach().clone()
+    with pytest.raises(FloatingPointError, match="cannot be made"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    assert "exp_avg_sq" not in optimizer.state[p]
