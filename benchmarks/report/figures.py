@@ -100,7 +100,7 @@ def spectra(group: Group) -> Figure | None:
 def compression(groups: Sequence[Group], eps: str, attack: str) -> Figure | None:
     """Clean and robust accuracy against the share of parameters that inference needs."""
     shown = [g for g in groups if g.mean(attack, eps) is not None]
-    families = _families(shown)
+    families = _by_bound(_families(shown))
     if not families:
         return None
     figure = _figure(10.5, 4.2)
@@ -188,7 +188,20 @@ def _families(groups: Sequence[Group]) -> dict[str, list[Group]]:
     return dict(sorted(found.items(), key=lambda item: places.get(item[0], len(ORDER))))
 
 
+def _by_bound(families: dict[str, list[Group]]) -> dict[str, list[Group]]:
+    """Families of several bounds τ as one for each."""
+    found: dict[str, list[Group]] = {}
+    for name, members in families.items():
+        bounds = {g.head["method"]["tau"] for g in members}
+        for group in members:
+            tau = group.head["method"]["tau"]
+            key = f"{name} τ={tau:g}" if len(bounds) > 1 and tau is not None else name
+            found.setdefault(key, []).append(group)
+    return found
+
+
 def _style(family: str, place: int) -> tuple[str, str]:
     """Colour and marker; families that have no place of their own share what is left."""
     place = ORDER.index(family) if family in ORDER else len(ORDER) + place
-    return COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
+    # The second time round a colour comes with another marker.
+    return COLORS[place % len(COLORS)], MARKERS[(place + place // len(COLORS)) % len(MARKERS)]
