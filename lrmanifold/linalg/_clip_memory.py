@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ._conditioning import Centre, clip_near, spectral_clip
-from ._orthonormal import inverse
 
 
 class ClipMemory:
@@ -28,8 +27,6 @@ class ClipMemory:
     def __init__(self) -> None:
         self._core: Tensor | None = None
         self._low = self._high = 0.0
-        self._squares: Tensor | None = None
-        self._vectors: Tensor | None = None
 
     def clip(
         self, S: Tensor, tau: float, *, centre: Centre = "metric", margin: float = 0.0
@@ -45,24 +42,7 @@ class ClipMemory:
             self._core = None
             return spectral_clip(S, tau, centre=centre, margin=margin)
         self._core, self._low, self._high = found.S.clone(), found.low, found.high
-        self._squares, self._vectors = found.squares, found.vectors
         return found.S
-
-    def inverse(self, S: Tensor) -> Tensor:
-        """``S⁻¹``: of the core that was decomposed last as (SᵀS)⁻¹Sᵀ, two products.
-
-        Raises
-        ------
-        torch.linalg.LinAlgError
-            As :func:`lrmanifold.linalg.inverse`.
-        """
-        squares, Q = self._squares, self._vectors
-        core = self._core
-        if squares is None or Q is None or core is None or core.dtype != S.dtype:
-            return inverse(S)
-        if not torch.equal(core, S):
-            return inverse(S)
-        return (Q / squares) @ (S @ Q).mT
 
     def proves(self, S: Tensor, tau: float) -> bool:
         """Whether ``cond(S) <= 1 + tau`` follows from what is remembered."""

@@ -211,13 +211,11 @@ def _feasible(s: Tensor, tau: float) -> Tensor:
 
 
 class Clipped(NamedTuple):
-    """A clipped core, and of a single one what is known: the extreme singular values, SᵀS."""
+    """A clipped core, and of a single one its smallest and largest singular value if known."""
 
     S: Tensor
     low: float | None = None
     high: float | None = None
-    squares: Tensor | None = None  # eigenvalues of SᵀS, for
-    vectors: Tensor | None = None  # these eigenvectors
 
 
 def clip_near(
@@ -282,12 +280,12 @@ def _clip_by_products(
     s = (c[..., 0] * (1.0 + squares)).sqrt().flip(-1)
     feasible = _feasible(s, tau)
     if centre == "metric" and S.ndim == 2 and bool(feasible):
-        return Clipped(S, float(s[-1]), float(s[0]), s.square().flip(-1), Q)
+        return Clipped(S, float(s[-1]), float(s[0]))
     values = clip_values(s, (1.0 - margin) * tau, centre=centre)
     change = (values / s - 1.0).flip(-1)
     clipped = S + ((S @ Q) * change[..., None, :]) @ Q.mT
     if S.ndim == 2:
-        return Clipped(clipped, float(values[-1]), float(values[0]), values.square().flip(-1), Q)
+        return Clipped(clipped, float(values[-1]), float(values[0]))
     if centre == "metric":
         clipped = torch.where(feasible[..., None, None], S, clipped)
     return Clipped(clipped)

@@ -192,7 +192,7 @@ def factored_step(
     ValueError, torch.linalg.LinAlgError
         On the CPU, if the step is too long to be made.
     """
-    metric, within = _metric_and_overlaps(manifold, X, G, options.metric, cores)
+    metric, within = _metric_and_overlaps(manifold, X, G, options.metric)
     mu = options.momentum if momentum is not None else 0.0
     shape = (*X.S.shape[:-2], *manifold.point_shape)
     velocity = workspace.take("velocity", shape, X.S)
@@ -253,7 +253,6 @@ def _metric_and_overlaps(
     X: Factors,
     G: Factors,
     metric: Metric,
-    cores: linalg.ClipMemory | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """What gradients of U and V are multiplied by, A, to give velocities; and UᵀgA of both."""
     probe, S = manifold.gradient == "probe", X.S
@@ -262,7 +261,7 @@ def _metric_and_overlaps(
         c = S.shape[-1] / S.square().sum((-2, -1), keepdim=True)
         A = (c * S.mT, c * S) if probe else (c, c)
     else:
-        inverse = linalg.inverse(S) if cores is None else cores.inverse(S)
+        inverse = linalg.inverse(S)
         A = (inverse, inverse.mT)
         if not probe:
             A = (linalg.gram(inverse), linalg.gram(inverse.mT))

@@ -60,7 +60,7 @@ def factored_adam_step(
         Of the optimizer, and of this weight.
     """
     lr, (beta, beta2) = float(options["lr"]), options["betas"]
-    inverse = cores.inverse(X.S)
+    inverse = linalg.inverse(X.S)
     packed = {
         name: workspace.take(name, manifold.point_shape, X.S)
         for name in ("gradient", "first", "point", "transported")

@@ -231,3 +231,28 @@ def test_a_tensor_rate_steps_as_a_number_does(lr):
             x.grad = torch.ones_like(x)
         CondLR(layer.parameters(), lr=rate, momentum=0.5).step()
     torch.testing.assert_close(p.weight.detach(), q.weight.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(CondLR, {}), (CondLR, {"clip_margin": 0.5}), (lrm.optim.CondLRAdam, {})]
+)
+def test_large_cores_continue_bit_for_bit_too(kind, options):
+    """What is remembered of a core, and not saved, may spare work but change nothing."""
+    torch.manual_seed(0)
+    model = lrm.nn.LowRankLinear(90, 80, 40, tau=0.1)
+    optimizer = kind(model.parameters(), lr=0.02, **options)
+
+    def train(net, rule, steps) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            rule.zero_grad()
+            net(torch.randn(30, 90)).square().mean().backward()
+            rule.step()
+
+    train(model, optimizer, range(5))
+    other = copy.deepcopy(model)
+    resumed = kind(other.parameters(), lr=0.02, **options)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, range(5, 15))
+    train(other, resumed, range(5, 15))
+    assert_same(model, other)
