@@ -13,7 +13,7 @@ from oracles import ForbidHostSynchronisation
 
 import lrmanifold as lrm
 from lrmanifold import linalg
-from lrmanifold.optim import CondLR
+from lrmanifold.optim import CondLR, CondLRAdam
 from lrmanifold.optim._factored import (
     MOMENTUM_STATE,
     Momentum,
@@ -122,6 +122,27 @@ def test_a_step_in_velocities_does_not_wait(together, tau, options):
             states = [dict(zip(MOMENTUM_STATE, pair, strict=False)) for pair in pairs]
             ok = meta(2, dtype=torch.bool)
             assert step_together(M, list(X), G, states, settings, ok).shape == (2,)
+
+
+@pytest.mark.parametrize("tau", [None, 0.0, 0.1])
+def test_steps_of_adam_do_not_wait(tau):
+    if tau is None:
+        M = lrm.FixedRank(9, 7, 3, retraction="factored")
+    else:
+        M = lrm.WellConditioned(9, 7, 3, tau=tau)
+    optimizer = CondLRAdam([torch.nn.Parameter(torch.ones(1))], penalty=0.1, weight_decay=0.1)
+    X, G, first = (meta(2, *M.point_shape) for _ in range(3))
+    for known in (False, True):
+        states = [{"step": meta(dtype=torch.int64)} for _ in range(2)]
+        if known:
+            for state, moment in zip(states, first, strict=True):
+                state.update(exp_avg=moment, exp_avg_sq=meta(3))
+        ok = meta(2, dtype=torch.bool)
+        with ForbidHostSynchronisation():
+            found = optimizer._step_together(M, list(X), G, optimizer.param_groups[0], states, ok)
+        assert found.shape == (2,)
+        assert states[0]["exp_avg"].shape == X[0].shape
+        assert states[0]["exp_avg_sq"].shape == (3,)
 
 
 @pytest.mark.parametrize("retraction", ["polar", "qr", "cayley"])

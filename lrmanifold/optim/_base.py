@@ -196,7 +196,44 @@ class GeometricOptimizer(torch.optim.Optimizer):
 
     def _update_together(self, bundle: list[Item]) -> bool:
         """Move all of these at once, or none and return False: each then moves by itself."""
-        return False
+        group, first, manifold, _ = bundle[0]
+        assert isinstance(manifold, FixedRank)
+        params = [item[1] for item in bundle]
+        states = [self._state_of(p) for p in params]
+        for (_, p, own, label), state in zip(bundle, states, strict=True):
+            assert own is not None
+            self._ensure_on_manifold(p, own, state, label)
+        grads = torch.stack([p.grad for p in params if p.grad is not None])
+        ok = None
+        if first.device.type == "cpu":
+            if not all_finite(grads):
+                return False
+        elif group["skip_nonfinite"]:
+            ok = torch.isfinite(grads).flatten(1).all(1)
+            grads = torch.where(ok[:, None, None], grads, torch.zeros_like(grads))
+        grads = -grads if group["maximize"] else grads
+        try:
+            ok = self._step_together(manifold, params, grads, group, states, ok)
+        except (ValueError, torch.linalg.LinAlgError):
+            return False  # one of them is at fault: alone, it is named
+        done: Any = ok.to(torch.int64).unbind() if ok is not None else [1] * len(states)
+        for p, state, one in zip(params, states, done, strict=True):
+            state["step"] += one
+            state["skipped"] += 1 - one
+            self._marks[p] = _mark(p)
+        return True
+
+    def _step_together(
+        self,
+        manifold: FixedRank,
+        params: Sequence[Tensor],
+        grads: Tensor,
+        group: dict[str, Any],
+        states: Sequence[dict[str, Any]],
+        ok: Tensor | None,
+    ) -> Tensor | None:
+        """One step of all; see :func:`lrmanifold.optim._together.step_together`."""
+        raise NotImplementedError  # only where `_bundle_key` gives equal keys
 
     def _parameters(
         self,

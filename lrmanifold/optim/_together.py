@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,13 @@ from ._factored import MOMENTUM_STATE, Momentum, Options, Workspace, factored_st
 _SMALL = 1_000_000
 
 
-def bundle_key(manifold: Any, p: Tensor, state: dict[str, Any]) -> Hashable | None:
+def bundle_key(
+    manifold: Any, p: Tensor, state: dict[str, Any], names: tuple[str, ...] = MOMENTUM_STATE
+) -> Hashable | None:
     """What weights must have in common to move together; None for one that goes alone.
 
-    On an accelerator, where every call is a launch, single weights of any size move together.
+    `names` are the entries of the state that a step needs. On an accelerator, where every call is
+    a launch, single weights of any size move together.
     """
     if not is_factored(manifold) or p.ndim > 2 or p.dtype != linalg.compute_dtype(p.dtype):
         return None
@@ -34,7 +37,7 @@ def bundle_key(manifold: Any, p: Tensor, state: dict[str, Any]) -> Hashable | No
         manifold.gradient,
         *bound,
         *shape,
-        *(k in state for k in MOMENTUM_STATE),
+        *(k in state for k in names),
     )
 
 
@@ -67,15 +70,45 @@ def step_together(
     points = [p.detach() for p in params]
     X, G = (unpack(x, manifold.m, manifold.n) for x in (torch.stack(points), grads))
     step = factored_step(manifold, X, G, _stacked(states, options), options, Workspace())
-    Y = step.packed()
+    values = step.momentum or (None,) * len(MOMENTUM_STATE)
+    state = dict(zip(MOMENTUM_STATE, values, strict=True))
+    return write_together(params, states, step.packed(), state, ok)
+
+
+def write_together(
+    params: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    Y: Tensor,
+    values: Mapping[str, Tensor | None],
+    ok: Tensor | None,
+) -> Tensor | None:
+    """Write new points and states where they are finite; returns where, None for everywhere.
+
+    Parameters
+    ----------
+    params, states : sequence of Tensor, of dict
+        Of k weights.
+    Y : Tensor, shape (k, m + r + n, r)
+    values : mapping of Tensor, shape (k, ...)
+        New entries of the states; None for those that are to go.
+    ok : Tensor, shape (k,), or None
+        See :func:`step_together`.
+
+    Raises
+    ------
+    ValueError
+        On the CPU, if anything is not finite; nothing is written then.
+    """
+    points, kept = [p.detach() for p in params], [v for v in values.values() if v is not None]
     if ok is None:
-        if Y.device.type == "cpu" and not linalg.all_finite(Y):
+        if Y.device.type == "cpu" and not all(linalg.all_finite(x) for x in (Y, *kept)):
             raise ValueError("it overflows")
     else:
-        ok = ok & torch.isfinite(Y).flatten(1).all(1)
+        for x in (Y, *kept):
+            ok = ok & torch.isfinite(x).flatten(1).all(1)
         Y = torch.where(ok[:, None, None], Y, torch.stack(points))
     torch._foreach_copy_(points, list(Y.unbind()))
-    for key, value in zip(MOMENTUM_STATE, step.momentum or (None,) * 3, strict=True):
+    for key, value in values.items():
         if value is None:
             for state in states:
                 state.pop(key, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import geoopt
@@ -15,7 +17,12 @@ from ._base import GeometricOptimizer, Item, Ok, and_finite, commit, store
 from ._factored import is_factored
 from ._factored_adam import factored_adam_step
 from ._moments import means_of_blocks
+from ._together import bundle_key, write_together
 from .condlr import add_to_core
+
+# Entries of the state of a weight, and what the step of a low-rank one is told.
+_STATE = ("exp_avg", "exp_avg_sq")
+_OPTIONS = ("lr", "betas", "eps", "weight_decay", "penalty", "penalty_squared")
 
 
 def block_moments(manifold: geoopt.Manifold, X: Tensor, xi: Tensor) -> Tensor:
@@ -91,9 +98,9 @@ def adam_update(
     square = block_moments(manifold, X.to(wide), xi.to(wide))
     first = (1 - betas[0]) * xi if first is None else betas[0] * first + (1 - betas[0]) * xi
     second = (1 - betas[1]) * square + (0.0 if second is None else betas[1] * second)
-    root = (second / (1 - betas[1] ** step)).sqrt() + eps
+    root = (second / _bias_correction(betas[1], step)).sqrt() + eps
     # With eps = 0 a block that is zero by its nature (U_p at r = m) stays zero.
-    divisor = (root * (1 - betas[0] ** step)).clamp_min(torch.finfo(root.dtype).tiny)
+    divisor = (root * _bias_correction(betas[0], step)).clamp_min(torch.finfo(root.dtype).tiny)
     direction = scale_blocks(manifold, first.to(wide), 1.0 / divisor)
     if isinstance(manifold, FixedRank):
         # Transport moves momentum from block to block, away from the second moment that it was
@@ -110,6 +117,13 @@ def adam_update(
         direction = add_to_core(manifold, direction, term)
     Y = manifold.retr(X, -lr * direction)
     return Y, manifold.transp(X, Y, first), second
+
+
+def _bias_correction(beta: float, step: float | Tensor) -> float | Tensor:
+    """``1 - beta^step``, without the cancellation that would cost float32 half its digits."""
+    if isinstance(step, Tensor) and beta:
+        return -torch.expm1(step * math.log(beta))
+    return 1.0 - beta ** (step if beta else 1.0)
 
 
 class CondLRAdam(GeometricOptimizer):
@@ -193,6 +207,31 @@ class CondLRAdam(GeometricOptimizer):
         if len(betas) != 2 or not all(0.0 <= b < 1.0 for b in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
 
+    def _bundle_key(
+        self, group: dict[str, Any], p: Tensor, manifold: geoopt.Manifold | None
+    ) -> Any:
+        key = bundle_key(manifold, p, self.state.get(p, {}), _STATE)
+        return p if key is None else (id(group), key)
+
+    def _step_together(
+        self,
+        manifold: FixedRank,
+        params: Sequence[Tensor],
+        grads: Tensor,
+        group: dict[str, Any],
+        states: Sequence[dict[str, Any]],
+        ok: Tensor | None,
+    ) -> Tensor | None:
+        X = torch.stack([p.detach() for p in params])
+        first, second = (
+            torch.stack([state[key] for state in states]) if key in states[0] else None
+            for key in _STATE
+        )
+        step = torch.stack([state["step"] for state in states])[:, None].to(X.dtype) + 1.0
+        options = {k: group[k] for k in _OPTIONS}
+        Y, *after = adam_update(manifold, X, grads, first, second, step, **options)
+        return write_together(params, states, Y, dict(zip(_STATE, after, strict=True)), ok)
+
     def _update(
         self,
         p: Tensor,
@@ -202,15 +241,15 @@ class CondLRAdam(GeometricOptimizer):
         state: dict[str, Any],
         ok: Ok,
     ) -> Ok:
-        options = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay")}
-        first, second = state.get("exp_avg"), state.get("exp_avg_sq")
+        first, second = (state.get(key) for key in _STATE)
         # Where the step lives on an accelerator it stays there: the host must not wait for it.
         done = state["step"]
         step = float(done) + 1.0 if done.device.type == "cpu" else done.to(torch.float32) + 1.0
         if manifold is None:
-            Y, first, second = _adamw(p, grad, first, second, step, **options)
+            dense = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay")}
+            Y, first, second = _adamw(p, grad, first, second, step, **dense)
         else:
-            options |= {k: group[k] for k in ("penalty", "penalty_squared")}
+            options = {k: group[k] for k in _OPTIONS}
             single = isinstance(manifold, FixedRank) and p.ndim == 2 and p.device.type == "cpu"
             fast = single and is_factored(manifold)
             if fast and self._factored_step(p, grad, manifold, state, options):
@@ -271,6 +310,7 @@ def _adamw(
     first = torch.lerp(torch.zeros_like(p) if first is None else first, grad, 1 - betas[0])
     square = grad.to(linalg.compute_dtype(p.dtype)).square()
     second = (1 - betas[1]) * square + (0.0 if second is None else betas[1] * second)
-    root = (second / (1 - betas[1] ** step)).sqrt() + eps
-    moved = p * (1 - lr * weight_decay) - (lr / (1 - betas[0] ** step)) * (first / root)
+    root = (second / _bias_correction(betas[1], step)).sqrt() + eps
+    rate = lr / _bias_correction(betas[0], step)
+    moved = p * (1 - lr * weight_decay) - rate * (first / root)
     return moved.to(p.dtype), first, second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import geoopt
@@ -13,7 +14,7 @@ from .._parameter import gathered, is_sharded
 from ..manifolds import Factors, FixedRank
 from ..manifolds._dtype import storage_tolerance
 from ..manifolds._packing import unpack
-from ._base import GeometricOptimizer, Item, Ok, _manifold_of, _mark, and_finite, commit, store
+from ._base import GeometricOptimizer, Item, Ok, _manifold_of, and_finite, commit, store
 from ._distributed import sharded_like
 from ._factored import (
     MOMENTUM_STATE,
@@ -328,34 +329,17 @@ class CondLR(GeometricOptimizer):
         key = bundle_key(manifold, p, self.state.get(p, {}))
         return p if key is None else (id(group), key)
 
-    def _update_together(self, bundle: list[Item]) -> bool:
-        group, first, manifold, _ = bundle[0]
-        assert isinstance(manifold, FixedRank)
-        params = [item[1] for item in bundle]
-        states = [self._state_of(p) for p in params]
-        for (_, p, own, label), state in zip(bundle, states, strict=True):
-            assert own is not None
-            self._ensure_on_manifold(p, own, state, label)
-        grads = torch.stack([p.grad for p in params if p.grad is not None])
-        ok = None
-        if first.device.type == "cpu":
-            if not linalg.all_finite(grads):
-                return False
-        elif group["skip_nonfinite"]:
-            ok = torch.isfinite(grads).flatten(1).all(1)
-            grads = torch.where(ok[:, None, None], grads, torch.zeros_like(grads))
-        grads = -grads if group["maximize"] else grads
+    def _step_together(
+        self,
+        manifold: FixedRank,
+        params: Sequence[Tensor],
+        grads: Tensor,
+        group: dict[str, Any],
+        states: Sequence[dict[str, Any]],
+        ok: Tensor | None,
+    ) -> Tensor | None:
         options = Options(**{key: group[key] for key in Options._fields})
-        try:
-            ok = step_together(manifold, params, grads, states, options, ok)
-        except (ValueError, torch.linalg.LinAlgError):
-            return False  # one of them is at fault: alone, it is named
-        done: Any = ok.to(torch.int64).unbind() if ok is not None else [1] * len(states)
-        for p, state, one in zip(params, states, done, strict=True):
-            state["step"] += one
-            state["skipped"] += 1 - one
-            self._marks[p] = _mark(p)
-        return True
+        return step_together(manifold, params, grads, states, options, ok)
 
     def momentum(self, p: Tensor) -> Tensor:
         """The momentum of a parameter: a tangent vector at its present point, 0 before a step.
