@@ -124,13 +124,13 @@ def test_a_step_that_cannot_be_made_changes_nothing():
 
 
 def test_equal_weights_do_not_share_their_moments():
-    """They share the memory in which a step is computed."""
+    """They share the memory in which a step is computed, those that are too large for a batch."""
     torch.manual_seed(0)
-    pair = [weight(9, 6, 3, 0.1) for _ in range(2)]
+    pair = [weight(120, 100, 40, 0.1) for _ in range(2)]
     alone = copy.deepcopy(pair)
     together = CondLRAdam(pair, lr=1e-2)
     apart = [CondLRAdam([q], lr=1e-2) for q in alone]
-    targets = torch.randn(2, 9, 6, dtype=torch.float64)
+    targets = torch.randn(2, 120, 100, dtype=torch.float64)
     for _ in range(3):
         for weights, optimizers in ((pair, [together]), (alone, apart)):
             for x, target in zip(weights, targets, strict=True):
