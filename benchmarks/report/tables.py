@@ -208,18 +208,19 @@ def beside(
 ) -> TableText:
     """Published figures, and ours below each where there is one."""
     table = TableText(title, ["method", "saved", *strengths], note=note)
-    by_label = {g.label: g for g in groups}
     for line in lines:
         cells = [f"{value:.1f}" for value in line.accuracy]
         table.rows.append([f"{line.method} (published)", line.saved, *cells])
-        ours = by_label.get(line.ours or "")
-        if ours is None:
-            continue
-        attack = "fgsm_unclipped" if ours.head.get("fgsm_unclipped") else "fgsm"
-        cells = [percent(ours, "clean", "accuracy")]
-        cells += [percent(ours, attack, eps) for eps in strengths[1:]]
-        saved = 100 * (1 - (ours.mean("parameters", "folded_share") or 1.0))
-        table.rows.append([f"{ours.label} (ours)", f"{saved:.0f} %", *cells])
+        for ours in groups:
+            if line.ours != ours.label:
+                continue
+            attack = "fgsm_unclipped" if ours.head.get("fgsm_unclipped") else "fgsm"
+            cells = [percent(ours, "clean", "accuracy")]
+            cells += [percent(ours, attack, eps) for eps in strengths[1:]]
+            saved = 100 * (1 - (ours.mean("parameters", "folded_share") or 1.0))
+            epochs = ours.head["training"]["epochs"]
+            name = f"{ours.label} (ours, {epochs} epochs)"
+            table.rows.append([name, f"{saved:.0f} %", *cells])
     return table
 
 

@@ -156,6 +156,15 @@ def test_finished_rows_are_skipped_and_the_report_builds(tmp_path):
     for word in ("CondLR τ=0.1", "Paired by seed", "Would gradient masking show", "Published"):
         assert word in html
         assert word in markdown
+    # Beside a published figure stands every setting of that name, with its length and size.
+    from benchmarks.report import groups, published, tables
+
+    longer = [{**row, "training": {**row["training"], "epochs": 9}} for row in rows]
+    both = [*groups.gather(rows)["tiny"], *groups.gather(longer)["tiny"]]
+    line = published.Figure("A Bᵀ", "80 %", (88.1, 64.2), "A Bᵀ")
+    found = tables.beside("", ("clean", "0.06"), [line], both, "").rows
+    names = ["A Bᵀ (published)", "A Bᵀ (ours, 3 epochs)", "A Bᵀ (ours, 9 epochs)"]
+    assert [row[0] for row in found] == names
 
 
 def test_a_torn_last_line_costs_one_row_only(tmp_path):
