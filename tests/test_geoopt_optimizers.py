@@ -62,7 +62,11 @@ def run(X, optimizer, loss_of, steps, stop):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "no suitable step size": converged
             if isinstance(optimizer, RiemannianLineSearch):
-                optimizer.step(closure)
+                try:
+                    optimizer.step(closure)
+                except ZeroDivisionError:
+                    # scipy's, at steps of 1e-65: nothing descends any more.
+                    return k
             else:
                 closure()
                 optimizer.step()

@@ -212,7 +212,7 @@ def beside(
         cells = [f"{value:.1f}" for value in line.accuracy]
         table.rows.append([f"{line.method} (published)", line.saved, *cells])
         for ours in groups:
-            if line.ours != ours.label:
+            if ours.label not in line.ours:
                 continue
             attack = "fgsm_unclipped" if ours.head.get("fgsm_unclipped") else "fgsm"
             cells = [percent(ours, "clean", "accuracy")]

@@ -161,7 +161,7 @@ def test_finished_rows_are_skipped_and_the_report_builds(tmp_path):
 
     longer = [{**row, "training": {**row["training"], "epochs": 9}} for row in rows]
     both = [*groups.gather(rows)["tiny"], *groups.gather(longer)["tiny"]]
-    line = published.Figure("A Bᵀ", "80 %", (88.1, 64.2), "A Bᵀ")
+    line = published.Figure("A Bᵀ", "80 %", (88.1, 64.2), ("A Bᵀ",))
     found = tables.beside("", ("clean", "0.06"), [line], both, "").rows
     names = ["A Bᵀ (published)", "A Bᵀ (ours, 3 epochs)", "A Bᵀ (ours, 9 epochs)"]
     assert [row[0] for row in found] == names
