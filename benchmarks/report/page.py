@@ -23,7 +23,23 @@ TITLES = {
     "digits": "Digits: every method",
     "mnist": "MNIST, LeNet5, ranks 4/10/100",
     "fashion": "Fashion-MNIST, LeNet5, ranks 4/10/100",
+    "mnist-50": "MNIST, LeNet5, ranks 10/25/250",
+    "fashion-50": "Fashion-MNIST, LeNet5, ranks 10/25/250",
+    "mnist-half-rate": "MNIST at half the tuned rates",
+    "fashion-50-rates": "Fashion-MNIST, ranks 10/25/250, lower rates",
+    "digits-ranks": "Digits: ranks and τ",
+    "digits-decay": "Digits: weight decay",
+    "mnist-rivals": "MNIST: further rivals",
+    "fashion-rivals": "Fashion-MNIST: further rivals",
+    "cifar-cpu": "CIFAR-10, VGG16, four epochs on a CPU",
+    "cifar-vgg16": "CIFAR-10, VGG16",
+    "cifar-wrn16-4": "CIFAR-10, WideResNet-16-4",
+    "cifar-vit": "CIFAR-10, ViT",
 }
+# Settings that make a curve to look at.
+FRONTIER = 8
+# Strength of the pictures that show one; 0.06 elsewhere.
+STRENGTHS = {"digits": "0.1", "cifar10": "0.004"}
 
 
 @dataclass
@@ -87,7 +103,9 @@ def _frontiers(by_data: dict[str, list[Group]]) -> Section:
         "of the parameters are saved for inference.",
     )
     for data, groups in by_data.items():
-        eps = "0.1" if data == "digits" else "0.06"
+        if len(groups) < FRONTIER:
+            continue
+        eps = STRENGTHS.get(data, "0.06")
         section.add(picture(f"frontier-{data}", f"{data}", figures.frontier(data, groups, eps=eps)))
         section.add(frontier_claim(data, groups, eps))
     return section
@@ -126,7 +144,7 @@ def _experiment(name: str, groups: list[Group]) -> Section:
             caption = f"Singular values over training: {group.label}."
             section.add(picture(f"{name}-spectra-{i + 1}", caption, figures.spectra(group)))
     else:
-        attack, eps = "pgd", "0.1" if groups[0].head["training"]["data"] == "digits" else "0.06"
+        attack, eps = "pgd", STRENGTHS.get(groups[0].head["training"]["data"], "0.06")
         section.add(
             picture(
                 f"{name}-compression",
