@@ -148,3 +148,19 @@ def test_inverse_square_roots_near_the_identity(size, r, dtype, batch, seed):
 def test_inverse_square_roots_far_from_the_identity_raise(size):
     with pytest.raises(ValueError, match=f"size must be at most 0.75.*got {size}"):
         linalg.inverse_square_root(torch.zeros(3, 3), size)
+
+
+@given(
+    size=st.sampled_from((1e-3, 0.1, 0.4, 0.7, 2.0, 20.0)),
+    r=st.sampled_from((1, 4, 60)),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_polar_factors_are_orthonormal_to_rounding_however_long_the_step(size, r, dtype, seed):
+    U = linalg.orthonormalize(gaussian(80, r, seed=seed))
+    D = gaussian(80, r, seed=seed + 1)
+    D = D - U @ (U.mT @ D)
+    Y = U + D * (size / torch.linalg.matrix_norm(D.mT @ D)) ** 0.5
+    Q = linalg.polar(Y.to(dtype)).double()
+    drift = (Q.mT @ Q - torch.eye(r, dtype=torch.float64)).abs().max()
+    assert float(drift) <= 7 * torch.finfo(dtype).eps
