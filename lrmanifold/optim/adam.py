@@ -123,7 +123,7 @@ def _bias_correction(beta: float, step: float | Tensor) -> float | Tensor:
     """``1 - beta^step``, without the cancellation that would cost float32 half its digits."""
     if isinstance(step, Tensor) and beta:
         return -torch.expm1(step * math.log(beta))
-    return 1.0 - beta ** (step if beta else 1.0)
+    return 1.0 - beta**step
 
 
 class CondLRAdam(GeometricOptimizer):

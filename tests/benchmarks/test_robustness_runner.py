@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -197,6 +198,29 @@ def test_fast_gradient_equals_fgsm_at_each_strength():
         found = attacks.fast_gradient(model, pair, [0.05, 0.1], **options)
         expected = accuracy_under_attack(model, pair, fgsm, [0.05, 0.1], **options)
         assert list(found.values()) == pytest.approx(list(expected.values()))
+
+
+@pytest.mark.parametrize("name", ["cifar-cpu", "cifar-vgg16", "cifar-wrn16-4", "cifar-vit"])
+def test_settings_named_by_what_they_save_save_it(name):
+    """In per cent of all parameters, cores folded in."""
+    data = Runner(CONFIGS, CONFIGS).dataset(next(iter(tiny_runs().runs())))
+    wide = dataclasses.replace(data, train_x=torch.zeros(1, 3, 32, 32))
+    seen = 0
+    for run in experiment.load(CONFIGS / f"{name}.toml").runs():
+        if run.seed or not run.method.name.endswith(" %"):
+            continue
+        with torch.device("meta"):
+            network = models.build(run.training.model, wide)
+        whole = left = sum(p.numel() for p in network.parameters())
+        ((pattern, share),) = run.ranks.items()
+        for key, layer in network.named_modules():
+            if fnmatch(key, pattern) and isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+                m, n = len(layer.weight), layer.weight[0].numel()
+                left -= m * n - round(share * min(m, n)) * (m + n)
+        said = float(run.method.name.split(", ")[-1].removesuffix(" %"))
+        assert abs(100 * (1 - left / whole) - said) <= 1.0, run.method.name
+        seen += 1
+    assert seen
 
 
 @pytest.mark.parametrize("name", ["vgg16", "wrn16_4", "vit"])
