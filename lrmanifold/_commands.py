@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from . import robustness, viz
-from ._arguments import (
+from ._words import (
     check_some_layer,
     check_word,
     make_folder,
@@ -34,7 +34,7 @@ from .experiments import models, runs
 from .experiments.data import Dataset, load
 from .experiments.methods import Method, train
 from .experiments.training import Settings
-from .nn._plan import make_plan
+from .nn.plan import make_plan
 from .report import report as make_report
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

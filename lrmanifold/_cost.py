@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .nn import LowRankLayer
-from .nn._plan import LAYERS
+from .nn.plan import LAYERS
 from .robustness import evaluation_mode
 
 #: Matrix products run fastest at ranks that are multiples of this.

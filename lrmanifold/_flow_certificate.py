@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import linalg
-from .manifolds._packing import perp
+from .factors import perp
 from .nn import LowRankLayer
 from .optim import CondLR
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from . import linalg
 from ._cost import RANK_MULTIPLE, better_rank, effective_batch
-from .manifolds._dtype import storage_tolerance
 from .nn import LowRankLayer
-from .nn._plan import LAYERS, matrix_of, packed_size
+from .nn.plan import LAYERS, matrix_of, packed_size
+from .precision import storage_tolerance
 from .robustness import evaluation_mode
 
 

@@ -18,8 +18,8 @@ pytest.importorskip("sklearn")
 from typer.testing import CliRunner
 
 from lrmanifold import cli
-from lrmanifold._arguments import parse_rank
 from lrmanifold._commands import app
+from lrmanifold._words import parse_rank
 from lrmanifold.experiments import data, runs
 from lrmanifold.experiments import demo as demos
 from lrmanifold.report import report

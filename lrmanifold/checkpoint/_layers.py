@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..manifolds._dtype import storage_tolerance
 from ..nn import LowRankLayer
+from ..precision import storage_tolerance
 
 
 def low_rank_weights(model: nn.Module) -> dict[str, LowRankLayer]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import linalg
 from ..nn import LowRankLayer
-from ..nn._plan import LAYERS, make_plan
+from ..nn.plan import LAYERS, make_plan
 
 Rank = int | float | Mapping[str, int | float]
 

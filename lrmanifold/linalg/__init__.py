@@ -8,9 +8,10 @@ rank-deficient one as NaN or with an arbitrary completion of its basis, and the 
 are untouched.
 """
 
+from ..precision import compute_dtype
 from ._certificate import condition_bound
 from ._clip_memory import ClipMemory
-from ._common import all_finite, compute_dtype
+from ._common import all_finite
 from ._conditioning import (
     Centre,
     clip_values,

@@ -1,4 +1,4 @@
-"""Argument checks and the compute dtype, shared by all kernels."""
+"""Argument checks shared by all kernels."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-_HALF = (torch.float16, torch.bfloat16)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which geometry is computed: float32 for the half precisions, else the same."""
-    return torch.float32 if dtype in _HALF else dtype
+from ..precision import compute_dtype
 
 
 def checked(A: Tensor, name: str) -> Tensor:

@@ -1,6 +1,6 @@
 """geoopt manifolds of low-rank matrices and of their orthonormal factors."""
 
-from ._packing import Factors
+from ..factors import Factors
 from .fixed_rank import FixedRank
 from .stiefel import Stiefel
 from .well_conditioned import WellConditioned

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import linalg
 from ..errors import GeometryError
-from ._packing import Factors
+from ..factors import Factors
 
 _State = tuple[Tensor, ...]
 

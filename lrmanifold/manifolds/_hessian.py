@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import linalg
-from ._packing import Factors, perp
+from ..factors import Factors, perp
 
 
 def lift(X: Factors, xi: Factors) -> Factors:

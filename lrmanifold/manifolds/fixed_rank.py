@@ -12,10 +12,10 @@ from geoopt.utils import size2shape
 from torch import Tensor
 
 from .. import linalg, retractions
-from ._dtype import in_compute_dtype
+from ..factors import Factors, change_of_base, pack, perp, unpack
+from ..precision import in_compute_dtype
 from ._geodesic import geodesic
 from ._hessian import ehess2rhess, lift
-from ._packing import Factors, change_of_base, pack, perp, unpack
 
 Gradient = Literal["factors", "probe"]
 

@@ -10,7 +10,7 @@ from geoopt.utils import size2shape
 from torch import Tensor
 
 from .. import linalg
-from ._dtype import in_compute_dtype
+from ..precision import in_compute_dtype
 
 StiefelRetraction = Literal["polar", "qr", "cayley"]
 _RETRACTIONS = ("polar", "qr", "cayley")

@@ -1,12 +1,12 @@
 """Low-rank layers, and the conversion of whole models."""
 
-from ._layer import LowRankLayer
-from ._plan import Decision, Plan
 from .adapter import LowRankAdapter
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .factorize import densify, factorize
 from .fold import fold
+from .layer import LowRankLayer
 from .linear import LowRankLinear
+from .plan import Decision, Plan
 
 __all__ = [
     "Decision",

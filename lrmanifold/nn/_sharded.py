@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from .._parameter import is_sharded
 from ..errors import GeometryError
+from ..parameter import is_sharded
 
 
 def takes_sharded(layer: Any, value: Any) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import linalg
-from ..manifolds._packing import unpack
+from ..factors import unpack
 from .linear import LowRankLinear
 
 

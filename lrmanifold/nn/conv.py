@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..manifolds._packing import pack, unpack
+from ..factors import pack, unpack
 from ..manifolds.fixed_rank import Gradient
-from ._layer import LowRankLayer, make_manifold
+from .layer import LowRankLayer, make_manifold
 
 
 class _LowRankConvNd(LowRankLayer):

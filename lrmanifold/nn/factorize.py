@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from ..manifolds.fixed_rank import Gradient
-from ._layer import LowRankLayer
-from ._plan import LAYERS, Plan, make_plan
 from .adapter import LowRankAdapter
+from .layer import LowRankLayer
+from .plan import LAYERS, Plan, make_plan
 
 logger = logging.getLogger("lrmanifold")
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from .. import linalg
-from ._layer import LowRankLayer
 from .adapter import LowRankAdapter
 from .conv import _LowRankConvNd
 from .factorize import _replace
+from .layer import LowRankLayer
 from .linear import LowRankLinear
 
 

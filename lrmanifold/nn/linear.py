@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..manifolds.fixed_rank import Gradient
-from ._layer import LowRankLayer, make_manifold
+from .layer import LowRankLayer, make_manifold
 
 # torch 2.6 cannot tell exporting from compiling.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)

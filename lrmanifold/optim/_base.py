@@ -12,11 +12,11 @@ import geoopt
 import torch
 from torch import Tensor
 
-from .._parameter import is_sharded
 from ..errors import GeometryError
 from ..linalg import ClipMemory, all_finite, compute_dtype
 from ..manifolds import FixedRank
-from ..manifolds._dtype import storage_tolerance
+from ..parameter import is_sharded, manifold_of
+from ..precision import storage_tolerance
 from ._distributed import WIDE_STATE, may_be_shared_out, move_sharded, move_shared_out
 from ._factored import Workspace
 
@@ -68,7 +68,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
-        self._geometry.append([_manifold_of(p) for p in self.param_groups[-1]["params"]])
+        self._geometry.append([manifold_of(p) for p in self.param_groups[-1]["params"]])
 
     def _check_options(self, group: dict[str, Any]) -> None:
         for key in sorted(_UNSUPPORTED):
@@ -83,7 +83,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{key} must be a finite number >= 0, got {value!r}")
         if group.get("weight_decay") or group.get("penalty"):
             for p in group["params"]:
-                manifold = _manifold_of(p)
+                manifold = manifold_of(p)
                 if manifold is not None and not isinstance(manifold, FixedRank):
                     raise ValueError(
                         f"weight_decay and penalty must be 0 for parameters on {manifold.name}: "
@@ -249,7 +249,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
             names = group.get("param_names")
             for i, p in enumerate(group["params"]):
                 label = repr(names[i]) if names else f"parameter {i} of group {g}"
-                known, now = geometry[i], _manifold_of(p)
+                known, now = geometry[i], manifold_of(p)
                 if known is None and now is not None:
                     geometry[i] = known = now
                 elif known is not None and not _same_kind(known, now):
@@ -387,12 +387,6 @@ def _mark(p: Tensor) -> tuple:
     if p.device.type == "cpu":
         total = float(p.detach().sum(dtype=compute_dtype(p.dtype)))
     return p._version, storage._cdata, p.storage_offset(), tuple(p.shape), p.stride(), total
-
-
-def _manifold_of(p: Any) -> geoopt.Manifold | None:
-    manifold = getattr(p, "manifold", None)
-    # geoopt's default for a ManifoldParameter without geometry: an ordinary parameter.
-    return None if isinstance(manifold, geoopt.Euclidean) else manifold
 
 
 def _same_kind(known: geoopt.Manifold, now: geoopt.Manifold | None) -> bool:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .._parameter import gathered, is_sharded
 from ..linalg import ClipMemory, all_finite, compute_dtype
 from ..manifolds import FixedRank
+from ..parameter import gathered, is_sharded
 
 if TYPE_CHECKING:
     from ._base import GeometricOptimizer, Item

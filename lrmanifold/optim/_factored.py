@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from .. import linalg, retractions
+from ..factors import pack, perp, unpack
 from ..manifolds import Factors, FixedRank, WellConditioned
-from ..manifolds._packing import pack, perp, unpack
 
 Metric = Literal["exact", "scalar"]
 

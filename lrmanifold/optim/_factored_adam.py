@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import linalg
+from ..factors import unpack
 from ..manifolds import Factors, FixedRank
-from ..manifolds._packing import unpack
 from ._factored import _NEAR, Side, Step, Workspace, gauge_holds, project_core
 from ._moments import means_of_blocks
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from .._parameter import replace_data
+from ..factors import change_of_base, pack, unpack
 from ..manifolds import Factors, FixedRank, WellConditioned
-from ..manifolds._packing import change_of_base, pack, unpack
+from ..parameter import replace_data
 from ._factored import Momentum, momentum_from_tangent, tangent_momentum
 
 # State tensors that are tangent vectors at the parameter's point.

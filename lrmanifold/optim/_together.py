@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import linalg
+from ..factors import unpack
 from ..manifolds import FixedRank
-from ..manifolds._packing import unpack
 from ._factored import MOMENTUM_STATE, Momentum, Options, Workspace, factored_step, is_factored
 
 # Flops of a step below which its calls take longer than its work: the weights are copied into one

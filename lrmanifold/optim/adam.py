@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import linalg
+from ..factors import unpack
 from ..manifolds import Factors, FixedRank
-from ..manifolds._packing import unpack
 from ._base import GeometricOptimizer, Item, Ok, and_finite, commit, store
 from ._factored import is_factored
 from ._factored_adam import factored_adam_step

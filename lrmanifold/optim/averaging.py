@@ -12,9 +12,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from .. import linalg
 from ..errors import GeometryError
+from ..factors import pack, unpack
 from ..manifolds import Factors, FixedRank
-from ..manifolds._packing import pack, unpack
-from ._base import _manifold_of
+from ..parameter import manifold_of
 from ._rank import resize
 
 
@@ -95,7 +95,7 @@ class RetractingAverage(AveragedModel):
     def _on_manifolds(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         others = dict(model.named_parameters())
         for name, p in self.module.named_parameters():
-            mine, other = _manifold_of(p), _manifold_of(others[name])
+            mine, other = manifold_of(p), manifold_of(others[name])
             if (mine is None) != (other is None):
                 lost = "the average" if mine is None else "the model"
                 raise GeometryError(f"{name!r} has lost its manifold in {lost}")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from .._parameter import gathered, is_sharded
+from ..factors import unpack
 from ..manifolds import Factors, FixedRank
-from ..manifolds._dtype import storage_tolerance
-from ..manifolds._packing import unpack
-from ._base import GeometricOptimizer, Item, Ok, _manifold_of, and_finite, commit, store
+from ..parameter import gathered, is_sharded, manifold_of
+from ..precision import storage_tolerance
+from ._base import GeometricOptimizer, Item, Ok, and_finite, commit, store
 from ._distributed import sharded_like
 from ._factored import (
     MOMENTUM_STATE,
@@ -355,7 +355,7 @@ class CondLR(GeometricOptimizer):
             Packed for low-rank weights. Of a sharded parameter sharded like it; all its processes
             have to ask together.
         """
-        state, manifold = self.state.get(p, {}), _manifold_of(p)
+        state, manifold = self.state.get(p, {}), manifold_of(p)
         buffer = state.get("momentum_buffer")
         if buffer is None:
             return torch.zeros_like(p.detach())

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from .._parameter import replace_data
+from ..factors import pack, unpack
 from ..manifolds import Factors, FixedRank
-from ..manifolds._packing import pack, unpack
-from ._base import GeometricOptimizer, Ok, _manifold_of, _mark, commit
+from ..parameter import manifold_of, replace_data
+from ._base import GeometricOptimizer, Ok, _mark, commit
 from ._rank import augment, nearest_rank, rank_for_tolerance, resize, truncate
 
 Integrator = Literal["bug", "augmented_bug", "ksl"]
@@ -133,7 +133,7 @@ class DLRT(GeometricOptimizer):
             manifold = getattr(p, "manifold", None)
             if manifold is not None and not isinstance(manifold, (FixedRank, geoopt.Euclidean)):
                 raise ValueError(f"DLRT moves low-rank weights only, got one on {manifold.name}")
-        owners = [_manifold_of(p) for g in self.param_groups for p in g["params"]]
+        owners = [manifold_of(p) for g in self.param_groups for p in g["params"]]
         owners = [id(M) for M in owners if M is not None]
         if tol is not None and len(set(owners)) < len(owners):
             raise ValueError("with tol each weight needs a manifold of its own: it holds the rank")

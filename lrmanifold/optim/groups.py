@@ -8,7 +8,7 @@ from torch import nn
 
 from ..errors import GeometryError
 from ..manifolds import FixedRank
-from ._base import _manifold_of
+from ..parameter import manifold_of
 
 
 def param_groups(
@@ -41,7 +41,7 @@ def param_groups(
     for name, module in model.named_modules():
         owned = getattr(module, "manifold", None)
         weight = getattr(module, "weight", None)
-        if owned is not None and weight is not None and _manifold_of(weight) is None:
+        if owned is not None and weight is not None and manifold_of(weight) is None:
             raise GeometryError(
                 f"{name}.weight (shape {tuple(weight.shape)}) has lost its manifold {owned.name}"
             )
@@ -49,7 +49,7 @@ def param_groups(
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        manifold = _manifold_of(p)
+        manifold = manifold_of(p)
         if manifold is None:
             kind = "decay" if p.ndim >= 2 else "no_decay"
         else:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
-from .._parameter import replace_data
+from ..factors import unpack
 from ..manifolds import Factors, WellConditioned
-from ..manifolds._packing import unpack
-from ..nn._layer import LowRankLayer
+from ..nn.layer import LowRankLayer
+from ..parameter import replace_data
 from ._rank import augment, nearest_rank, rank_for_tolerance, resize, truncate
 
 Rule = float | Mapping[str, float]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .experiments.methods import Method
-from .nn._plan import make_plan
+from .nn.plan import make_plan
 
 KINDS = ("condlr", "dense", "factors", "svd")
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
-from .._parameter import gathered, replace_data
 from ..errors import GeometryError
 from ..manifolds import Factors, FixedRank, WellConditioned
-from ..manifolds._dtype import storage_tolerance
 from ..manifolds.fixed_rank import Gradient
+from ..parameter import gathered, replace_data
+from ..precision import storage_tolerance
 from ._sharded import takes_sharded
 
 

@@ -1,11 +1,19 @@
-"""The tensor behind a parameter: replacing it, and gathering one that is sharded."""
+"""Parameters: whose manifold they are on, replacing their tensor, gathering one that is sharded."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import geoopt
 import torch
 from torch import Tensor
+
+
+def manifold_of(p: Any) -> geoopt.Manifold | None:
+    """The manifold that a parameter lives on; None for an ordinary one."""
+    manifold = getattr(p, "manifold", None)
+    # geoopt's default for a ManifoldParameter without geometry: an ordinary parameter.
+    return None if isinstance(manifold, geoopt.Euclidean) else manifold
 
 
 def replace_data(p: Tensor, X: Tensor) -> None:

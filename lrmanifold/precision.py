@@ -1,4 +1,4 @@
-"""Half precision in, float32 inside, half precision out."""
+"""Dtypes: what geometry is computed in, and how far rounding may carry a stored point."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..linalg import compute_dtype
-
 F = TypeVar("F", bound=Callable[..., Any])
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which geometry is computed: float32 for the half precisions, else the same."""
+    return torch.float32 if dtype in _HALF else dtype
+
 
 # How far from its manifold a stored point may be: rounding of storage, with room for a long run.
 _TOLERANCE = {

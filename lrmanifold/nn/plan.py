@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from .. import linalg
-from ._layer import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .layer import LowRankLayer
 from .linear import LowRankLinear
 
 LAYERS: dict[type[nn.Module], Any] = {
