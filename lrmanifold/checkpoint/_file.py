@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._files import write_atomically
+from .._sealed import BLANK, SealError, check_seal, checksum, read_torch, set_seal, write_torch
 
 FORMAT = "lrmanifold checkpoint"
-VERSION = 2
+VERSION = 3
 _SUFFIX = ".safetensors"
 _KEY = "lrmanifold"
+_SEAL_KEY = "lrmanifold seal"
+_SEALED_SINCE = 3
 
 
 class CheckpointError(ValueError):
@@ -38,24 +38,25 @@ def is_safetensors(path: Path) -> bool:
     return path.suffix == _SUFFIX
 
 
-def checksum(x: Tensor) -> int:
-    """CRC-32 of the bytes of a tensor."""
-    flat = x.detach().cpu().contiguous().reshape(-1)
-    values: Any = flat.view(torch.uint8).numpy()
-    return zlib.crc32(values) if flat.numel() else 0
-
-
 def write(path: Path, payload: Payload) -> None:
-    """Write a payload in the format that the name of the file asks for."""
-    if is_safetensors(path):
-        packing = _safetensors()
-        header = {k: v for k, v in payload.items() if k not in ("model", "optimizer", "extra")}
-        metadata = {"format": "pt", _KEY: json.dumps(header)}
-        write_atomically(path, packing.save(payload["model"], metadata=metadata))
+    """Write a payload, sealed, in the format that the name of the file asks for.
+
+    Raises
+    ------
+    CheckpointError
+        If safetensors has no such dtype.
+    """
+    if not is_safetensors(path):
+        write_torch(path, payload)
         return
-    buffer = io.BytesIO()
-    torch.save(payload, buffer)
-    write_atomically(path, buffer.getvalue())
+    packing = _safetensors()
+    header = {k: v for k, v in payload.items() if k not in ("model", "optimizer", "extra")}
+    metadata = {"format": "pt", _KEY: json.dumps(header), _SEAL_KEY: BLANK}
+    try:
+        data = packing.save(payload["model"], metadata=metadata)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: safetensors cannot hold this model ({error})") from error
+    write_atomically(path, set_seal(data))
 
 
 def read(path: Path) -> Payload:
@@ -67,40 +68,54 @@ def read(path: Path) -> Payload:
         If there is no such file, it is damaged, or of a newer version.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    raw = _read_safetensors(path) if is_safetensors(path) else _read_torch(path)
-    if raw.get("format") != FORMAT:
-        raw = _plain_state_dict(path, raw)
-    return _verified(path, _migrated(path, raw))
-
-
-def _read_safetensors(path: Path) -> Payload:
-    packing = _safetensors()
-    from safetensors import SafetensorError, safe_open
-
+        raise CheckpointError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        tensors = packing.load_file(path)
-        header = json.loads(metadata.get(_KEY, "{}"))
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: is damaged, or no safetensors file ({error})") from error
-    if not header:
-        return tensors
-    return {**header, "model": tensors, "optimizer": None, "extra": None}
-
-
-def _read_torch(path: Path) -> Payload:
-    try:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no pickle raise what they please
-        # not torch's own words: they advise to read it without weights_only
-        raise CheckpointError(
-            f"{path}: is damaged, or holds more than tensors, numbers and words"
-        ) from error
+        raw, sealed = _read(path)
+    except SealError as error:
+        raise CheckpointError(f"{path}: {error}{_damaged_tensor(path)}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: must hold a dict, got {type(raw).__name__}")
-    return raw
+    if raw.get("format") != FORMAT:
+        raw = _plain_state_dict(path, raw)
+    return _verified(path, _migrated(path, raw, sealed))
+
+
+def _read(path: Path, check: bool = True) -> tuple[Payload, bool]:
+    return _read_safetensors(path, check) if is_safetensors(path) else read_torch(path, check)
+
+
+def _damaged_tensor(path: Path) -> str:
+    """In words, the first tensor that changed, as far as the file can still be read."""
+    try:
+        raw, _ = _read(path, check=False)
+        changed = (k for k, known in raw["checksums"].items() if checksum(raw["model"][k]) != known)
+        return f"; the values of {next(changed)!r} are not those that were saved"
+    except Exception:  # the damage is elsewhere, or everywhere
+        return ""
+
+
+def _read_safetensors(path: Path, check: bool) -> tuple[Payload, bool]:
+    packing = _safetensors()
+    from safetensors import SafetensorError
+
+    data = path.read_bytes()  # once: another writer may replace the file at any moment
+    sealed = check and check_seal(data)
+    try:
+        tensors = dict(sorted(packing.load(data).items()))
+        # its header is the JSON behind eight bytes with its length
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
+        header = json.loads((metadata or {}).get(_KEY, "null"))
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise SealError(f"is damaged, or no safetensors file ({error})") from error
+    if header is None:
+        return tensors, sealed
+    if not isinstance(header, dict):
+        raise SealError(
+            f"has metadata {_KEY!r} that must be a JSON object, got {type(header).__name__}"
+        )
+    return {**header, "model": tensors, "optimizer": None, "extra": None}, sealed
 
 
 def _plain_state_dict(path: Path, raw: Mapping[str, Any]) -> Payload:
@@ -129,10 +144,10 @@ def _from_1(payload: Payload) -> Payload:
 
 
 # What brings a payload of a version to the next one.
-MIGRATIONS: dict[int, Callable[[Payload], Payload]] = {0: _from_0, 1: _from_1}
+MIGRATIONS: dict[int, Callable[[Payload], Payload]] = {0: _from_0, 1: _from_1, 2: dict}
 
 
-def _migrated(path: Path, payload: Payload) -> Payload:
+def _migrated(path: Path, payload: Payload, sealed: bool) -> Payload:
     version = payload.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 0:
         raise CheckpointError(f"{path}: version must be an integer >= 0, got {version!r}")
@@ -140,6 +155,8 @@ def _migrated(path: Path, payload: Payload) -> Payload:
         raise CheckpointError(
             f"{path}: has version {version}, this library reads up to {VERSION}: update it"
         )
+    if version >= _SEALED_SINCE and not sealed:
+        raise CheckpointError(f"{path}: is damaged: its seal is missing")
     for old in range(version, VERSION):
         payload = {**MIGRATIONS[old](payload), "version": old + 1}
     return payload
@@ -150,16 +167,20 @@ def _verified(path: Path, payload: Payload) -> Payload:
     for key in ("model", "aliases", "geometry", "checksums"):
         if not isinstance(payload.get(key), dict):
             raise CheckpointError(f"{path}: {key!r} must be a dict, got {payload.get(key)!r:.60}")
+    for key, known in payload["geometry"].items():
+        if not isinstance(known, dict):
+            raise CheckpointError(f"{path}: the geometry of {key!r} must be a dict, got {known!r}")
     state = payload["model"]
     for key, known in payload["checksums"].items():
-        if key not in state:
+        if not isinstance(state.get(key), Tensor):
             raise CheckpointError(f"{path}: is damaged: the tensor {key!r} is missing")
-        if checksum(state[key]) != known:
+        # a view of a few bytes could claim any size, and its checksum would need that memory
+        if not state[key].is_contiguous() or checksum(state[key]) != known:
             raise CheckpointError(
                 f"{path}: is damaged: the values of {key!r} are not those that were saved"
             )
     for key, source in payload["aliases"].items():
-        if source not in state:
+        if not isinstance(source, str) or source not in state:
             raise CheckpointError(f"{path}: is damaged: {source!r}, shared by {key!r}, is missing")
         state[key] = state[source]
     return payload

@@ -55,3 +55,19 @@ def defect(layer: LowRankLayer, value: Tensor) -> str | None:
     tol = storage_tolerance(value.dtype)
     ok, reason = M.set_rank_(rank).check_point_on_manifold(value, explain=True, atol=tol, rtol=tol)
     return None if ok else reason
+
+
+def not_finite(value: Tensor, parameter: bool) -> str | None:
+    """In words, which values can be no state of a model; None if there are none.
+
+    Infinite buffers are fine: attention masks have them.
+    """
+    if not (value.is_floating_point() or value.is_complex()) or not value.numel():
+        return None
+    if value.element_size() == 1:  # float8 has few operations
+        value = value.float()
+    if bool(torch.isfinite(value.sum())):  # the common case, without a mask of all entries
+        return None
+    if bool(torch.isnan(value).any()):
+        return "holds NaN"
+    return "holds Inf" if parameter and bool(torch.isinf(value).any()) else None

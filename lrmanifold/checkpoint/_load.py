@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn.conv import _LowRankConvNd
+from .._wrappers import unwrapped
 from ._file import CheckpointError, Payload, read
-from ._layers import defect, is_dense, low_rank_weights, packed_from_dense
+from ._layers import defect, is_dense, low_rank_weights, not_finite, packed_from_dense
 
 # State of an optimizer that has the shape of its parameter.
 _SHAPED = ("momentum_buffer", "exp_avg")
@@ -40,14 +40,15 @@ def load(
     """Load a checkpoint into a model, and an optimizer if one is given.
 
     Also reads files of others: a plain state dict, by ``torch.save`` or in safetensors, is a
-    checkpoint of version 0. Ranks may differ from the model's: each layer takes the file's. Bit
-    flips in files that :func:`save` wrote are found by their checksums.
+    checkpoint of version 0. Ranks may differ from the model's: each layer takes the file's. Damage
+    to a file that :func:`save` wrote is always found, by its seal.
 
     Parameters
     ----------
     path : path
         A name ending in ``.safetensors`` is read as that format.
     model : nn.Module
+        Of a compiled or DDP model the one inside is loaded.
     optimizer : torch.optim.Optimizer, optional
         Of this model's parameters.
     dense : {"refuse", "svd"}
@@ -71,16 +72,18 @@ def load(
     ------
     CheckpointError
         If the file is damaged or does not fit, naming each key. Model and optimizer are as before.
+    Exception
+        What ``optimizer.load_state_dict`` raises; the model is as before then, too.
     """
     if dense not in ("refuse", "svd"):
         raise ValueError(f"dense must be 'refuse' or 'svd', got {dense!r}")
-    path = Path(path)
+    path, model = Path(path), unwrapped(model)
     payload = read(path)
     if migrate is not None:
         payload = migrate(payload)
         if not isinstance(payload, Mapping) or not isinstance(payload.get("model"), Mapping):
             raise TypeError("migrate must return the payload, a dict with a state dict in 'model'")
-    payload, old = _in_present_order(model, payload)
+    payload, old = _in_present_order(model, _without_wrappers(model, dict(payload)))
     state, converted, problems = _fitted(model, payload, dense)
     if old and optimizer is not None:
         problems.append(
@@ -102,10 +105,35 @@ def load(
     whole = OrderedDict(state)
     if payload.get("metadata"):
         whole._metadata = payload["metadata"]  # type: ignore[attr-defined]
-    model.load_state_dict(whole, strict=False)
-    if optimizer is not None:
-        optimizer.load_state_dict(payload["optimizer"])
+    if optimizer is None:
+        model.load_state_dict(whole, strict=False)
+    else:
+        _load_both(model, whole, optimizer, payload["optimizer"])
     return Loaded(payload.get("extra"), missing, unexpected, converted)
+
+
+def _load_both(
+    model: nn.Module, state: Mapping[str, Any], optimizer: torch.optim.Optimizer, saved: Any
+) -> None:
+    """Both or none: an optimizer may refuse its state only when it sees it."""
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        model.load_state_dict(state, strict=False)
+        optimizer.load_state_dict(saved)
+    except BaseException:
+        model.load_state_dict(before)
+        raise
+
+
+def _without_wrappers(model: nn.Module, payload: dict[str, Any]) -> dict[str, Any]:
+    """The payload without the prefix that a compiled or DDP model gave to every key."""
+    own = model.state_dict().keys()
+    for prefix in ("_orig_mod.", "module."):
+        state = payload["model"]
+        wrapped = state and all(isinstance(k, str) and k.startswith(prefix) for k in state)
+        if wrapped and not any(key.startswith(prefix) for key in own):
+            payload["model"] = {k.removeprefix(prefix): v for k, v in state.items()}
+    return payload
 
 
 def _in_present_order(
@@ -116,11 +144,11 @@ def _in_present_order(
         return payload, []
     state, changed = dict(payload["model"]), []
     for key, layer in low_rank_weights(model).items():
-        value = state.get(key)
-        if not isinstance(layer, _LowRankConvNd) or not isinstance(value, Tensor):
+        value, reordered = state.get(key), getattr(layer, "from_channels_first", None)
+        if reordered is None or not isinstance(value, Tensor):
             continue
         if not is_dense(layer, value):
-            state[key] = layer.from_channels_first(value)
+            state[key] = reordered(value)
             changed.append(key)
     return {**payload, "model": state}, changed
 
@@ -130,6 +158,7 @@ def _fitted(
 ) -> tuple[dict[str, Tensor], tuple[str, ...], list[str]]:
     """The state to load, the keys that were factorized, and what does not fit."""
     layers, own = low_rank_weights(model), model.state_dict()
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     state, converted, problems = dict(payload["model"]), [], []
     for key, value in payload["model"].items():
         if not isinstance(value, Tensor):
@@ -151,6 +180,8 @@ def _fitted(
             converted.append(key)
         elif key in own and isinstance(own[key], Tensor) and own[key].shape != value.shape:
             problems.append(_wrong_shape(key, own[key], value, payload.get("geometry", {})))
+        elif key in own and (reason := not_finite(value, parameter=key in parameters)):
+            problems.append(f"{key!r} {reason}")
     return state, tuple(converted), problems
 
 
@@ -159,8 +190,8 @@ def _wrong_shape(key: str, own: Tensor, value: Tensor, geometry: Mapping[str, An
     if key in geometry:
         known = geometry[key]
         words += (
-            f", the packed weight of a low-rank layer (rank {known['rank']} of {known['m']} x "
-            f"{known['n']}): factorize the model before loading"
+            f", the packed weight of a low-rank layer (rank {known.get('rank')} of "
+            f"{known.get('m')} x {known.get('n')}): factorize the model before loading"
         )
     return words
 

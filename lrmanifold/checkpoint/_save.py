@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._file import FORMAT, VERSION, CheckpointError, Payload, checksum, is_safetensors, write
-from ._layers import low_rank_weights
+from .._sealed import checksum
+from .._wrappers import unwrapped
+from ..parameter import is_sharded
+from ._file import FORMAT, VERSION, CheckpointError, Payload, is_safetensors, write
+from ._layers import defect, low_rank_weights, not_finite
 
 _GEOMETRY = ("m", "n", "rank", "tau", "centre", "gradient")
 
@@ -32,7 +35,8 @@ def save(
         its keys are those of ``model.state_dict()``. Any other name gives ``torch.save``'s, which
         ``torch.load(path, weights_only=True)`` reads.
     model : nn.Module
-        Tensors that share their memory (tied weights) are written once.
+        Tensors that share their memory (tied weights) are written once. Of a compiled or DDP model
+        the one inside is written.
     optimizer : torch.optim.Optimizer, optional
         Not in safetensors, which holds the model's tensors only.
     extra : tensors, numbers, words, lists and dicts of them, optional
@@ -43,16 +47,15 @@ def save(
     ValueError
         For an optimizer or extra in safetensors.
     CheckpointError
-        If `extra` or a state holds what could not be read again without running code.
+        For what could not be loaded again, and would replace a good file: a weight off its
+        manifold, NaN, Inf in a parameter, sparse, sharded and quantized tensors, in `extra` what
+        could not be read without running code.
     """
     path = Path(path)
     if is_safetensors(path) and (optimizer is not None or extra is not None):
         word = "optimizer" if optimizer is not None else "extra"
         raise ValueError(f"{word} must be None for {path.name}: safetensors holds tensors only")
-    payload = make_payload(model, optimizer, extra)
-    _check_plain("extra", payload["extra"])
-    _check_plain("optimizer", payload["optimizer"])
-    write(path, payload)
+    write(path, make_payload(unwrapped(model), optimizer, extra))
 
 
 def make_payload(model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: Any) -> Payload:
@@ -63,54 +66,95 @@ def make_payload(model: nn.Module, optimizer: torch.optim.Optimizer | None, extr
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{key!r} must be a tensor, got {type(value).__name__}")
-        if value.is_meta:
-            raise CheckpointError(f"{key!r} has no values: it is on the meta device")
+        reason = _unwritable(value)
+        if reason is not None:
+            raise CheckpointError(f"{key!r} {reason}")
         place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
         if value.numel() and place in seen:
             aliases[key] = seen[place]
             continue
         seen[place] = key
-        state[key] = plain(value)
+        state[key] = _plain_tensor(value)
+    _check_values(model, state)
     return {
         "format": FORMAT,
         "version": VERSION,
         "model": state,
-        "optimizer": None if optimizer is None else plain(optimizer.state_dict()),
-        "extra": plain(extra),
+        "optimizer": None if optimizer is None else plain(optimizer.state_dict(), "optimizer"),
+        "extra": plain(extra, "extra"),
         "aliases": aliases,
         "geometry": _geometry(model),
         "checksums": {key: checksum(value) for key, value in state.items()},
     }
 
 
-def plain(value: Any) -> Any:
-    """The same with every tensor as a contiguous one of torch's own class, on the CPU.
+def _unwritable(value: Tensor) -> str | None:
+    """Why the values of a tensor cannot be written as they are; None if they can."""
+    if is_sharded(value):
+        return "is sharded over processes: use torch.distributed.checkpoint"
+    if nn.parameter.is_lazy(value):
+        return "has no values yet: run the model once, then save it"
+    if value.is_meta:
+        return "has no values: it is on the meta device"
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        return f"must be a dense tensor, got {kind}: convert it, or register it as not persistent"
+    if value.is_quantized:
+        return f"must be a dense tensor, got the quantized type {value.dtype}"
+    return None
+
+
+def _plain_tensor(value: Tensor) -> Tensor:
+    """A contiguous copy of torch's own class, on the CPU.
 
     geoopt's subclass would need its code to be read again; a view would be written with all of its
     storage.
     """
+    copied = value.detach().as_subclass(torch.Tensor).to("cpu", copy=True)
+    return copied.resolve_conj().resolve_neg().contiguous()
+
+
+def _check_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuse values that :func:`lrmanifold.checkpoint.load` would refuse."""
+    layers, parameters = low_rank_weights(model), {name for name, _ in model.named_parameters()}
+    for key, value in state.items():
+        if key in layers:
+            reason = defect(layers[key], value)
+            if reason is not None:
+                raise CheckpointError(f"{key!r} is not a point of {layers[key].manifold}: {reason}")
+        reason = not_finite(value, parameter=key in parameters)
+        if reason is not None:
+            raise CheckpointError(f"{key!r} {reason}")
+
+
+# What ``weights_only=True`` reads; subclasses need their code.
+_READABLE = (type(None), bool, int, float, complex, str, bytes, torch.Size)
+
+
+def plain(value: Any, where: str) -> Any:
+    """The same with every tensor as a plain one; what could not be read again is refused now."""
     if isinstance(value, Tensor):
-        return value.detach().as_subclass(torch.Tensor).to("cpu", copy=True).contiguous()
+        reason = _unwritable(value)
+        if reason is not None:
+            raise CheckpointError(f"{where} {reason}")
+        return _plain_tensor(value)
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        for key in value:
+            if type(key) not in _READABLE and type(key) is not tuple:
+                _refuse(f"the key {key!r} of {where}", key)
+        return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(plain(item) for item in value)
+        return type(value)(plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if type(value) not in _READABLE:
+        _refuse(where, value)
     return value
 
 
-def _check_plain(where: str, value: Any) -> None:
-    """Refuse what ``weights_only=True`` would not read: better now than when it is needed."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check_plain(f"{where}[{key!r}]", item)
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            _check_plain(f"{where}[{i}]", item)
-    elif value is not None and type(value) not in (Tensor, bool, int, float, complex, str, bytes):
-        raise CheckpointError(
-            f"{where} must be a tensor, a number, a word or lists and dicts of them, to be read "
-            f"without running code, got {type(value).__name__}"
-        )
+def _refuse(where: str, value: Any) -> None:
+    raise CheckpointError(
+        f"{where} must be a tensor, a number, a word or lists and dicts of them, to be read "
+        f"without running code, got {type(value).__name__}"
+    )
 
 
 def _geometry(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -53,6 +53,7 @@ def _pretend_version_1(path) -> None:
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
+    del metadata["lrmanifold seal"]  # it came with version 3
     header = json.loads(metadata[_file._KEY])
     metadata[_file._KEY] = json.dumps({**header, "version": 1})
     save_file(load_file(path), path, metadata=metadata)
