@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import linalg
 from ._flow_certificate import FlowCertificate, check_flow
+from ._wrappers import names_without_wrappers, unwrapped
 from .nn import LowRankLayer
 from .optim._base import GeometricOptimizer
 
@@ -37,11 +38,12 @@ class Monitor:
                 "optimizer must be one of lrmanifold.optim, which count their skipped steps, got "
                 f"{type(optimizer).__name__}"
             )
+        model = unwrapped(model)
         self.model, self.optimizer, self.every = model, optimizer, every
         self.steps = 0
         self._layers = {
             name or "model": layer
-            for name, layer in model.named_modules()
+            for name, layer in names_without_wrappers(model).items()
             if isinstance(layer, LowRankLayer)
         }
         if not self._layers:
@@ -132,9 +134,10 @@ def monitor(
     Parameters
     ----------
     model : nn.Module
-        With low-rank layers. Those it has now are watched.
+        With low-rank layers. Those it has now are watched, under the names that they have without
+        ``torch.compile`` and DDP around them.
     optimizer : Optimizer of :mod:`lrmanifold.optim`, optional
-        Whose updates left out for NaN or Inf are counted.
+        Its skipped updates are reported.
     every : int
         Steps between two measurements.
     reference : nn.Module, optional

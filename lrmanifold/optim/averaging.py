@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from .. import linalg
+from .._wrappers import parameters_without_wrappers, unwrapped
 from ..errors import GeometryError
 from ..factors import pack, unpack
 from ..manifolds import Factors, FixedRank
@@ -68,7 +69,8 @@ class RetractingAverage(AveragedModel):
         use_buffers: bool,
     ) -> None:
         average: Callable[..., Any] | None = None if decay is None else get_ema_avg_fn(decay)
-        super().__init__(model, device, average, use_buffers=use_buffers)  # type: ignore[arg-type]
+        inside = unwrapped(model)
+        super().__init__(inside, device, average, use_buffers=use_buffers)  # type: ignore[arg-type]
         self.decay = decay
 
     @torch.no_grad()
@@ -80,6 +82,7 @@ class RetractingAverage(AveragedModel):
         GeometryError
             If a weight has lost its manifold here or in `model`; nothing is changed then.
         """
+        model = unwrapped(model)
         count = int(self.n_averaged)
         weight = 1.0 if count == 0 else 1.0 / (count + 1) if self.decay is None else 1 - self.decay
         pairs = list(self._on_manifolds(model))
@@ -93,14 +96,23 @@ class RetractingAverage(AveragedModel):
             p.copy_(X)
 
     def _on_manifolds(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        others = dict(model.named_parameters())
-        for name, p in self.module.named_parameters():
+        others = parameters_without_wrappers(model)
+        for name, p in _once(parameters_without_wrappers(self.module)):
             mine, other = manifold_of(p), manifold_of(others[name])
             if (mine is None) != (other is None):
                 lost = "the average" if mine is None else "the model"
                 raise GeometryError(f"{name!r} has lost its manifold in {lost}")
             if mine is not None:
                 yield p, others[name]
+
+
+def _once(named: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter under its first name: a tied one must not be averaged twice."""
+    seen: set[int] = set()
+    for name, p in named.items():
+        if id(p) not in seen:
+            seen.add(id(p))
+            yield name, p
 
 
 def _average(p: Tensor, q: Tensor, weight: float) -> Tensor:
@@ -131,7 +143,8 @@ def retracting_average(
     Parameters
     ----------
     model : nn.Module
-        Copied; call ``update_parameters(model)`` after each step.
+        Copied; call ``update_parameters(model)`` after each step. Of a compiled or DDP model the
+        one inside; ``update_parameters`` takes either.
     decay : float, optional
         In [0, 1): an exponential moving average, average ← decay · average + (1 - decay) · weight.
         None for the mean of all weights taken up (stochastic weight averaging). As each average is

@@ -1,0 +1,114 @@
+"""Averages, monitor and checkpoints of compiled and DDP models are those of the model itself."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+import lrmanifold as lrm
+from lrmanifold import checkpoint
+from lrmanifold.optim import retracting_average
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    if not dist.is_available() or dist.is_initialized():
+        pytest.skip("needs a process group of its own")
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def partly_compiled(model: nn.Module) -> nn.Module:
+    model[0] = compiled(model[0])
+    return model
+
+
+WRAPPERS = {
+    "compiled": compiled,
+    "DDP": DistributedDataParallel,
+    "DataParallel": DataParallel,
+    "DDP of compiled": lambda model: DistributedDataParallel(compiled(model)),
+    "compiled DDP": lambda model: compiled(DistributedDataParallel(model)),
+    "a compiled layer": partly_compiled,
+}
+
+
+@pytest.fixture(params=WRAPPERS)
+def wrap(request, group):
+    return WRAPPERS[request.param]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Linear(12, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 3)
+    return lrm.factorize(nn.Sequential(*layers), rank=2, exclude="3")
+
+
+def train(model, average_of, *averages) -> None:
+    generator = torch.Generator().manual_seed(1)
+    optimizer = lrm.optim.CondLR(model.parameters(), lr=0.1, momentum=0.5)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(8, 12, generator=generator)).square().mean().backward()
+        optimizer.step()
+        for average in averages:
+            average.update_parameters(average_of)
+
+
+def plain_names(state: dict) -> list[str]:
+    return [key.replace("_orig_mod.", "") for key in state]
+
+
+@pytest.mark.parametrize("made_from", ["the model", "the wrapped model"])
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_the_average_is_that_of_the_model_itself(wrap, made_from, use_buffers):
+    plain, inside = network(), network()
+    expected = retracting_average(plain, 0.9, use_buffers=use_buffers)
+    train(plain, plain, expected)
+    average = retracting_average(copy.deepcopy(inside), 0.9, use_buffers=use_buffers)
+    wrapped = wrap(inside)
+    if made_from == "the wrapped model":
+        average = retracting_average(wrapped, 0.9, use_buffers=use_buffers)
+    train(wrapped, wrapped, average)
+    found = average.module.state_dict()
+    assert plain_names(found) == list(expected.module.state_dict())
+    for value, other in zip(found.values(), expected.module.state_dict().values(), strict=True):
+        assert torch.equal(value, other)
+    layer = next(m for m in average.modules() if isinstance(m, lrm.nn.LowRankLayer))
+    assert float(layer.manifold.drift(layer.weight.detach()).max()) < 1e-5
+
+
+def test_the_monitor_has_the_numbers_and_names_of_the_model_itself(wrap):
+    plain, wrapped = network(), wrap(network())
+    train(plain, plain)
+    train(wrapped, wrapped)
+    expected = lrm.monitor(plain, every=1).step()
+    assert lrm.monitor(wrapped, every=1).step() == expected
+    assert "cond/0" in expected
+
+
+def test_checkpoints_do_not_know_the_wrapper(wrap, tmp_path):
+    inside = network()
+    state = {k: v.clone() for k, v in inside.state_dict().items()}
+    wrapped, other = wrap(inside), network()
+    with torch.no_grad():
+        other[3].bias.fill_(7)
+    checkpoint.save(tmp_path / "a.pt", wrapped)
+    if "_orig_mod" not in str(list(inside.state_dict())):  # a layer inside keeps its own names
+        checkpoint.load(tmp_path / "a.pt", other)
+        assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
+        checkpoint.save(tmp_path / "b.pt", network())
+        checkpoint.load(tmp_path / "b.pt", wrapped)
+        torch.save(wrapped.state_dict(), tmp_path / "torch.pt")  # with the prefixes
+        checkpoint.load(tmp_path / "torch.pt", network())
