@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +19,6 @@ def check_word(option: str, word: str, known: Iterable[str]) -> None:
     """Refuse a word that is none of those known."""
     if word not in known:
         raise ValueError(f"{option} must be one of {', '.join(known)}, got {word!r}")
-
-
-def make_folder(path: Path) -> None:
-    """Before the work, not after it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"out must be a folder, got the file {path}") from None
 
 
 def parse_rank(text: str) -> int | float | dict[str, int | float]:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from lrmanifold import cli
 from lrmanifold._commands import app
+from lrmanifold._sealed import write_torch
 from lrmanifold._words import parse_rank
 from lrmanifold.experiments import data, runs
 from lrmanifold.experiments import demo as demos
@@ -84,6 +85,7 @@ def test_results_hold_settings_versions_history_and_accuracies(trained):
         "epochs": 1, "batch_size": 512, "lr": 0.1, "momentum": 0.3, "seed": 0, "data": "digits",
         "model": "mlp", "method": {"name": "CondLR tau=0.5", "kind": "condlr", "tau": 0.5},
         "rank": {"fc1": 5, "fc2": 0.1}, "exclude": None, "device": "cpu",
+        "eps": [0.05, 0.1, 0.15],
     }  # fmt: skip
     assert results["versions"]["torch"] == torch.__version__
     assert set(results["versions"]) == {"lrmanifold", "torch", "geoopt", "numpy", "python"}
@@ -258,9 +260,13 @@ WRONG = {
     "--model lenet5": "lenet5 needs images of at least 16 x 16",
     "--data mnist --root nowhere": "root is no folder: nowhere",
     "--root .": "digits ships with scikit-learn: root must be None",
-    "--epochs 0": "epochs must be at least 1, got 0",
-    "--lr 0": "lr must be positive",
-    "--momentum 1": "momentum must be in [0, 1)",
+    "--epochs 0": "epochs must be an integer >= 1, got 0",
+    "--lr 0": "lr must be a finite number > 0, got 0.0",
+    "--lr inf": "lr must be a finite number > 0, got inf",
+    "--lr nan": "lr must be a finite number > 0, got nan",
+    "--batch-size -1": "batch_size must be an integer >= 1, got -1",
+    "--seed 1180591620717411303424": "seed must be an integer in -9223372036854775808..18446744073",
+    "--momentum 1": "momentum must be a finite number in [0, 1), got 1.0",
     "--device toaster": "device must be cpu, cuda or cuda:N, got 'toaster'",
     "--device cuda:99": "device cuda:99 does not exist",
     "--eps 0.1,x": "eps must be positive numbers",
@@ -309,8 +315,8 @@ def test_main_returns_the_exit_code_of_a_command(trained, capsys):
 @pytest.mark.parametrize("module", ["typer", "rich"])
 def test_main_without_typer_or_rich_says_what_to_install(module, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, "lrmanifold._commands", raising=False)
-    for name in [n for n in sys.modules if n.startswith(f"{module}.")]:
+    ours = [f"lrmanifold.{name}" for name in ("_commands", "_failures", "_output", "_train")]
+    for name in [n for n in sys.modules if n.startswith(f"{module}.") or n in ours]:
         monkeypatch.delitem(sys.modules, name)
     assert cli.main(["demo"]) == 2
     err = capsys.readouterr().err
@@ -348,7 +354,7 @@ def test_damaged_foreign_and_missing_models_are_refused(trained, tmp_path):
 def test_model_with_a_weight_off_its_manifold_is_refused(trained, tmp_path):
     saved = torch.load(trained[0] / "model.pt", weights_only=True)
     saved["state"]["network.fc1.weight"] *= 2
-    torch.save(saved, tmp_path / "model.pt")
+    write_torch(tmp_path / "model.pt", saved)
     with pytest.raises(runs.RunError, match="does not fit together"):
         runs.load_model(tmp_path)
 

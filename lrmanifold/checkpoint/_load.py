@@ -112,6 +112,17 @@ def load(
     return Loaded(payload.get("extra"), missing, unexpected, converted)
 
 
+def peek(path: str | os.PathLike[str]) -> Any:
+    """The `extra` of a checkpoint, without a model to load into.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such file or it is damaged.
+    """
+    return read(Path(path)).get("extra")
+
+
 def _load_both(
     model: nn.Module, state: Mapping[str, Any], optimizer: torch.optim.Optimizer, saved: Any
 ) -> None:
@@ -128,7 +139,7 @@ def _load_both(
 def _without_wrappers(model: nn.Module, payload: dict[str, Any]) -> dict[str, Any]:
     """The payload without the prefix that a compiled or DDP model gave to every key."""
     own = model.state_dict().keys()
-    for prefix in ("_orig_mod.", "module."):
+    for prefix in ("_orig_mod.", "module.") * 2:  # one around the other, in either order
         state = payload["model"]
         wrapped = state and all(isinstance(k, str) and k.startswith(prefix) for k in state)
         if wrapped and not any(key.startswith(prefix) for key in own):

@@ -82,6 +82,7 @@ def train(
     dense: Trained | None = None,
     device: torch.device | str = "cpu",
     on_step: Callable[[], None] | None = None,
+    on_resume: Callable[[int], None] | None = None,
     checkpoint: Path | None = None,
     save_every: int = 1,
 ) -> Trained:
@@ -102,7 +103,7 @@ def train(
         Where to train; the network starts the same on every device.
     on_step : callable, optional
         Called after every optimizer step.
-    checkpoint, save_every
+    on_resume, checkpoint, save_every
         As in :func:`~lrmanifold.experiments.training.fit`.
 
     Returns
@@ -112,6 +113,7 @@ def train(
     layers: dict[str, Any] = {"exclude": exclude, "keep_larger": keep_larger}
     loop: dict[str, Any] = {
         "on_step": on_step,
+        "on_resume": on_resume,
         "checkpoint": checkpoint,
         "save_every": save_every,
     }

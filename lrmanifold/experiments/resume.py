@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
+from .._arguments import check_integer
 from .._files import remove_leftovers
+from .._sealed import checksum
 from ..checkpoint import CheckpointError
-from ..checkpoint._file import checksum
 from .data import Dataset
 
 
@@ -56,7 +57,7 @@ class Keeper:
     Raises
     ------
     ValueError
-        If `every` is no positive integer.
+        If `every` is not positive.
     """
 
     def __init__(
@@ -68,8 +69,7 @@ class Keeper:
         schedule: torch.optim.lr_scheduler.LRScheduler,
         identity: dict[str, Any],
     ) -> None:
-        if every < 1:
-            raise ValueError(f"save_every must be at least 1, got {every}")
+        every = check_integer("save_every", every, low=1)
         self.path, self.every, self.identity = Path(path), every, identity
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.device = next(model.parameters()).device
@@ -115,14 +115,24 @@ class Keeper:
         known = extra.get("identity") if isinstance(extra, dict) else None
         if not isinstance(known, dict):
             raise CheckpointError(f"{self.path}: is not the checkpoint of a training run")
-        for key in self.identity.keys() | known.keys():
+        for key in sorted(self.identity.keys() | known.keys()):
             mine, other = self.identity.get(key), known.get(key)
             if mine != other:
+                mine, other = differing(mine, other)
                 raise CheckpointError(
-                    f"{self.path}: belongs to another run, with {key} {_short(other)} instead of "
-                    f"{_short(mine)}; delete it, or choose another folder"
+                    f"{self.path}: belongs to another run, with {key} {other} instead of {mine}: "
+                    "delete it, or use another file"
                 )
         return payload
+
+
+def steps_done(path: Path) -> int | None:
+    """The optimizer steps of the run in a file; None if there is no file that can be read."""
+    try:
+        extra = checkpoint.peek(path)
+        return int(extra["schedule"]["last_epoch"])
+    except (CheckpointError, TypeError, KeyError, ValueError):
+        return None
 
 
 def identity(
@@ -133,12 +143,25 @@ def identity(
         **dataclasses.asdict(settings),
         "data": data.name,
         "training images": len(data.train_y),
+        "images (CRC-32)": checksum(data.train_x),
         "labels (CRC-32)": checksum(data.train_y),
         "optimizer": type(optimizer).__name__,
         "network": str(model),
     }
 
 
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def differing(mine: Any, other: Any, width: int = 60) -> tuple[str, str]:
+    """Two values that differ, in at most `width` characters in which they differ, too."""
+    one, two = (" ".join(str(value).split()) for value in (mine, other))
+    if one == two:
+        one, two = repr(mine), repr(other)
+    if max(len(one), len(two)) <= width:
+        return one, two
+    at = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), None)
+    start = max(0, (min(len(one), len(two)) if at is None else at) - width // 2)
+    return _cut(one, start, width), _cut(two, start, width)
+
+
+def _cut(text: str, start: int, width: int) -> str:
+    before, after = "..." if start else "", "..." if len(text) > start + width else ""
+    return f"{before}{text[start : start + width]}{after}"

@@ -1,8 +1,9 @@
 """A training run on disk: ``results.json``, ``model.pt`` and pictures in one folder.
 
-Every file is written whole or not at all (to a temporary file, then renamed); ``results.json``
-comes last, so a folder that has one is complete. ``model.pt`` holds plain tensors and words, read
-with ``weights_only=True``: loading one from a stranger runs none of the stranger's code.
+Every file is written whole or not at all; ``results.json`` comes last, so a folder that has one is
+complete. Both files have a seal, so that damage is found when they are read. ``model.pt`` holds
+plain tensors and words, read with ``weights_only=True``: loading one from a stranger runs none of
+the stranger's code.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from .._files import write_atomically
+from .._sealed import BLANK, SealError, check_seal, read_torch, set_seal, write_torch
 from ..errors import GeometryError
 from ..nn import LowRankLayer, factorize
 from . import models
@@ -27,7 +29,10 @@ from .factors import TwoFactors, two_factors
 from .methods import Method
 from .training import Normalized
 
-FORMAT = "lrmanifold run, version 1"
+FORMAT = "lrmanifold run, version 2"
+DEMO_FORMAT = "lrmanifold demo, version 2"
+# From before there were seals.
+_UNSEALED = ("lrmanifold run, version 1", "lrmanifold demo, version 1")
 
 
 class RunError(ValueError):
@@ -52,8 +57,24 @@ def versions() -> dict[str, str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Strict JSON in UTF-8; JSON has no NaN and no infinity, they become null."""
+    write_atomically(path, _json(value))
+
+
+def write_results(path: Path, value: dict[str, Any]) -> None:
+    """A ``results.json`` that :func:`load_results` reads: JSON with a seal in it.
+
+    Parameters
+    ----------
+    path : path
+    value : dict
+        With the key "format": :data:`FORMAT` or :data:`DEMO_FORMAT`.
+    """
+    write_atomically(path, set_seal(_json({**value, "seal": BLANK})))
+
+
+def _json(value: Any) -> bytes:
     text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, (text + "\n").encode())
+    return (text + "\n").encode()
 
 
 def _finite(value: Any) -> Any:
@@ -102,9 +123,7 @@ def save_model(
             "std": list(data.std),
         },
     }
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "recipe": recipe, "state": state}, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_torch(path, {"format": FORMAT, "recipe": recipe, "state": state})
 
 
 def load_model(path: str | os.PathLike[str]) -> Normalized:
@@ -119,33 +138,68 @@ def load_model(path: str | os.PathLike[str]) -> Normalized:
     if path.is_dir():
         path = path / "model.pt"
     if not path.is_file():
-        raise RunError(f"{path}: no such file; `lrmanifold train` writes one")
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise RunError(f"{path}: {what}; `lrmanifold train` writes one")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no pickle raise what they please
-        # not torch's own words: they advise to read it without weights_only
-        raise RunError(f"{path}: is damaged, or no file that `lrmanifold train` wrote") from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        saved, sealed = read_torch(path)
+    except SealError as error:
+        raise RunError(f"{path}: {error}; `lrmanifold train` writes one") from error
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror or error})") from error
+    found = saved.get("format") if isinstance(saved, dict) else None
+    if found not in (FORMAT, *_UNSEALED):
         raise RunError(f"{path}: is not a model that `lrmanifold train` wrote")
+    if not sealed and found not in _UNSEALED:
+        raise RunError(f"{path}: is damaged: its seal is missing")
     try:
-        model = _rebuild(saved["recipe"])
+        model = _rebuild(saved["recipe"], saved["state"])
         model.load_state_dict(saved["state"])
-    except (KeyError, TypeError, ValueError, RuntimeError, GeometryError) as error:
-        raise RunError(f"{path}: does not fit together ({str(error).splitlines()[0]})") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, GeometryError) as error:
+        raise RunError(f"{path}: does not fit together ({_first_line(error)})") from error
     return model.eval()
 
 
 def load_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The ``results.json`` of a run, or :class:`RunError`."""
+    """The ``results.json`` of a run or a demo.
+
+    Raises
+    ------
+    RunError
+        If there is none, or it is damaged, changed by hand, or something else.
+    """
     path = Path(folder) / "results.json"
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        data = path.read_bytes()
+        sealed = check_seal(data)
+        found = json.loads(data)
+    except SealError as error:
+        raise RunError(f"{path}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read ({error})") from error
+    kind = found.get("format") if isinstance(found, dict) else None
+    if kind not in (FORMAT, DEMO_FORMAT, *_UNSEALED):
+        raise RunError(f"{path}: is no results.json that `lrmanifold` wrote")
+    if not sealed and kind not in _UNSEALED:
+        raise RunError(f"{path}: is damaged: its seal is missing")
+    found.pop("seal", None)
+    return found
 
 
-def _rebuild(recipe: dict[str, Any]) -> Normalized:
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# A dense network is this much larger than its low-rank weights of rank 1, at the most.
+_LARGEST_SHARE = 512
+
+
+def _rebuild(recipe: dict[str, Any], state: dict[str, Any]) -> Normalized:
     data: Any = SimpleNamespace(**recipe["data"])
+    stored = sum(value.numel() for value in state.values())
+    with torch.device("meta"):  # sizes from a file: counted before there is memory for them
+        needed = sum(p.numel() for p in models.build(recipe["architecture"], data).parameters())
+    if needed > _LARGEST_SHARE * stored:
+        raise ValueError(f"{stored} stored numbers for a network of {needed}")
     network: torch.nn.Module = models.build(recipe["architecture"], data)
     ranks = recipe["ranks"]
     if ranks and recipe["kind"] == "condlr":

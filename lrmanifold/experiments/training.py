@@ -11,9 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import check_integer, check_number
+from ..checkpoint import CheckpointError
 from .data import Dataset, batches
 from .factors import spectrum
 from .resume import Keeper, Position, identity
+
+# What torch's generators take.
+SEEDS = (-(2**63), 2**64 - 1)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class Settings:
     momentum : float
     seed : int
         Of the order of the batches (and, by the callers, of the initial weights).
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a value of the wrong type or out of range.
     """
 
     epochs: int = 5
@@ -37,13 +47,15 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        checked = {
+            "epochs": check_integer("epochs", self.epochs, low=1),
+            "batch_size": check_integer("batch_size", self.batch_size, low=1),
+            "lr": check_number("lr", self.lr, low=0.0, open_low=True),
+            "momentum": check_number("momentum", self.momentum, low=0.0, high=1.0, open_high=True),
+            "seed": check_integer("seed", self.seed, low=SEEDS[0], high=SEEDS[1]),
+        }
+        for name, value in checked.items():  # in Python's own types: they are written to files
+            object.__setattr__(self, name, value)
 
 
 @dataclass
@@ -103,6 +115,7 @@ def fit(
     settings: Settings,
     *,
     on_step: Callable[[], None] | None = None,
+    on_resume: Callable[[int], None] | None = None,
     checkpoint: Path | None = None,
     save_every: int = 1,
 ) -> History:
@@ -118,10 +131,12 @@ def fit(
     settings : Settings
     on_step : callable, optional
         Called after every step (progress bars); for those of a run that is taken up, at its start.
+    on_resume : callable, optional
+        Called with the number of steps done, if the run is taken up from `checkpoint`.
     checkpoint : path, optional
-        A file to which the run is written every `save_every` steps, whole or not at all. If it is
-        there already the run goes on from it, with results equal to the bit to those of a run that
-        was never cut off. It stays at the end; who has saved the results removes it.
+        A file to which the run is written every `save_every` steps and at its end, whole or not at
+        all. If it is there already the run goes on from it, with results equal to the bit to those
+        of a run that was never cut off. The file is kept; delete it after saving results.
     save_every : int
         With 1 a process that is killed loses the current step only.
 
@@ -135,6 +150,8 @@ def fit(
         If the loss of an epoch is not finite.
     CheckpointError
         If `checkpoint` is damaged or belongs to another run.
+    OSError
+        If it cannot be written.
     """
     device = next(model.parameters()).device
     steps = settings.epochs * -(-len(data.train_y) // settings.batch_size)
@@ -148,9 +165,11 @@ def fit(
     if at is None:
         history.record(model)
         at = Position(0, 0, generator.get_state(), torch.zeros((), device=device), 0)
-    elif on_step is not None:
-        for _ in range(schedule.last_epoch):
-            on_step()
+    else:
+        if on_resume is not None:
+            on_resume(schedule.last_epoch)
+        for _ in range(schedule.last_epoch if on_step is not None else 0):
+            on_step()  # type: ignore[misc]
     model.train()
     while at.epoch < settings.epochs:
         generator.set_state(at.order)
@@ -166,15 +185,28 @@ def fit(
             at.count += len(y)
             at.batch += 1
             if keeper is not None and schedule.last_epoch % save_every == 0:
-                keeper.save(at, history)
+                _save(keeper, at, history, settings)
             if on_step is not None:
                 on_step()
         history.loss.append(float(at.total) / at.count)
-        if not torch.isfinite(at.total):  # before the spectra: those of NaN do not exist
-            raise FloatingPointError(
-                f"the training loss is not finite after epoch {at.epoch + 1}: lower lr = "
-                f"{settings.lr}"
-            )
+        _check_loss(at, settings)  # before the spectra: those of NaN do not exist
         history.record(model)
         at = Position(at.epoch + 1, 0, generator.get_state(), torch.zeros_like(at.total), 0)
+    if keeper is not None:
+        _save(keeper, at, history, settings)
     return history
+
+
+def _save(keeper: Keeper, at: Position, history: History, settings: Settings) -> None:
+    _check_loss(at, settings)
+    try:
+        keeper.save(at, history)
+    except CheckpointError as error:  # a state that could not be taken up is not written
+        raise FloatingPointError(f"{error}: lower lr = {settings.lr}") from error
+
+
+def _check_loss(at: Position, settings: Settings) -> None:
+    if not torch.isfinite(at.total):
+        raise FloatingPointError(
+            f"the training loss is not finite in epoch {at.epoch + 1}: lower lr = {settings.lr}"
+        )

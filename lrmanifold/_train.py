@@ -1,0 +1,191 @@
+"""``lrmanifold train``: one network, from the folder to the results."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from . import robustness, viz
+from ._failures import claim_folder, one_line_errors, write_somewhere
+from ._output import accuracy_words, describe, progress_bar
+from .checkpoint import CheckpointError
+from .experiments import models, runs
+from .experiments.data import Dataset
+from .experiments.folder import RUN_FILES
+from .experiments.methods import Method, Trained, train
+from .experiments.resume import steps_done
+from .experiments.training import Settings
+from .report import report as make_report
+
+# What may go wrong in the training itself and is no bug.
+_WRONG = (FloatingPointError, CheckpointError, OSError, torch.OutOfMemoryError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What ``train`` was asked for, after all checks of the arguments.
+
+    Attributes
+    ----------
+    folder : path
+        Where results go.
+    model : str
+        Of :data:`lrmanifold.experiments.models.NAMES`.
+    method : Method
+    images : Dataset
+    settings : Settings
+    ranks : as in :func:`lrmanifold.factorize`, or None for "dense"
+    exclude : tuple of str, or None
+    device : torch.device
+    strengths : tuple of float
+        Of FGSM.
+    save_every : int
+        Steps between two checkpoints, 0 for none.
+    """
+
+    folder: Path
+    model: str
+    method: Method
+    images: Dataset
+    settings: Settings
+    ranks: Any
+    exclude: tuple[str, ...] | None
+    device: torch.device
+    strengths: tuple[float, ...]
+    save_every: int
+
+    @property
+    def steps(self) -> int:
+        """Of the whole training."""
+        return self.settings.epochs * -(-len(self.images.train_y) // self.settings.batch_size)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file from which a run that was cut off goes on."""
+        return self.folder / "checkpoint.pt"
+
+    def expected(self) -> dict[str, Any]:
+        """The parts of ``results.json`` that are known beforehand."""
+        return {
+            "settings": {
+                **dataclasses.asdict(self.settings),
+                "data": self.images.name,
+                "model": self.model,
+                "method": dataclasses.asdict(self.method),
+                "rank": self.ranks if self.method.kind != "dense" else None,
+                "exclude": self.exclude,
+                "device": str(self.device),
+                "eps": self.strengths,
+            },
+            "data": describe(self.images),
+        }
+
+
+def run(job: Job, *, force: bool = False) -> None:
+    """Train, or go on; write the results, print them. Leaves with exit code 2 if that fails."""
+    what = f"lrmanifold train, {job.method.name} on {job.images.name}"
+    with claim_folder(job.folder, RUN_FILES, job.expected(), what=what, force=force) as state:
+        if state == "finished":
+            job.checkpoint.unlink(missing_ok=True)
+            typer.echo(
+                f"finished already: {job.folder} has the results of these settings; --force trains "
+                "again"
+            )
+            return
+        if job.images.note:
+            typer.echo(f"note: {job.images.note}")
+        began = time.perf_counter()
+        trained = _train(job)
+        _finish(job, trained, began)
+
+
+def _train(job: Job) -> Trained:
+    def resumed(step: int) -> None:
+        typer.echo(f"resumes after step {step} of {job.steps}, from {job.checkpoint}", err=True)
+
+    try:
+        # outside: the line comes after the bar
+        with (
+            one_line_errors(*_WRONG, way_out=lambda error: _way_out(job, error)),
+            progress_bar(job.method.name, job.steps) as (_, advance),
+        ):
+            return train(
+                job.method,
+                lambda: models.build(job.model, job.images),
+                job.images,
+                job.ranks,
+                job.settings,
+                exclude=job.exclude,
+                keep_larger=isinstance(job.ranks, dict),
+                device=job.device,
+                on_step=advance,
+                on_resume=resumed,
+                checkpoint=job.checkpoint if job.save_every else None,
+                save_every=job.save_every or 1,
+            )
+    except KeyboardInterrupt as error:
+        typer.echo(f"stopped{_way_out(job, error)}", err=True)
+        raise typer.Exit(130) from None
+
+
+def _way_out(job: Job, error: BaseException) -> str:
+    """What to do now."""
+    if isinstance(error, FloatingPointError):
+        job.checkpoint.unlink(missing_ok=True)  # to go on from it would end the same way
+        return ""
+    if isinstance(error, CheckpointError):
+        return " (--out DIR, or --force to start anew)"
+    step = steps_done(job.checkpoint) if job.save_every else None
+    if step is None:
+        return "; nothing was saved yet: the same command starts anew"
+    return f"; the same command goes on after step {step} of {job.steps}"
+
+
+def _finish(job: Job, trained: Trained, began: float) -> None:
+    """Attack the network, write everything, print the summary."""
+    summary = make_report(trained.model.network)
+    test = (job.images.test_x, job.images.test_y)
+    accuracy = robustness.accuracy_under_attack(
+        trained.model, test, robustness.fgsm, (0.0, *job.strengths)
+    )
+    results: dict[str, Any] = {
+        "format": runs.FORMAT,
+        **job.expected(),
+        "versions": runs.versions(),
+        "seconds": round(time.perf_counter() - began, 1),
+        "history": dataclasses.asdict(trained.history),
+        "weights_kept": trained.weights_kept,
+        "inference_kept": trained.inference_kept,
+        "report": summary.to_dict(),
+        "accuracy": {
+            "clean": accuracy[0.0],
+            "fgsm": {f"{e:.4g}": a for e, a in accuracy.items() if e},
+        },
+    }
+    title = f"FGSM on {job.images.name}"
+    figures = {"accuracy.png": viz.accuracy_curves({job.method.name: accuracy}, title=title)}
+    if trained.history.spectra and job.method.kind != "svd":
+        spectra = trained.history.spectra.items()
+        named = {name.removeprefix("network."): s for name, s in spectra}
+        figures["spectra.png"] = viz.spectra(named, tau=job.method.tau)
+
+    def write(folder: Path) -> None:
+        for name, figure in figures.items():
+            runs.write_figure(folder / name, figure)
+        recipe: dict[str, Any] = {"architecture": job.model, "method": job.method}
+        runs.save_model(folder / "model.pt", trained.model, **recipe, data=job.images)
+        runs.write_results(folder / "results.json", results)
+
+    try:
+        write_somewhere(job.folder, write)
+    finally:
+        typer.echo(str(summary))
+        typer.echo(accuracy_words(results, job.images))
+    job.checkpoint.unlink(missing_ok=True)
+    names = sorted([*figures, "model.pt", "results.json"])
+    typer.echo(f"written: {', '.join(names)} in {job.folder}")
