@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .._arguments import check_instance, check_module, check_path
+from .._wrappers import unwrapped
 from ..nn import LowRankLayer
 from ..precision import storage_tolerance
+
+
+def checked(
+    path: object, model: object, optimizer: object
+) -> tuple[Path, nn.Module, torch.optim.Optimizer | None]:
+    """Checked arguments; the model without wrappers like DDP."""
+    if optimizer is not None:
+        check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+    module = unwrapped(check_module("model", model))
+    return Path(check_path("path", path)), module, optimizer  # type: ignore[return-value]
 
 
 def low_rank_weights(model: nn.Module) -> dict[str, LowRankLayer]:

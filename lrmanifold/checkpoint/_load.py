@@ -11,9 +11,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._wrappers import unwrapped
+from .._arguments import check_callable, check_choice, check_flag, check_path
 from ._file import CheckpointError, Payload, read
-from ._layers import defect, is_dense, low_rank_weights, not_finite, packed_from_dense
+from ._layers import (
+    checked,
+    defect,
+    is_dense,
+    low_rank_weights,
+    not_finite,
+    packed_from_dense,
+)
 
 # State of an optimizer that has the shape of its parameter.
 _SHAPED = ("momentum_buffer", "exp_avg")
@@ -70,14 +77,18 @@ def load(
 
     Raises
     ------
+    TypeError, ValueError
+        For an argument of the wrong kind.
     CheckpointError
         If the file is damaged or does not fit, naming each key. Model and optimizer are as before.
     Exception
         What ``optimizer.load_state_dict`` raises; the model is as before then, too.
     """
-    if dense not in ("refuse", "svd"):
-        raise ValueError(f"dense must be 'refuse' or 'svd', got {dense!r}")
-    path, model = Path(path), unwrapped(model)
+    check_choice("dense", dense, ("refuse", "svd"))
+    check_flag("strict", strict)
+    if migrate is not None:
+        check_callable("migrate", migrate, "a function from payload to payload")
+    path, model, optimizer = checked(path, model, optimizer)
     payload = read(path)
     if migrate is not None:
         payload = migrate(payload)
@@ -120,7 +131,7 @@ def peek(path: str | os.PathLike[str]) -> Any:
     CheckpointError
         If there is no such file or it is damaged.
     """
-    return read(Path(path)).get("extra")
+    return read(Path(check_path("path", path))).get("extra")
 
 
 def _load_both(

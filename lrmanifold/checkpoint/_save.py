@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._sealed import checksum
-from .._wrappers import unwrapped
 from ..parameter import is_sharded
 from ._file import FORMAT, VERSION, CheckpointError, Payload, is_safetensors, write
-from ._layers import defect, low_rank_weights, not_finite
+from ._layers import checked, defect, low_rank_weights, not_finite
 
 _GEOMETRY = ("m", "n", "rank", "tau", "centre", "gradient")
 
@@ -44,6 +42,8 @@ def save(
 
     Raises
     ------
+    TypeError
+        If the model is no module, or the optimizer no optimizer.
     ValueError
         For an optimizer or extra in safetensors.
     CheckpointError
@@ -51,11 +51,11 @@ def save(
         manifold, NaN, Inf in a parameter, sparse, sharded and quantized tensors, in `extra` what
         could not be read without running code.
     """
-    path = Path(path)
+    path, model, optimizer = checked(path, model, optimizer)
     if is_safetensors(path) and (optimizer is not None or extra is not None):
         word = "optimizer" if optimizer is not None else "extra"
         raise ValueError(f"{word} must be None for {path.name}: safetensors holds tensors only")
-    write(path, make_payload(unwrapped(model), optimizer, extra))
+    write(path, make_payload(model, optimizer, extra))
 
 
 def make_payload(model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: Any) -> Payload:

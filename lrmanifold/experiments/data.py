@@ -17,13 +17,9 @@ checked in full before a :class:`Dataset` exists; whatever is wrong with one rai
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
-import io
-import math
+import importlib.util
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,14 +28,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._arguments import check_integer, check_number
 from . import _hub
+from ._bounded import MOST_IMAGES, Column, DataError, decoded, read_idx, read_npz, read_parts
+
+__all__ = [
+    "ENVIRONMENT_VARIABLE",
+    "DataError",
+    "Dataset",
+    "batches",
+    "load",
+    "validation_split",
+]
 
 ENVIRONMENT_VARIABLE = "LRMANIFOLD_DATA"
 _DIGITS = "0123456789"
-
-
-class DataError(ValueError):
-    """A data file is missing, truncated, foreign or contradicts another one."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,8 +123,7 @@ def batches(
     """
     if len(x) != len(y):
         raise ValueError(f"x and y must be equally long, got {len(x)} and {len(y)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_integer("batch_size", batch_size, low=1)
     if not shuffle:
         return zip(x.split(batch_size), y.split(batch_size), strict=True)
     device = None if generator is None else generator.device
@@ -135,8 +137,9 @@ def validation_split(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     For tuning without a look at the test images. The share is taken class by class (rounded, at
     least one image each way), at random by `seed`; mean and std are the remaining images'.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction must be in (0, 1), got {fraction}")
+    limits: dict[str, Any] = {"low": 0.0, "high": 1.0, "open_low": True, "open_high": True}
+    fraction = check_number("fraction", fraction, **limits)
+    seed = check_integer("seed", seed, low=-(2**63), high=2**64 - 1)
     generator = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(dataset.train_y), dtype=torch.bool)
     for label in range(dataset.classes):
@@ -210,15 +213,18 @@ def _load_idx(name: str, root: str | os.PathLike[str] | None) -> Dataset:
     folder = _folder(name, root, [stem + end for stem in stems for end in ("", ".gz")])
     parts: list[tuple[Tensor, Tensor]] = []
     for part, (images, labels) in _IDX_PARTS.items():
-        x = _read_idx(_either(folder, images), (28, 28))
+        raw, start, count = read_idx(_either(folder, images), (28, 28))
+        pixels = torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8)
         path = _either(folder, labels)
-        y = _read_idx(path, ())
-        _check_labels(path, y, len(x), 10)
-        md5 = hashlib.md5(_idx_bytes(path), usedforsecurity=False).hexdigest()
+        raw, start, _ = read_idx(path, ())
+        y = torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8)
+        _check_labels(path, y, count, 10)
+        md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
         known = _IDX_LABELS.get(md5, (name, part))
         if known != (name, part):
             raise DataError(f"{path}: holds the {known[1]} labels of {known[0]}, not {name} {part}")
-        parts.append((x[:, None].float().div_(255), y.long()))
+        x = pixels.view(count, 1, 28, 28).float().div_(255)
+        parts.append((x, y.long()))
     names = tuple(_CLOTHES.split(",") if name == "fashion-mnist" else _DIGITS)
     return _dataset(name, parts[0], parts[1], names, "")
 
@@ -228,37 +234,6 @@ def _either(folder: Path, stem: str) -> Path:
         if path.is_file():
             return path
     raise DataError(f"{folder / stem}: missing, and so is {stem}.gz")
-
-
-def _idx_bytes(path: Path) -> bytes:
-    try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be unpacked, damaged or truncated ({error})") from error
-
-
-def _read_idx(path: Path, item: tuple[int, ...]) -> Tensor:
-    """The bytes of an IDX file, shape (N, *item), N >= 1."""
-    raw = _idx_bytes(path)
-    magic = 0x0801 + len(item)
-    start = 4 * (2 + len(item))
-    words = [int.from_bytes(raw[i : i + 4], "big") for i in range(0, start, 4)]
-    if len(raw) >= 4 and words[0] != magic:
-        raise DataError(
-            f"{path}: starts with {words[0]:#010x}, expected {magic:#010x} "
-            f"(IDX, unsigned bytes, {1 + len(item)} dimensions)"
-        )
-    if len(raw) < start:
-        raise DataError(f"{path}: truncated, {len(raw)} bytes, the header alone has {start}")
-    count, size = words[1], tuple(words[2:])
-    if size != item or count < 1:
-        raise DataError(f"{path}: holds {count} items of size {size}, expected 1+ of {item}")
-    expected = start + count * math.prod(item)
-    if len(raw) != expected:
-        what = "truncated" if len(raw) < expected else "too long"
-        raise DataError(f"{path}: {what}, {len(raw)} bytes unpacked, expected {expected}")
-    return torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8).view(count, *item)
 
 
 # ------------------------------------------------------------------------------------ CIFAR-10
@@ -280,60 +255,35 @@ def _load_cifar10(name: str, root: str | os.PathLike[str] | None) -> Dataset:
     return _dataset(name, (train[0], train[1]), (test[0], test[1]), names, note)
 
 
+_CIFAR = {
+    "labels": Column("iu", MOST_IMAGES),
+    "names": Column("U", 1000, 1024),
+    "offsets": Column("iu", MOST_IMAGES + 1),
+}
+
+
 def _read_jpegs(path: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Images (N, 3, 32, 32), labels (N,) and class names of one ``.npz`` file."""
-    try:
-        from PIL import Image
-    except ImportError as error:
+    if importlib.util.find_spec("PIL") is None:
         raise ImportError(
             "cifar10's JPEG images need Pillow, not installed: pip install 'lrmanifold[demo]'"
-        ) from error
-    jpeg, offsets, labels, names = _read_npz(path)
-    last = len(labels)
-    whole = len(offsets) == last + 1 and offsets[0] == 0 and offsets[-1] == len(jpeg)
-    if not whole or not bool((np.diff(offsets.astype(np.int64)) > 0).all()):
+        )
+    labels, names, offsets = read_npz(path, _CIFAR)
+    count = len(labels)
+    if len(offsets) != count + 1:
         raise DataError(
-            f"{path}: offsets must be {last + 1} increasing numbers from 0 to {len(jpeg)} (labels "
-            f"+ 1, bytes of jpeg), got {len(offsets)} from {offsets[:1]} to {offsets[-1:]}"
+            f"{path}: offsets must be {count + 1} increasing numbers (labels + 1), got "
+            f"{len(offsets)}"
         )
     if len(names) != 10:
         raise DataError(f"{path}: names must hold 10 class names, got {len(names)}")
     y = torch.from_numpy(labels.astype(np.int64))
-    _check_labels(path, y, last, 10)
-    pixels = np.empty((last, 32, 32, 3), dtype=np.uint8)
-    for i in range(last):
-        data = jpeg[offsets[i] : offsets[i + 1]].tobytes()
-        try:
-            with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-                found = np.asarray(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: image {i} is no whole JPEG file ({error})") from error
-        if found.shape != (32, 32, 3):
-            raise DataError(f"{path}: image {i} has shape {found.shape}, expected (32, 32, 3)")
-        pixels[i] = found
+    _check_labels(path, y, count, 10)
+    pixels = np.empty((count, 32, 32, 3), dtype=np.uint8)
+    for i, data in enumerate(read_parts(path, "jpeg", offsets)):
+        pixels[i] = decoded(f"{path}: image {i}", data, (32, 32, 3), ["JPEG"])
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().contiguous().div_(255)
     return x, y, tuple(str(name) for name in names)
-
-
-def _read_npz(path: Path) -> list[np.ndarray[Any, Any]]:
-    kinds = {"jpeg": "u", "offsets": "iu", "labels": "iu", "names": "U"}
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"{path}: is no .npz archive, or truncated")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = {key: archive[key] for key in archive.files if key in kinds}
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read, damaged ({error})") from error
-    if missing := sorted(set(kinds) - set(found)):
-        raise DataError(f"{path}: has no array {missing}, expected {sorted(kinds)}")
-    arrays = [found[key] for key in kinds]
-    for (key, kind), array in zip(kinds.items(), arrays, strict=True):
-        if array.ndim != 1 or array.dtype.kind not in kind or len(array) == 0:
-            raise DataError(
-                f"{path}: {key} must be one-dimensional, not empty, of kind {kind!r}, got "
-                f"{array.dtype} {array.shape}"
-            )
-    return arrays
 
 
 # ------------------------------------------------------------------------------- shared parts

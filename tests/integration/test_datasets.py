@@ -65,7 +65,7 @@ def test_the_environment_variable_names_it_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"shape": (8, 8)}, r"image 0 must be \(28, 28\) bytes, got \(8, 8\)"),
+        ({"shape": (8, 8)}, r"train image 0 has shape \(8, 8\), expected \(28, 28\)"),
         ({"image": "picture"}, "must have a column image or img"),
         ({"label": "digit"}, "must have a column label or labels"),
         ({"names": NAMES[:3]}, "ClassLabel of 10 classes"),
@@ -76,6 +76,15 @@ def test_what_is_something_else_is_refused(tmp_path, options, words):
     write(tmp_path / "set", **options)
     with pytest.raises(DataError, match=words):
         data.load("mnist", f"hf:{tmp_path / 'set'}")
+
+
+def test_an_image_that_is_huge_is_not_decoded(tmp_path, monkeypatch):
+    write(tmp_path / "set", shape=(1000, 1000), splits=(1, 1))
+    real, sizes = Image.Image.load, []
+    monkeypatch.setattr(Image.Image, "load", lambda self: (sizes.append(self.size), real(self)))
+    with pytest.raises(DataError, match=r"image 0 has shape \(1000, 1000\)"):
+        data.load("mnist", f"hf:{tmp_path / 'set'}")
+    assert not sizes
 
 
 def test_digits_and_folders_that_are_not_there(tmp_path):
