@@ -8,6 +8,23 @@ import geoopt
 import torch
 from torch import Tensor
 
+from .errors import GeometryError
+
+
+class PointParameter(geoopt.ManifoldParameter):
+    """geoopt's ManifoldParameter, whose memory nobody replaces without looking at the geometry.
+
+    ``torch.nn.utils.parametrize`` overwrites a weight by ``set_`` before it takes it from its
+    layer, so that the layer's refusal would come too late.
+    """
+
+    def set_(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refused."""
+        raise GeometryError(
+            "the weight of a low-rank layer cannot be parametrized or given other memory by set_: "
+            "its factors would leave the manifold; densify the layer first"
+        )
+
 
 def manifold_of(p: Any) -> geoopt.Manifold | None:
     """The manifold that a parameter lives on; None for an ordinary one."""

@@ -12,6 +12,8 @@ from torch import Tensor
 F = TypeVar("F", bound=Callable[..., Any])
 
 _HALF = (torch.float16, torch.bfloat16)
+#: What a low-rank weight may be stored in.
+STORAGE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

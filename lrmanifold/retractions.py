@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from . import linalg
+from ._arguments import check_callable, check_choice, check_text
 
 if TYPE_CHECKING:
     from .manifolds import FixedRank
@@ -46,11 +47,15 @@ def register(name: str) -> Callable[[Retraction], Retraction]:
 
     Raises
     ------
+    TypeError
+        If the name is no string, or what is registered no function.
     ValueError
         If the name is taken.
     """
+    check_text("name", name)
 
     def add(function: Retraction) -> Retraction:
+        check_callable("function", function, "a function (manifold, X, xi) -> Y")
         if name in _REGISTRY:
             raise ValueError(f"a retraction named {name!r} is registered already")
         _REGISTRY[name] = function
@@ -69,14 +74,14 @@ def get(retraction: str | Retraction) -> Retraction:
 
     Raises
     ------
+    TypeError
+        If it is neither a string nor a function.
     ValueError
         If there is no retraction of that name.
     """
     if callable(retraction):
         return retraction
-    if retraction not in _REGISTRY:
-        raise ValueError(f"retraction must be one of {available()} or callable, got {retraction!r}")
-    return _REGISTRY[retraction]
+    return _REGISTRY[check_choice("retraction", retraction, available(), or_="a function")]
 
 
 def _finish(manifold: FixedRank, U: Tensor, S: Tensor, V: Tensor) -> Tensor:

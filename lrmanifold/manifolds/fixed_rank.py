@@ -12,12 +12,14 @@ from geoopt.utils import size2shape
 from torch import Tensor
 
 from .. import linalg, retractions
+from .._arguments import check_choice, check_integer, check_tensor, shown
 from ..factors import Factors, change_of_base, pack, perp, unpack
-from ..precision import in_compute_dtype
+from ..precision import STORAGE_DTYPES, in_compute_dtype
 from ._geodesic import geodesic
 from ._hessian import ehess2rhess, lift
 
 Gradient = Literal["factors", "probe"]
+GRADIENTS = ("factors", "probe")
 
 
 class FixedRank(geoopt.Manifold):
@@ -71,13 +73,9 @@ class FixedRank(geoopt.Manifold):
         gradient: Gradient = "factors",
     ) -> None:
         super().__init__()
-        for key, value in (("m", m), ("n", n)):
-            if int(value) != value or value < 1:
-                raise ValueError(f"{key} must be a positive integer, got {value}")
-        self._check_rank(rank, min(m, n))
-        if gradient not in ("factors", "probe"):
-            raise ValueError(f"gradient must be 'factors' or 'probe', got {gradient!r}")
-        self.m, self.n, self.rank = int(m), int(n), int(rank)
+        self.m, self.n = check_integer("m", m, low=1), check_integer("n", n, low=1)
+        self.rank = self._check_rank(rank, min(self.m, self.n))
+        check_choice("gradient", gradient, GRADIENTS)
         self.gradient: Gradient = gradient
         self.retraction = retraction
         self._retract = retractions.get(retraction)
@@ -98,17 +96,22 @@ class FixedRank(geoopt.Manifold):
         return (self.m + self.rank + self.n, self.rank)
 
     @staticmethod
-    def _check_rank(rank: int, limit: int) -> None:
-        if int(rank) != rank or not 1 <= rank <= limit:
+    def _check_rank(rank: int, limit: int) -> int:
+        try:
+            rank = check_integer("rank", rank)
+        except TypeError:
+            message = f"rank must be an integer in 1..min(m, n) = {limit}, got {shown(rank)}"
+            raise TypeError(message) from None
+        if not 1 <= rank <= limit:
             raise ValueError(f"rank must be in 1..min(m, n) = {limit}, got {rank}")
+        return rank
 
     def set_rank_(self, rank: int) -> FixedRank:
         """Change the rank in place, for all that hold this object: layer, weight, optimizer.
 
         The tensors must follow; :func:`lrmanifold.optim.resize` does both.
         """
-        self._check_rank(rank, min(self.m, self.n))
-        self.rank = int(rank)
+        self.rank = self._check_rank(rank, min(self.m, self.n))
         return self
 
     def pack(self, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
@@ -161,9 +164,12 @@ class FixedRank(geoopt.Manifold):
 
         Raises
         ------
+        TypeError
+            If `W` is complex or of integers.
         ValueError
             If the shape is wrong, `W` is not finite, or its rank is too small.
         """
+        check_tensor("W", W, dtypes=STORAGE_DTYPES)
         if tuple(W.shape[-2:]) != (self.m, self.n):
             raise ValueError(f"W must have shape (..., {self.m}, {self.n}), got {tuple(W.shape)}")
         U, s, Vh = linalg.svd(W.double())

@@ -10,6 +10,7 @@ from geoopt.utils import size2shape
 from torch import Tensor
 
 from .. import linalg
+from .._arguments import check_choice
 from ..precision import in_compute_dtype
 
 StiefelRetraction = Literal["polar", "qr", "cayley"]
@@ -60,8 +61,7 @@ class Stiefel(geoopt.Manifold):
 
     def __init__(self, retraction: StiefelRetraction = "polar") -> None:
         super().__init__()
-        if retraction not in _RETRACTIONS:
-            raise ValueError(f"retraction must be one of {_RETRACTIONS}, got {retraction!r}")
+        check_choice("retraction", retraction, _RETRACTIONS)
         self.retraction = retraction
 
     def extra_repr(self) -> str:

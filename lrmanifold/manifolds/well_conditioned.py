@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
+from .._arguments import check_choice, check_number
 from .fixed_rank import FixedRank, Gradient
 
 
@@ -56,11 +57,8 @@ class WellConditioned(FixedRank):
         gradient: Gradient = "factors",
     ) -> None:
         super().__init__(m, n, rank, retraction=retraction, gradient=gradient)
-        if not 0.0 <= float(tau) < float("inf"):
-            raise ValueError(f"tau must be a finite number >= 0, got {tau}")
-        if centre not in ("metric", "mean"):
-            raise ValueError(f"centre must be 'metric' or 'mean', got {centre!r}")
-        self.tau = float(tau)
+        self.tau = check_number("tau", tau, low=0)
+        check_choice("centre", centre, ("metric", "mean"))
         self.centre: linalg.Centre = centre
 
     def extra_repr(self) -> str:

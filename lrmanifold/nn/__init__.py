@@ -1,6 +1,6 @@
 """Low-rank layers, and the conversion of whole models."""
 
-from .adapter import LowRankAdapter
+from .adapter import LowRankAdapter, trained_state_dict
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .factorize import densify, factorize
 from .fold import fold
@@ -20,4 +20,5 @@ __all__ = [
     "densify",
     "factorize",
     "fold",
+    "trained_state_dict",
 ]

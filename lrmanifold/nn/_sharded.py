@@ -36,4 +36,5 @@ def takes_sharded(layer: Any, value: Any) -> bool:
             f"{tuple(value.shape)}"
         )
     value.manifold = layer.manifold
+    layer.__dict__.pop("_own_weight", None)  # FSDP2 frees the whole one
     return True

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from .. import linalg
+from .._arguments import check_choice, check_instance, check_module
 from ..factors import unpack
+from ._carry import carry_over
+from ._obstacles import weight_defect
+from ._whole import WholeWeight
 from .linear import LowRankLinear
 
 
-class LowRankAdapter(nn.Module):
+class LowRankAdapter(WholeWeight):
     r"""A frozen ``nn.Linear`` plus a trained update ΔW = U S Vᵀ - U₀ S₀ V₀ᵀ that starts at zero.
 
     **Zero start and a condition number.** A product B A that starts at B = 0 (LoRA) has no
@@ -34,7 +40,9 @@ class LowRankAdapter(nn.Module):
     Parameters
     ----------
     dense : nn.Linear
-        Its parameters are taken themselves, not copied, and frozen.
+        Its parameters are taken themselves, not copied, and frozen; its hooks, and buffers and
+        attributes that somebody added, go on to the adapter. A layer whose weight is computed
+        (pruned, normalised, parametrized) is refused.
     rank : int
         In 1..min(in_features, out_features).
     tau : float or None
@@ -49,13 +57,16 @@ class LowRankAdapter(nn.Module):
 
     Attributes
     ----------
-    weight, bias : nn.Parameter
-        Of the dense layer; keys of the state dict as there, so its checkpoints load
-        (``strict=False``).
+    weight : Tensor, shape (out_features, in_features)
+        W + ΔW, formed when it is asked for. In the state dict "weight" is W alone, so that
+        checkpoints of the dense layer load (``strict=False``).
+    base_weight, bias : nn.Parameter
+        Of the dense layer, frozen.
     update : LowRankLinear
         The trained point U S Vᵀ.
     start : Tensor, shape (m + r + n, r)
-        Buffer: the point at the start, packed.
+        Buffer: the point at the start, packed. It belongs to the update: save both, by
+        :func:`trained_state_dict` or in the whole state dict. Loading one without the other raises.
 
     Notes
     -----
@@ -69,9 +80,11 @@ class LowRankAdapter(nn.Module):
     >>> model.fc1 = model.fc1.merge()  # an nn.Linear again
     """
 
-    weight: nn.Parameter
     bias: nn.Parameter | None
     start: Tensor
+    # Names that a layer in its place does not take over.
+    inner_parts = frozenset({"update", "start"})
+    __jit_unused_properties__ = ["weight", "base_weight", "rank"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -84,10 +97,8 @@ class LowRankAdapter(nn.Module):
         **geometry: Any,
     ) -> None:
         super().__init__()
-        if not isinstance(dense, nn.Linear):
-            raise TypeError(f"dense must be a Linear, got {type(dense).__name__}")
-        if init not in ("random", "svd"):
-            raise ValueError(f"init must be 'random' or 'svd', got {init!r}")
+        _check(dense)
+        check_choice("init", init, ("random", "svd"))
         self.in_features, self.out_features = dense.in_features, dense.out_features
         update = LowRankLinear(
             self.in_features,
@@ -103,8 +114,10 @@ class LowRankAdapter(nn.Module):
             _place(update, dense.weight.detach(), init)
         # Frozen last: an error above leaves the dense layer as it was.
         dense.requires_grad_(False)
-        self.register_parameter("weight", dense.weight)  # type: ignore[arg-type]
-        self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
+        # Not by register_parameter, for which the property is an attribute of that name.
+        self._parameters["weight"] = dense.weight  # type: ignore[assignment]
+        self._keep(dense.weight)
+        carry_over(dense, self)
         self.update = update
         self.register_buffer("start", update.weight.detach().as_subclass(Tensor).clone())
         self.train(dense.training)
@@ -114,9 +127,35 @@ class LowRankAdapter(nn.Module):
         """Rank of the trained point; ΔW has up to twice as much."""
         return self.update.rank
 
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """W, the frozen weight."""
+        return self._parameters["weight"]  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:
+        """W + ΔW, dense, with gradients for the update; formed anew at each call.
+
+        For code that reads ``layer.weight`` instead of calling the layer, as torch's transformer
+        and attention do. Of the dtype of W.
+        """
+        W, start = self.base_weight, self.start
+        wide = torch.promote_types(W.dtype, linalg.compute_dtype(start.dtype))
+        now = self.update.manifold.to_dense(self.update.weight.to(wide))
+        U, S, V = unpack(start.to(wide), self.out_features, self.in_features)
+        # In this order the difference is exactly 0 at the start.
+        return (W.to(wide) + (now - U @ S @ V.mT)).to(W.dtype)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        # Reached by tensors only, and those are for replicas of DataParallel; see nn.Module.
+        if not self.__dict__.get("_is_replica"):
+            raise TypeError(f"weight must be an nn.Parameter, got {type(value).__name__}")
+        self._parameters["weight"] = value  # type: ignore[assignment]
+
     def forward(self, x: Tensor) -> Tensor:
         """W x + b + (U S Vᵀ - U₀ S₀ V₀ᵀ) x for x of shape (..., in_features)."""
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self._parameters["weight"], self.bias)  # type: ignore[arg-type]
         x = x.to(self.start.dtype)
         U, S, V = unpack(self.start, self.out_features, self.in_features)
         before = self.update._last(self.update._first(x, V), U, S, None)
@@ -139,7 +178,7 @@ class LowRankAdapter(nn.Module):
 
         This layer stays as it is. The sum is formed in at least float32 and rounded once.
         """
-        W, delta = self.weight, self.delta()
+        W, delta = self.base_weight, self.delta()
         merged = nn.Linear(
             self.in_features,
             self.out_features,
@@ -152,11 +191,93 @@ class LowRankAdapter(nn.Module):
             merged.bias.copy_(self.bias)
         return merged.train(self.training)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankAdapter:
+        before = self.start.dtype
+        super()._apply(fn, recurse)
+        self._keep(self._parameters["weight"])
+        if self.start.dtype != before:
+            self._remove_rounding()
+        return self
+
+    def _remove_rounding(self) -> None:
+        """What the update does after a change of dtype, the start does too: ΔW stays the same."""
+        if not self.start.is_meta and self.update._defect(self.start) is not None:
+            with torch.no_grad():
+                self.start.copy_(self.update.manifold.projx(self.start))
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        rest = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._run_load_hooks(state_dict, *rest)
+        start, update = (state_dict.get(prefix + key) for key in ("start", "update.weight"))
+        if (start is None) != (update is None):
+            lacks, has = ("start", "update.weight") if start is None else ("update.weight", "start")
+            error_msgs.append(
+                f"{prefix}{lacks} is missing, and {prefix}{has} means nothing without it: save an "
+                "adapter by lrmanifold.nn.trained_state_dict(model), which keeps both"
+            )
+            state_dict.pop(prefix + "update.weight", None)
+            return
+        if isinstance(start, Tensor) and start.ndim == 2 and start.shape != self.start.shape:
+            m, n, r = self.out_features, self.in_features, start.shape[1]
+            if start.shape[0] == m + r + n and 1 <= r <= min(m, n):
+                self.start = self.start.new_empty(start.shape)  # of another rank
+        self._load_without_hooks(state_dict, *rest)
+        self._keep(self._parameters["weight"])
+        if isinstance(start, Tensor) and start.dtype != self.start.dtype:
+            self._remove_rounding()
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}"
         )
+
+
+def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What training has changed in a model with frozen parts: much smaller than its state dict.
+
+    All parameters that require gradients, and for each :class:`LowRankAdapter` the point it started
+    from, without which its update means nothing. Load it by
+    ``model.load_state_dict(state, strict=False)`` into the model with the same frozen parts.
+    Buffers of other modules (statistics of batch norms) are not in it.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    dict
+        From names to tensors, as in ``model.state_dict()``.
+    """
+    check_module("model", model)
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankAdapter):
+            prefix = f"{name}." if name else ""
+            wanted |= {f"{prefix}update.weight", f"{prefix}start"}
+    return {key: value for key, value in model.state_dict().items() if key in wanted}
+
+
+def _check(dense: Any) -> None:
+    """Raise, before anything is changed, for a layer that an adapter could not stand for."""
+    check_instance("dense", dense, nn.Linear, "a Linear")
+    weight = dense._parameters.get("weight")
+    reason = ""
+    if parametrize.is_parametrized(dense) or weight is None:
+        reason = "its weight is computed (weight_norm, prune, a parametrization)"
+    elif isinstance(dense, nn.modules.lazy.LazyModuleMixin):
+        reason = "it is lazy: run a batch through the model first"
+    elif type(dense).forward is not nn.Linear.forward or "forward" in vars(dense):
+        reason = f"it has a forward of its own ({type(dense).__name__})"
+    elif vars(dense).get("_compiled_call_impl") is not None:
+        reason = "it is compiled: adapt first, then compile"
+    else:
+        reason = weight_defect(weight)
+    if reason:
+        raise ValueError(f"dense must be a plain Linear with a weight of its own, but {reason}")
 
 
 @torch.no_grad()

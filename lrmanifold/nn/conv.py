@@ -9,9 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import check_choice, check_flag, check_integer
 from ..factors import pack, unpack
 from ..manifolds.fixed_rank import Gradient
-from .layer import LowRankLayer, make_manifold
+from ._obstacles import check_dense
+from .layer import INITS, LowRankLayer, make_manifold
+
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def _sizes(name: str, value: Any, dims: int, low: int) -> tuple[int, ...]:
+    """One integer for all dimensions, or one for each."""
+    if not isinstance(value, (tuple, list)):
+        return (check_integer(name, value, low=low),) * dims
+    if len(value) != dims:
+        raise ValueError(f"{name} must be an integer or {dims} integers, got {value!r}")
+    return tuple(check_integer(f"{name}[{i}]", v, low=low) for i, v in enumerate(value))
 
 
 class _LowRankConvNd(LowRankLayer):
@@ -40,7 +53,18 @@ class _LowRankConvNd(LowRankLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        # torch's own layer, without storage, validates the arguments and works out the padding.
+        in_channels = check_integer("in_channels", in_channels, low=1)
+        out_channels = check_integer("out_channels", out_channels, low=1)
+        groups = check_integer("groups", groups, low=1)
+        bias = check_flag("bias", bias)
+        dims = int(self._dense_class.__name__[-2])
+        kernel_size = _sizes("kernel_size", kernel_size, dims, 1)
+        stride = _sizes("stride", stride, dims, 1)
+        dilation = _sizes("dilation", dilation, dims, 1)
+        if not isinstance(padding, str):
+            padding = _sizes("padding", padding, dims, 0)
+        check_choice("padding_mode", padding_mode, _PADDING_MODES)
+        # torch's own layer, without storage, validates the rest and works out the padding.
         dense: Any = self._dense_class(
             in_channels,
             out_channels,
@@ -85,11 +109,8 @@ class _LowRankConvNd(LowRankLayer):
         rows = V.mT.contiguous().reshape(-1, *self.kernel_size, self.in_channels // self.groups)
         return rows.movedim(-1, 1)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args: Any) -> None:
-        key = prefix + "weight"
-        if local_metadata.get("version") == 1 and isinstance(state_dict.get(key), Tensor):
-            state_dict[key] = self.from_channels_first(state_dict[key])
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    def _translated(self, value: Tensor, version: int | None) -> Tensor:
+        return self.from_channels_first(value) if version == 1 else value
 
     def from_channels_first(self, value: Tensor) -> Tensor:
         """A packed weight of any rank as version 1 of this class kept it, in the present order.
@@ -123,10 +144,8 @@ class _LowRankConvNd(LowRankLayer):
         **geometry
             As in :meth:`LowRankLinear.from_dense`.
         """
-        if not isinstance(module, cls._dense_class):
-            raise TypeError(
-                f"module must be a {cls._dense_class.__name__}, got {type(module).__name__}"
-            )
+        check_dense("module", module, cls._dense_class)
+        check_choice("init", init, INITS)
         dense: Any = module
         layer = cls(
             dense.in_channels,
@@ -163,6 +182,11 @@ class _LowRankConvNd(LowRankLayer):
         )
         self._hand_over(dense)
         return dense
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """(out_channels, in_channels / groups, *kernel_size)."""
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     def matricised(self, weight: Tensor) -> Tensor:
         """A dense kernel as the matrix that the manifold holds, shape ([groups,] m, n).

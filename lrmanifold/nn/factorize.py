@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from ..manifolds.fixed_rank import Gradient
-from .adapter import LowRankAdapter
-from .layer import LowRankLayer
-from .plan import LAYERS, Plan, make_plan
+from .. import retractions
+from .._arguments import check_callable, check_choice, check_number
+from ..manifolds.fixed_rank import GRADIENTS, Gradient
+from ._obstacles import check_model
+from ._replace import replace, replace_low_rank
+from .plan import LAYERS, Plan, make_plan, unsupported
 
 logger = logging.getLogger("lrmanifold")
 
@@ -36,8 +38,15 @@ def factorize(
     """Replace linear and convolutional layers by low-rank ones, in place.
 
     The module tree and all names stay; a module used in several places is replaced once and stays
-    shared. Layers stay dense when they would not get smaller, when their weight is tied to another
-    module's or read directly (inside ``nn.MultiheadAttention``), and when they are subclasses.
+    shared. Biases are taken themselves, so that they stay tied to what they are tied to; hooks,
+    buffers and attributes that somebody added go on to the new layer.
+
+    Layers stay dense when they would not get smaller, and wherever the new layer could not do all
+    that the old one did: their weight is tied to another one or shares memory with it, is computed
+    (pruned, normalised, parametrized), is read directly by another module or a hook (inside
+    ``nn.MultiheadAttention``), is complex, quantized or sparse; they are subclasses, or compiled.
+    The plan says why for each. A warning is given if no layer was replaced at all, with what the
+    model holds instead.
 
     Parameters
     ----------
@@ -75,10 +84,22 @@ def factorize(
 
     Raises
     ------
+    TypeError
+        If an argument has a wrong type.
     ValueError
-        Unless exactly one of rank, compression and energy is given and can be met, or if a pattern
-        matches nothing. Nothing is changed then.
+        Unless exactly one of rank, compression and energy is given and can be met; if a pattern
+        matches nothing; if `model` is wrapped for many processes already, or scripted. Nothing is
+        changed then.
     """
+    check_model("model", model)
+    if tau is not None:
+        tau = check_number("tau", tau, low=0)
+    check_choice("init", init, ("svd", "random"))
+    check_choice("gradient", gradient, GRADIENTS)
+    if retraction is not None:
+        retractions.get(retraction)
+    if summary is not None:
+        check_callable("summary", summary, "a function of the plan")
     plan = make_plan(
         model,
         rank=rank,
@@ -102,21 +123,22 @@ def factorize(
             except ValueError as error:
                 raise ValueError(f"layer {d.name!r} cannot be factorized: {error}") from error
     logger.info("factorize:\n%s", plan)
-    if plan.decisions and not replacements:
-        reasons = "; ".join(f"{d.name or '(model)'}: {d.reason}" for d in plan.decisions[:3])
-        more = ", ..." if len(plan.decisions) > 3 else ""
-        warnings.warn(f"factorize replaced no layer ({reasons}{more})", stacklevel=2)
+    if not replacements:
+        warnings.warn(f"factorize replaced no layer ({_why(model, plan)})", stacklevel=2)
     if summary is not None:
         summary(plan)
-    return _replace(model, replacements)
+    return replace(model, replacements)
 
 
 def densify(model: nn.Module) -> nn.Module:
     """Replace every low-rank layer by the dense one with the same function, in place.
 
-    An adapter is merged into its dense layer.
+    An adapter is merged into its dense layer. The inverse of :func:`factorize` for deployment on
+    code that knows torch's layers only.
 
-    The inverse of :func:`factorize` for deployment on code that knows torch's layers only.
+    Biases are taken themselves, layers with a common weight get a common weight, and hooks, buffers
+    and attributes that somebody added go on to the dense layer. A layer that cannot be replaced
+    whole is left alone, and a warning names it.
 
     Parameters
     ----------
@@ -126,53 +148,32 @@ def densify(model: nn.Module) -> nn.Module:
     -------
     nn.Module
         `model`; if `model` is itself a low-rank layer, the dense layer.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no module.
+    ValueError
+        If `model` is wrapped for many processes already, or scripted.
     """
-    adapters = [module for module in model.modules() if isinstance(module, LowRankAdapter)]
-    replacements: dict[int, nn.Module] = {id(module): module.merge() for module in adapters}
-    inner = {id(module.update) for module in adapters}
-    for module in model.modules():
-        if isinstance(module, LowRankLayer) and id(module) not in inner:
-            replacements[id(module)] = module.to_dense()
-    return _replace(model, replacements)
+    check_model("model", model)
+    return replace_low_rank(model, _dense, _tie, "densify", needs_bias=False)
 
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+def _dense(layer: Any) -> nn.Module:
+    return layer.to_dense()
 
 
-def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
-    for module in model.modules():
-        if id(module) in replacements:
-            # The same dictionaries, so that the handles which remove the hooks go on to work.
-            for key in _HOOKS:
-                replacements[id(module)].__dict__[key] = module.__dict__[key]
-    if id(model) in replacements:
-        return replacements[id(model)]
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and id(child) in replacements:
-                setattr(parent, name, replacements[id(child)])
-        _avoid_fused_path(parent)
-    return model
+def _why(model: nn.Module, plan: Plan) -> str:
+    """Why no layer was replaced: the first reasons, and what the model holds instead."""
+    reasons = [f"{d.name or '(model)'}: {d.reason}" for d in plan.decisions[:3]]
+    if len(plan.decisions) > 3:
+        reasons.append("...")
+    others = unsupported(model)
+    if others:
+        reasons.append("not supported: " + ", ".join(others))
+    return "; ".join(reasons) or "it holds no weights of 2 or more dimensions"
 
 
-def _avoid_fused_path(module: nn.Module) -> None:
-    """torch's fused encoder layer reads ``linear1.weight`` as a dense matrix: avoid it.
-
-    Back when both layers are dense again.
-    """
-    if isinstance(module, nn.TransformerEncoderLayer):
-        layers = (module.linear1, module.linear2)
-        if not all(isinstance(layer, nn.Linear) for layer in layers):
-            module.__dict__.setdefault("_fused_activation", module.activation_relu_or_gelu)
-            module.activation_relu_or_gelu = 0
-        elif "_fused_activation" in module.__dict__:
-            module.activation_relu_or_gelu = module.__dict__.pop("_fused_activation")
+def _tie(new: Any, first: Any) -> None:
+    new.weight = first.weight

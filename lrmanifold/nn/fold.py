@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from .. import linalg
-from .adapter import LowRankAdapter
+from ._folded import FoldedConv, FoldedLinear
+from ._obstacles import check_model
+from ._replace import replace_low_rank
 from .conv import _LowRankConvNd
-from .factorize import _replace
 from .layer import LowRankLayer
 from .linear import LowRankLinear
 
@@ -20,11 +21,17 @@ def fold(model: nn.Module) -> nn.Module:
 
     U S Vᵀ becomes the pair (U S), V: an ``nn.Sequential`` of two ``nn.Linear``, r outputs without
     bias and then m, or of two convolutions, r filters (for each group) and then 1 x 1. That has
-    (m + n) r weights a layer instead of (m + r + n) r, one product less, and needs nothing of this
-    library: for export and for deployment where the model has to stay small. For one product a
-    layer, :func:`lrmanifold.densify` is the alternative; it is faster where r > m n/(m + n). Both
-    have the function of the model to rounding. To train further keep the model itself: the folded
-    factors are on no manifold.
+    (m + n) r weights a layer instead of (m + r + n) r, one product less, and its state dict loads
+    into plain ``nn.Sequential`` pairs: for export and for deployment where the model has to stay
+    small. The pair still answers ``weight`` (the product, formed when it is asked for), ``bias``,
+    ``in_features`` or ``in_channels``, for code that reads them. For one product a layer,
+    :func:`lrmanifold.densify` is the alternative; it is faster where r > m n/(m + n). Both have the
+    function of the model to rounding. To train further keep the model itself: the folded factors
+    are on no manifold.
+
+    Biases are taken themselves, layers with a common weight get common factors, and hooks, buffers
+    and attributes that somebody added go on to the pair. A layer that cannot be replaced whole (its
+    bias is computed by a hook, say) is left alone, and a warning names it.
 
     Parameters
     ----------
@@ -35,14 +42,21 @@ def fold(model: nn.Module) -> nn.Module:
     -------
     nn.Module
         `model`; if `model` is itself a low-rank layer, the pair.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no module, or holds a low-rank layer that is neither linear nor a convolution.
+    ValueError
+        If `model` is wrapped for many processes already, or scripted.
     """
-    adapters = [module for module in model.modules() if isinstance(module, LowRankAdapter)]
-    replacements: dict[int, nn.Module] = {id(module): module.merge() for module in adapters}
-    inner = {id(module.update) for module in adapters}
-    for module in model.modules():
-        if isinstance(module, LowRankLayer) and id(module) not in inner:
-            replacements[id(module)] = _folded(module)
-    return _replace(model, replacements)
+    check_model("model", model)
+    return replace_low_rank(model, _folded, _tie, "fold", needs_bias=True)
+
+
+def _tie(new: Any, first: Any) -> None:
+    for mine, other in zip(new, first, strict=True):
+        mine.weight = other.weight
 
 
 def _folded(layer: LowRankLayer) -> nn.Module:
@@ -65,7 +79,8 @@ def _folded(layer: LowRankLayer) -> nn.Module:
             last.bias.requires_grad_(layer.bias.requires_grad)
     for part in pair:
         part.weight.requires_grad_(layer.weight.requires_grad)
-    return nn.Sequential(*pair).train(layer.training)
+    kind = FoldedLinear if isinstance(layer, LowRankLinear) else FoldedConv
+    return kind(*pair).train(layer.training)
 
 
 def _transposed(V: Any) -> Any:

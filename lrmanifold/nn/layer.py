@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
+from .._arguments import check_device, check_dtype
 from ..errors import GeometryError
 from ..manifolds import Factors, FixedRank, WellConditioned
 from ..manifolds.fixed_rank import Gradient
-from ..parameter import gathered, replace_data
-from ..precision import storage_tolerance
+from ..parameter import PointParameter, gathered, replace_data
+from ..precision import STORAGE_DTYPES, storage_tolerance
 from ._sharded import takes_sharded
+from ._whole import WholeWeight
 
 
 def make_manifold(
@@ -33,12 +35,16 @@ def make_manifold(
     The retraction is "factored" unless S may be singular: a plain fixed-rank weight with probe
     gradients moves by "bug", which has no inverse of S.
     """
+    if retraction is None:
+        retraction = "bug" if tau is None and gradient == "probe" else "factored"
     if tau is None:
-        fallback = "factored" if gradient == "factors" else "bug"
-        return FixedRank(m, n, rank, retraction=retraction or fallback, gradient=gradient)
-    return WellConditioned(
-        m, n, rank, tau=tau, retraction=retraction or "factored", gradient=gradient
-    )
+        return FixedRank(m, n, rank, retraction=retraction, gradient=gradient)
+    return WellConditioned(m, n, rank, tau=tau, retraction=retraction, gradient=gradient)
+
+
+INITS = ("svd", "random")
+
+_ADOPTABLE = (nn.Parameter, geoopt.ManifoldParameter, PointParameter)
 
 
 def _alike(a: geoopt.Manifold, b: geoopt.Manifold) -> bool:
@@ -46,7 +52,7 @@ def _alike(a: geoopt.Manifold, b: geoopt.Manifold) -> bool:
     return type(a) is type(b) and all(getattr(a, k, None) == getattr(b, k, None) for k in keys)
 
 
-class LowRankLayer(nn.Module):
+class LowRankLayer(WholeWeight):
     """A layer whose weight is one point of a low-rank manifold.
 
     **The module owns its geometry.** geoopt keeps the manifold as an attribute of the tensor, which
@@ -68,10 +74,11 @@ class LowRankLayer(nn.Module):
         super().__init__()
         # Not a submodule: it has no parameters, and the module tree stays that of the dense model.
         self.__dict__["_manifold"], self.__dict__["_lead"] = manifold, lead
+        check_device("device", factory.get("device"))
+        check_dtype("dtype", factory.get("dtype"), STORAGE_DTYPES)
         weight = torch.empty(*lead, *manifold.point_shape, **factory)
-        if not weight.is_floating_point():
-            raise TypeError(f"dtype must be a real floating point type, got {weight.dtype}")
-        self.register_parameter("weight", geoopt.ManifoldParameter(weight, manifold=manifold))
+        check_dtype("torch's default dtype", weight.dtype, STORAGE_DTYPES)
+        self.register_parameter("weight", PointParameter(weight, manifold=manifold))
 
     # -- geometry
 
@@ -125,6 +132,11 @@ class LowRankLayer(nn.Module):
         """torch's layer with the same function."""
         raise NotImplementedError  # the abstract contract: each layer knows its dense class
 
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of the dense layer's weight."""
+        raise NotImplementedError  # the abstract contract: each layer knows its dense shape
+
     def dense_weight(self) -> Tensor:
         """The weight in the dense layer's shape, with gradients; formed anew at each call."""
         return self.as_weight(self.manifold.to_dense(self.weight))
@@ -139,8 +151,6 @@ class LowRankLayer(nn.Module):
 
     def _take_over(self, module: nn.Module, init: str) -> None:
         """Fill this layer from a dense one."""
-        if init not in ("svd", "random"):
-            raise ValueError(f"init must be 'svd' or 'random', got {init!r}")
         weight, bias = module.weight, module.bias
         with torch.no_grad():
             if init == "svd" and not weight.is_meta:  # type: ignore[union-attr]
@@ -189,20 +199,23 @@ class LowRankLayer(nn.Module):
         or a layer it is tied to, holds the same one afterwards.
         """
         known = getattr(weight, "manifold", None)
-        if known is self.manifold:
-            return
-        if known is None or isinstance(known, geoopt.Euclidean):
-            if type(weight) not in (nn.Parameter, geoopt.ManifoldParameter):
-                raise GeometryError(
-                    f"weight must be an nn.Parameter or a geoopt.ManifoldParameter to be put on "
-                    f"{self.manifold}, got {type(weight).__name__}"
-                )
-            weight.__class__ = geoopt.ManifoldParameter
-            weight.manifold = self.manifold
-        elif _alike(known, self.manifold):
-            self.__dict__["_manifold"] = known
-        else:
-            raise GeometryError(f"weight must be on {self.manifold}, got one on {known}")
+        if known is not self.manifold:
+            if known is None or isinstance(known, geoopt.Euclidean):
+                if type(weight) not in _ADOPTABLE:
+                    raise GeometryError(
+                        f"weight must be an nn.Parameter or a geoopt.ManifoldParameter to be put "
+                        f"on {self.manifold}, got {type(weight).__name__}"
+                    )
+                weight.__class__ = PointParameter
+                weight.manifold = self.manifold
+            elif _alike(known, self.manifold):
+                self.__dict__["_manifold"] = known
+            else:
+                raise GeometryError(f"weight must be on {self.manifold}, got one on {known}")
+        if type(weight) is geoopt.ManifoldParameter:
+            weight.__class__ = PointParameter
+        # Where a weight is put back from, should somebody take it out behind the layer's back.
+        self._keep(weight)
 
     # -- doors through which torch replaces a weight
 
@@ -214,18 +227,12 @@ class LowRankLayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch's; a weight must be a point of the manifold."""
-        known = name == "weight" and "weight" in self._parameters
+        known = name == "weight" and "_own_weight" in self.__dict__
         if known and not takes_sharded(self, param):
             self._check_weight(param)
         super().register_parameter(name, param)
-
-    def __delattr__(self, name: str) -> None:
-        if name == "weight":
-            raise GeometryError(
-                "weight cannot be removed from a low-rank layer: parametrized, pruned or flattened "
-                "factors leave the manifold; densify the layer first"
-            )
-        super().__delattr__(name)
+        if name == "weight" and not known:
+            self._keep(param)
 
     def _check_weight(self, value: Any) -> None:
         if not isinstance(value, nn.Parameter):
@@ -241,9 +248,16 @@ class LowRankLayer(nn.Module):
         def plain(t: Tensor) -> Tensor:
             # A conversion to what it is returns the parameter, which nn.Parameter(...) refuses.
             converted = fn(t)
+            if t is weight and converted.dtype not in STORAGE_DTYPES:
+                names = ", ".join(str(d) for d in STORAGE_DTYPES)
+                raise TypeError(
+                    f"a low-rank layer must be in one of {names}, got {converted.dtype}: densify "
+                    "it first"
+                )
             return converted.detach() if isinstance(converted, geoopt.ManifoldTensor) else converted
 
-        before = self.weight.dtype
+        weight = self.weight
+        before = weight.dtype
         super()._apply(plain, recurse)
         self._adopt(self._parameters["weight"])
         if self.weight.dtype != before:
@@ -259,7 +273,11 @@ class LowRankLayer(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        rest = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._run_load_hooks(state_dict, *rest)
         key = prefix + "weight"
+        if isinstance(state_dict.get(key), Tensor):
+            state_dict[key] = self._translated(state_dict[key], local_metadata.get("version"))
         value = state_dict.get(key)
         if isinstance(value, Tensor):
             before, after = self.manifold.rank, self._rank_of(value)
@@ -277,13 +295,15 @@ class LowRankLayer(nn.Module):
                 return
             if after != before:
                 replace_data(self.weight, self.weight.data.new_empty(value.shape))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        self._load_without_hooks(state_dict, *rest)
         # torch swaps instead of setting, or not, by a global switch.
         self._adopt(self._parameters["weight"])
         if isinstance(value, Tensor) and value.dtype != self.weight.dtype:
             self._remove_rounding()
+
+    def _translated(self, value: Tensor, version: int | None) -> Tensor:
+        """A weight from a state dict as this version of the class keeps it."""
+        return value
 
     def _rank_of(self, value: Tensor) -> int:
         """Rank of a checkpoint, which may be another one: adaptive runs save layers of any rank."""

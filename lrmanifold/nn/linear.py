@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import check_choice, check_flag, check_integer
 from ..manifolds.fixed_rank import Gradient
-from .layer import LowRankLayer, make_manifold
+from ._obstacles import check_dense
+from .layer import INITS, LowRankLayer, make_manifold
 
 # torch 2.6 cannot tell exporting from compiling.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -40,8 +42,8 @@ class LowRankLinear(LowRankLayer):
 
     Raises
     ------
-    ValueError
-        If rank or tau are out of range.
+    TypeError, ValueError
+        If an argument has a wrong type or is out of range.
     """
 
     def __init__(
@@ -57,6 +59,9 @@ class LowRankLinear(LowRankLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        in_features = check_integer("in_features", in_features, low=1)
+        out_features = check_integer("out_features", out_features, low=1)
+        bias = check_flag("bias", bias)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         manifold = make_manifold(
             out_features, in_features, rank, tau=tau, gradient=gradient, retraction=retraction
@@ -99,8 +104,8 @@ class LowRankLinear(LowRankLayer):
         LowRankLinear
             With the dtype, device, mode and ``requires_grad`` of `module`.
         """
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"module must be a Linear, got {type(module).__name__}")
+        check_dense("module", module, nn.Linear)
+        check_choice("init", init, INITS)
         layer = cls(
             module.in_features,
             module.out_features,
@@ -121,6 +126,11 @@ class LowRankLinear(LowRankLayer):
         )
         self._hand_over(dense)
         return dense
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
 
     def matricised(self, weight: Tensor) -> Tensor:
         """`weight` itself."""

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import linalg
+from .._arguments import (
+    check_flag,
+    check_integer,
+    check_module,
+    check_number,
+    check_patterns,
+    check_text,
+)
+from ._obstacles import Obstacles
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .layer import LowRankLayer
 from .linear import LowRankLinear
@@ -91,29 +101,46 @@ def matrix_of(module: nn.Module) -> tuple[tuple[int, int], int]:
     return (weight.shape[0] // groups, math.prod(weight.shape[1:])), groups
 
 
-def _matches(name: str, patterns: str | Iterable[str] | None) -> bool:
-    if patterns is None:
-        return False
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    return any(fnmatchcase(name, p) for p in patterns)
+def unsupported(model: nn.Module) -> list[str]:
+    """Kinds of modules that hold weights and cannot become low-rank, with how many weights."""
+    found: dict[str, list[int]] = {}
+    for module in model.modules():
+        if type(module) in LAYERS:
+            continue
+        kind = getattr(module, "original_name", None) or type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            kind += ", scripted"
+        elif isinstance(module, LowRankLayer):
+            kind += ", low-rank already: densify it first"
+        size = sum(
+            p.numel()
+            for p in module.parameters(recurse=False)
+            if not isinstance(p, _LAZY) and p.ndim >= 2
+        )
+        if not size and callable(getattr(module, "weight", None)):  # torch's quantized layers
+            kind, size = f"{kind}, quantized", int(module.weight().numel())  # type: ignore[operator, union-attr]
+        if size:
+            found.setdefault(kind, []).append(size)
+    return [f"{len(n)} x {kind} ({sum(n):,} weights)" for kind, n in found.items()]
 
 
-def _obstacles(model: nn.Module) -> dict[int, str]:
-    """Modules (by id) whose weight something else reads directly, with the reason."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None:
-                owners[id(p)] = owners.get(id(p), 0) + 1
-    found: dict[int, str] = {}
-    for module in model.modules():
-        if type(module) in LAYERS and module._parameters.get("weight") is None:
-            found[id(module)] = "its weight is computed by a hook (weight_norm, prune, ...)"
-        elif type(module) in LAYERS and owners[id(module.weight)] > 1:
-            found[id(module)] = "its weight is tied to another module's"
-        if isinstance(module, nn.MultiheadAttention):
-            found[id(module.out_proj)] = "nn.MultiheadAttention reads its weight directly"
-    return found
+def _matches(name: str, patterns: Sequence[str] | None) -> bool:
+    return any(fnmatchcase(name, p) for p in patterns or ())
+
+
+def _check_rank(name: str, rule: Any) -> None:
+    """An int >= 1, a share in (0, 1], or a dict of name patterns to either."""
+    if isinstance(rule, Mapping):
+        for pattern, value in rule.items():
+            check_text("a pattern in rank", pattern)
+            _check_rank(f"rank[{pattern!r}]", value)
+    elif isinstance(rule, numbers.Integral):
+        check_integer(name, rule, low=1)
+    else:
+        hint = "a float is a share of min(m, n), an int is the rank itself"
+        share = check_number(name, rule, hint=hint)
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"{name} as a share of min(m, n) must be in (0, 1], got {rule}")
 
 
 def _rank_from(rule: Any, name: str, limit: int) -> int | None:
@@ -123,15 +150,9 @@ def _rank_from(rule: Any, name: str, limit: int) -> int | None:
             if fnmatchcase(name, pattern):
                 return _rank_from(value, name, limit)
         return None
-    if isinstance(rule, bool) or not isinstance(rule, (int, float)):
-        raise TypeError(f"rank must be an int, a float or a dict of them, got {rule!r}")
-    if isinstance(rule, int):
-        if rule < 1:
-            raise ValueError(f"rank must be at least 1, got {rule}")
-        return min(rule, limit)
-    if not 0.0 < rule <= 1.0:
-        raise ValueError(f"rank as a share of min(m, n) must be in (0, 1], got {rule}")
-    return max(1, round(rule * limit))
+    if isinstance(rule, numbers.Integral):
+        return min(int(rule), limit)
+    return max(1, round(float(rule) * limit))
 
 
 def _energy_rank(name: str, module: nn.Module, energy: float) -> int:
@@ -147,35 +168,32 @@ def _energy_rank(name: str, module: nn.Module, energy: float) -> int:
     return min(min(m, n), int((share < energy - 1e-12).sum(-1).max()) + 1)
 
 
-def _candidates(model: nn.Module, include: Any, exclude: Any) -> list[tuple[str, nn.Module, str]]:
+def _candidates(
+    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> list[tuple[str, nn.Module, str]]:
     """(name, module, reason to stay dense or "") of every dense layer, shared ones once."""
-    obstacles = _obstacles(model)
+    obstacles = Obstacles(model)
     out = []
     for name, module in model.named_modules():
         base = next((t for t in LAYERS if isinstance(module, t)), None)
         if base is None or isinstance(module, LowRankLayer):
             continue
-        reason = ""
         if include is not None and not _matches(name, include):
             reason = "not included"
         elif _matches(name, exclude):
             reason = "excluded"
-        elif id(module) in obstacles:
-            reason = obstacles[id(module)]
-        elif isinstance(module, nn.modules.lazy.LazyModuleMixin):
-            reason = "lazy: run a batch through the model first"
-        elif type(module) is not base:
-            reason = f"a subclass ({type(module).__name__}) with a forward of its own"
+        else:
+            reason = obstacles.of_dense(module, base)
         out.append((name, module, reason))
     return out
 
 
-def _check_patterns(model: nn.Module, **patterns: str | Sequence[str] | None) -> None:
+def _check_patterns(model: nn.Module, **patterns: Sequence[str] | None) -> None:
     """Raise for a pattern without effect: what it was to keep dense would become low-rank."""
     layers = (*LAYERS, LowRankLayer)
     names = [n for n, module in model.named_modules() if isinstance(module, layers)]
     for key, given in patterns.items():
-        for pattern in [given] if isinstance(given, str) else given or ():
+        for pattern in given or ():
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"{key} pattern {pattern!r} matches no layer; there are {names}")
 
@@ -192,6 +210,7 @@ def make_plan(
     rank_multiple: int = 1,
 ) -> Plan:
     """Decide the rank of every dense layer; arguments as in :func:`lrmanifold.factorize`."""
+    check_module("model", model)
     given = [
         k
         for k, v in (("rank", rank), ("compression", compression), ("energy", energy))
@@ -201,8 +220,17 @@ def make_plan(
         raise ValueError(
             f"exactly one of rank, compression and energy must be given, got {given or 'none'}"
         )
-    if int(rank_multiple) != rank_multiple or rank_multiple < 1:
-        raise ValueError(f"rank_multiple must be a positive integer, got {rank_multiple!r}")
+    if rank is not None:
+        _check_rank("rank", rank)
+    if compression is not None:
+        compression = check_number(
+            "compression", compression, low=0, high=1, open_low=True, open_high=True
+        )
+    if energy is not None:
+        energy = check_number("energy", energy, low=0, high=1, open_low=True)
+    multiple = check_integer("rank_multiple", rank_multiple, low=1)
+    check_flag("keep_larger", keep_larger)
+    include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     _check_patterns(model, include=include, exclude=exclude)
     candidates = _candidates(model, include, exclude)
     if isinstance(rank, Mapping):
@@ -220,7 +248,7 @@ def make_plan(
 
     def plan_with(choose: Callable[[str, nn.Module, int], int | None]) -> Plan:
         decisions = tuple(
-            _decide(name, module, reason, choose, keep_larger, int(rank_multiple))
+            _decide(name, module, reason, choose, keep_larger, multiple)
             for name, module, reason in candidates
             if _sized(module)
         )
@@ -229,14 +257,14 @@ def make_plan(
     if compression is not None:
         return _plan_for_compression(compression, plan_with)
     if energy is not None:
-        if not 0.0 < energy <= 1.0:
-            raise ValueError(f"energy must be in (0, 1], got {energy}")
         return plan_with(lambda name, module, limit: _energy_rank(name, module, energy))
     return plan_with(lambda name, module, limit: _rank_from(rank, name, limit))
 
 
 def _sized(module: nn.Module) -> bool:
-    return not isinstance(module.weight, _LAZY)
+    """Whether the layer holds a weight of known shape."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not isinstance(weight, _LAZY) and weight.ndim >= 2
 
 
 def _decide(name, module, reason, choose, keep_larger, multiple) -> Decision:
@@ -261,8 +289,6 @@ def _rounded(rank: int, multiple: int, limit: int) -> int:
 
 def _plan_for_compression(target: float, plan_with: Callable[..., Plan]) -> Plan:
     """The largest common share of min(m, n) that removes at least `target` of the parameters."""
-    if not 0.0 < target < 1.0:
-        raise ValueError(f"compression must be in (0, 1), got {target}")
 
     def at(share: float) -> Plan:
         # Shares have 40 binary digits at most, so the product is exact.

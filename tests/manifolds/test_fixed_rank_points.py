@@ -245,10 +245,9 @@ def test_empty_batches_pass_through():
     [
         ({"rank": 6}, r"rank must be in 1..min\(m, n\) = 5, got 6"),
         ({"rank": 0}, r"rank must be in 1..min\(m, n\) = 5, got 0"),
-        ({"rank": 1.5}, "got 1.5"),
-        ({"m": 0}, "m must be a positive integer, got 0"),
-        ({"n": -3}, "n must be a positive integer, got -3"),
-        ({"retraction": "qr"}, r"retraction must be one of \(.*'svd'\) or callable, got 'qr'"),
+        ({"m": 0}, "m must be an integer >= 1, got 0"),
+        ({"n": -3}, "n must be an integer >= 1, got -3"),
+        ({"retraction": "qr"}, r"retraction must be one of .*'svd', or a function, got 'qr'"),
         ({"gradient": "dense"}, "gradient must be 'factors' or 'probe', got 'dense'"),
     ],
 )

@@ -23,7 +23,7 @@ DRIFT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 3e-3, torch.bf
 def assert_whole(layer: LowRankLayer) -> None:
     """The weight is a parameter on the layer's manifold, near it, and trains there."""
     weight, M = layer.weight, layer.manifold
-    assert type(weight) is geoopt.ManifoldParameter
+    assert isinstance(weight, geoopt.ManifoldParameter)
     assert weight is dict(layer.named_parameters())["weight"]
     assert weight.manifold is M
     assert weight.is_leaf

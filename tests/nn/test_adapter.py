@@ -53,8 +53,9 @@ def test_it_starts_as_the_dense_layer_to_the_bit(rank, tau, dtype, update, init,
     before = layer(x)
     adapter = LowRankAdapter(layer, rank, tau=tau, init=init, dtype=update, gradient=gradient)
     assert torch.equal(adapter(x), before)
-    assert adapter.weight is layer.weight
-    assert not adapter.weight.requires_grad
+    assert adapter.base_weight is layer.weight
+    assert torch.equal(adapter.weight, layer.weight)
+    assert not adapter.base_weight.requires_grad
     assert not adapter.delta().any() or float(adapter.delta().abs().max()) <= 1e-5
     M = adapter.update.manifold
     assert float(M.svdvals(adapter.update.weight.detach().double()).min()) > 1e-3  # S is not zero
@@ -67,7 +68,7 @@ def test_it_learns_within_its_bound_while_the_dense_weight_is_frozen():
     adapter = LowRankAdapter(layer, 4, tau=0.1)
     losses = train(adapter, 200)
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
-    assert torch.equal(adapter.weight, frozen["weight"])
+    assert torch.equal(adapter.base_weight, frozen["weight"])
     assert torch.equal(adapter.bias, frozen["bias"])
     assert torch.linalg.matrix_rank(adapter.delta(), rtol=1e-4) <= 8
 
@@ -84,7 +85,7 @@ def test_merging_keeps_the_function(dtype, bias):
     x = torch.randn(20, 10, dtype=dtype)
     tol = 5e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(merged(x), adapter(x), atol=tol, rtol=tol)
-    expected = adapter.weight.double() + adapter.delta().double()
+    expected = adapter.base_weight.double() + adapter.delta().double()
     tol = 1e-2 if dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(merged.weight.double(), expected, atol=tol, rtol=tol)
 
@@ -124,7 +125,11 @@ def test_copies_and_state_dicts_keep_it_whole():
 def test_wrong_arguments_leave_the_dense_layer_as_it_was():
     layer = dense()
     cases = [
-        (lambda: LowRankAdapter(nn.Conv1d(1, 1, 1), 1), TypeError, "dense must be a Linear, got C"),
+        (
+            lambda: LowRankAdapter(nn.Conv1d(1, 1, 1), 1),
+            TypeError,
+            "dense must be a Linear, got a",
+        ),
         (lambda: LowRankAdapter(layer, 8), ValueError, "rank must be in 1..min"),
         (lambda: LowRankAdapter(layer, 2, init="zero"), ValueError, "init must be 'random' or"),
         (lambda: LowRankAdapter(layer, 2, tau=-1.0), ValueError, "tau must be a finite number"),
@@ -141,3 +146,54 @@ def test_wrong_arguments_leave_the_dense_layer_as_it_was():
     zero = dense()
     nn.init.zeros_(zero.weight)
     assert LowRankAdapter(zero, 2).update.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.1, None])
+@pytest.mark.parametrize("init", ["random", "svd"])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("door", ["to", "load"])
+def test_a_longer_dtype_leaves_the_update_zero_to_the_bit(tau, init, half, door):
+    adapter = LowRankAdapter(dense(half), 4, tau=tau, init=init)
+    if door == "to":
+        adapter = adapter.to(torch.float32)
+    else:
+        other = LowRankAdapter(dense(torch.float32), 4, tau=tau, init=init)
+        other.load_state_dict(adapter.state_dict())
+        adapter = other
+    assert not adapter.delta().any() or float(adapter.delta().abs().max()) <= 1e-6
+    assert torch.equal(adapter.weight, adapter.base_weight)
+    x = torch.randn(3, 10)
+    plain = nn.functional.linear(x, adapter.base_weight, adapter.bias)
+    assert torch.equal(adapter(x), plain)
+    M = adapter.update.manifold
+    assert float(M.drift(adapter.start)) <= 1e-4
+
+
+def test_the_trained_state_brings_everything_back_and_its_half_is_refused():
+    frozen = dense()
+    adapter = LowRankAdapter(copy.deepcopy(frozen), 3)
+    model = nn.Sequential(adapter, nn.Linear(7, 2))
+    train(adapter)
+    state = lrm.nn.trained_state_dict(model)
+    assert set(state) == {"0.update.weight", "0.start", "1.weight", "1.bias"}
+    other = nn.Sequential(LowRankAdapter(copy.deepcopy(frozen), 3), nn.Linear(7, 2))
+    other.load_state_dict(state, strict=False)
+    x = torch.randn(5, 10)
+    assert torch.equal(other(x), model(x))
+    trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    for half in (trainable, {k: v for k, v in state.items() if k != "0.update.weight"}):
+        fresh = nn.Sequential(LowRankAdapter(copy.deepcopy(frozen), 3), nn.Linear(7, 2))
+        before = fresh[0](x)
+        with pytest.raises(RuntimeError, match=r"is missing, and .*trained_state_dict"):
+            fresh.load_state_dict(half, strict=False)
+        assert torch.equal(fresh[0](x), before)
+
+
+def test_an_adapter_of_another_rank_is_loaded_with_its_start():
+    adapter = LowRankAdapter(dense(), 5)
+    train(adapter)
+    other = LowRankAdapter(dense(), 2)
+    other.load_state_dict(adapter.state_dict())
+    x = torch.randn(5, 10)
+    assert torch.equal(other(x), adapter(x))
+    assert other.rank == 5

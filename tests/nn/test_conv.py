@@ -244,7 +244,7 @@ def test_layers_without_storage(d):
 # -- errors and words
 
 
-@pytest.mark.parametrize("rank", [0, 4, 1.5])
+@pytest.mark.parametrize("rank", [0, 4])
 def test_ranks_out_of_range_raise_with_value_and_bound(rank):
     for args, bound in (((3, 3, 3), 3), ((4, 6, 3, ..., 1, 0, 1, 2), 3), ((1, 8, (3, 1)), 3)):
         values = [rank if a is ... else a for a in args]
@@ -270,9 +270,11 @@ def test_bad_arguments_are_refused_as_by_torch(bad, match):
 
 
 def test_from_dense_refuses_another_dimension():
-    with pytest.raises(TypeError, match="module must be a Conv1d, got Conv2d"):
+    with pytest.raises(TypeError, match="module must be a Conv1d, got a module of class Conv2d"):
         LowRankConv1d.from_dense(nn.Conv2d(3, 3, 3), 2)
-    with pytest.raises(TypeError, match="module must be a Conv2d, got ConvTranspose2d"):
+    with pytest.raises(
+        TypeError, match="module must be a Conv2d, got a module of class ConvTranspose2d"
+    ):
         LowRankConv2d.from_dense(nn.ConvTranspose2d(3, 3, 3), 2)
 
 

@@ -151,8 +151,12 @@ def test_tied_weights_stay_dense_and_tied():
 
     model = LanguageModel()
     plan = plan_of(model, rank=3)
-    tied = (None, "its weight is tied to another module's")
-    assert plan == {"body": tied, "twin": tied, "free": (3, ""), "head": tied}
+    assert plan == {
+        "body": (None, "its weight is tied to 'twin.weight'"),
+        "twin": (None, "its weight is tied to 'body.weight'"),
+        "free": (3, ""),
+        "head": (None, "its weight is tied to 'embedding.weight'"),
+    }
     assert model.head.weight is model.embedding.weight
     assert model.twin.weight is model.body.weight
     plans: list[Plan] = []
@@ -355,7 +359,7 @@ def test_ranks_can_be_rounded_to_a_multiple(how):
     assert all(r % 16 == 0 or r <= 10 for r in ranks)
 
 
-@pytest.mark.parametrize("multiple", [0, -4, 1.5])
+@pytest.mark.parametrize("multiple", [0, -4])
 def test_rank_multiples_that_are_none_raise(multiple):
-    with pytest.raises(ValueError, match="rank_multiple must be a positive integer"):
+    with pytest.raises(ValueError, match="rank_multiple must be an integer >= 1"):
         lrm.factorize(nn.Sequential(nn.Linear(9, 9)), rank=2, rank_multiple=multiple)

@@ -124,11 +124,17 @@ def test_autocast_computes_in_half_precision(device, dtype):
 # -- construction
 
 
-@pytest.mark.parametrize("rank", [0, -1, 6, 2.5])
+@pytest.mark.parametrize("rank", [0, -1, 6])
 def test_ranks_out_of_range_raise_with_value_and_bound(rank):
     for sizes in ((5, 9), (9, 5)):
         with pytest.raises(ValueError, match=rf"rank must be in 1..min\(m, n\) = 5, got {rank}"):
             LowRankLinear(*sizes, rank)
+
+
+@pytest.mark.parametrize("rank", [2.5, 2.0, True, "2", None, torch.tensor(2)])
+def test_ranks_that_are_no_integers_raise(rank):
+    with pytest.raises(TypeError, match=r"rank must be an integer in 1..min\(m, n\) = 5, got "):
+        LowRankLinear(5, 9, rank)
 
 
 @pytest.mark.parametrize("tau", [-0.1, float("inf"), float("nan")])
@@ -139,7 +145,7 @@ def test_tau_out_of_range_raises_with_its_value(tau):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
 def test_dtypes_that_are_not_real_floats_raise(dtype):
-    with pytest.raises(TypeError, match=f"dtype must be a real floating point type, got {dtype}"):
+    with pytest.raises(TypeError, match=f"dtype must be one of .*, got {dtype}"):
         LowRankLinear(5, 4, 2, dtype=dtype)
 
 
@@ -273,7 +279,7 @@ def test_random_init_keeps_the_bias_alone():
 def test_conversion_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="init must be 'svd' or 'random', got 'zeros'"):
         LowRankLinear.from_dense(nn.Linear(6, 5), 2, init="zeros")
-    with pytest.raises(TypeError, match="module must be a Linear, got Conv2d"):
+    with pytest.raises(TypeError, match="module must be a Linear, got a module of class Conv2d"):
         LowRankLinear.from_dense(nn.Conv2d(3, 3, 3), 2)
     with pytest.raises(ValueError, match="rank must be in"):
         LowRankLinear.from_dense(nn.Linear(6, 5), 6)

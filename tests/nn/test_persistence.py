@@ -148,7 +148,7 @@ def test_through_meta_and_back(build, conversion):
     layer, source = build().to("meta"), build()
     assert layer.weight.is_meta
     assert layer.weight.manifold is layer.manifold
-    assert type(layer.weight) is geoopt.ManifoldParameter
+    assert isinstance(layer.weight, geoopt.ManifoldParameter)
     layer.to_empty(device="cpu")
     layer.load_state_dict(source.state_dict())
     assert_whole(layer)
@@ -271,4 +271,44 @@ def test_a_checkpoint_of_another_rank_changes_the_rank(conversion, assign):
     with pytest.raises(RuntimeError, match="is not a point of"):
         layer.load_state_dict(bad, assign=assign)
     assert layer.rank == 5
+    assert_whole(layer)
+
+
+def renaming(value):
+    """A hook that finds the weight under an older name and another form."""
+
+    def hook(module, state, prefix, *rest):
+        state[prefix + "weight"] = value(state.pop(prefix + "old"))
+
+    return hook
+
+
+def renamed(layer):
+    state = dict(layer.state_dict())
+    state["old"] = state.pop("weight")
+    return state
+
+
+def test_load_hooks_come_before_the_check(build):
+    layer, source = build(), build()
+    layer.register_load_state_dict_pre_hook(renaming(lambda X: X))
+    layer.load_state_dict(renamed(source))
+    assert torch.equal(layer.weight, source.weight)
+    assert_whole(layer)
+    other = build()
+    other.register_load_state_dict_pre_hook(renaming(lambda X: X + 8.0))
+    with pytest.raises(RuntimeError, match="is not a point of"):
+        other.load_state_dict(renamed(source))
+    assert_whole(other)
+
+
+def test_load_hooks_run_once_and_may_bring_another_rank():
+    layer, source = LowRankLinear(7, 9, 3), LowRankLinear(7, 9, 5)
+    calls = []
+    layer.register_load_state_dict_pre_hook(lambda *a: calls.append(1))
+    layer.register_load_state_dict_pre_hook(renaming(lambda X: X))
+    layer.load_state_dict(renamed(source))
+    assert len(calls) == 1
+    assert layer.rank == 5
+    assert torch.equal(layer.weight, source.weight)
     assert_whole(layer)

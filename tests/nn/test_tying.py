@@ -66,7 +66,7 @@ def test_tied_dense_weights_stay_tied_and_dense():
     lrm.factorize(model, rank=2, summary=lambda plan: notes.extend(plan.decisions))
     assert type(model["head"]) is nn.Linear
     assert model["head"].weight is model["embed"].weight
-    assert {d.name: d.reason for d in notes}["head"] == "its weight is tied to another module's"
+    assert {d.name: d.reason for d in notes}["head"] == "its weight is tied to 'embed.weight'"
     assert isinstance(model["body"], lrm.nn.LowRankLinear)
 
 

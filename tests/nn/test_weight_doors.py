@@ -187,7 +187,7 @@ def test_averaged_factors_are_refused_wherever_they_are_used(average):
     far = nn.Sequential(LowRankLinear(7, 9, 3, tau=0.1))
     averaged.update_parameters(far)
     mixed = averaged.module[0]
-    assert type(mixed.weight) is geoopt.ManifoldParameter
+    assert isinstance(mixed.weight, geoopt.ManifoldParameter)
     with pytest.raises(RuntimeError, match=r"0\.weight is not a point of"):
         model.load_state_dict(averaged.module.state_dict())
     optimizer = CondLR(averaged.parameters(), lr=0.1)

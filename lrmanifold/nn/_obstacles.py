@@ -1,0 +1,168 @@
+"""Why a layer cannot be replaced by another one: reasons to leave it alone, found beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .._arguments import check_instance, check_module
+from ..precision import STORAGE_DTYPES
+from ._readers import readers
+from ._ties import ties
+
+# Attributes in which torch itself keeps modules; what is registered is no second reference.
+_TORCHS = frozenset({"_modules", "_parameters", "_buffers"})
+
+
+def check_model(name: str, model: Any) -> nn.Module:
+    """`model`, a module whose layers may be replaced.
+
+    Raises
+    ------
+    TypeError
+        If it is no module.
+    ValueError
+        If something has already taken hold of the parameters: wrappers for many processes, or
+        TorchScript.
+    """
+    model = check_module(name, model)
+    wrappers = (nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
+    for prefix, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, wrappers[:1]) or "FullyShardedDataParallel" in kind:
+            raise ValueError(
+                f"{name} must not be wrapped yet, got a {kind}{_at(prefix)}, which holds the "
+                "parameters that it was given: convert the model inside first, then wrap it"
+            )
+    if isinstance(model, wrappers[1]):
+        raise ValueError(
+            f"{name} must be an ordinary module, got a {type(model).__name__}, whose code is "
+            "fixed: convert the model first, then script it"
+        )
+    return model
+
+
+def _at(name: str) -> str:
+    return f" at {name!r}" if name else ""
+
+
+def check_dense(name: str, module: Any, kind: type[nn.Module]) -> Any:
+    """`module`, one of torch's dense layers with a real weight; of the weight only values count."""
+    check_instance(name, module, kind, f"a {kind.__name__}")
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        raise ValueError(f"{name} must have a weight, got a lazy one: run a batch through it first")
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"{name} must have a weight, got one without")
+    if weight.dtype not in STORAGE_DTYPES or weight.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must have a real, dense weight of 16 bits or more, got {weight.dtype}, "
+            f"{weight.layout}: low-rank layers are not complex, quantized or sparse"
+        )
+    return module
+
+
+class Obstacles:
+    """What stands in the way of replacing layers of one model; made before anything is changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.ties = ties(model)
+        self._readers = readers(model)
+        self._compiled = set(_compiled(model))
+        self._held = dict(_held_elsewhere(model))
+
+    def of(self, module: nn.Module) -> str:
+        """The reason to leave `module` alone, in words; "" if there is none.
+
+        For layers of any kind: what does not depend on whether it is dense or low-rank.
+        """
+        own = vars(module)
+        if "forward" in own:
+            return "its forward was replaced on the object"
+        if own.get("_compiled_call_impl") is not None or id(module) in self._compiled:
+            return "it is compiled: convert first, then compile"
+        if parametrize.is_parametrized(module):
+            return _parametrized(module)
+        if reader := self._readers.get(id(module)):
+            return f"{reader} reads its weight directly"
+        if place := self._held.get(id(module)):
+            return f"{place} refers to it too, outside of the module tree"
+        return ""
+
+    def of_dense(self, module: nn.Module, kind: type[nn.Module]) -> str:
+        """The same for a layer that is to become low-rank; `kind` is torch's class."""
+        reason = self.of(module) or dense_defect(module, kind)
+        if not reason and (others := self.ties.get((id(module), "weight"))):
+            reason = f"its weight is tied to {listed(others)}"
+        return reason
+
+
+def dense_defect(module: nn.Module, kind: type[nn.Module]) -> str:
+    """Why a dense layer, seen by itself, is not just torch's layer with a plain weight; or ""."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "lazy: run a batch through the model first"
+    if parametrize.is_parametrized(module):
+        return _parametrized(module)
+    if type(module) is not kind:
+        return f"a subclass ({type(module).__name__}) with a forward of its own"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed by a hook (weight_norm, prune, ...)"
+    return weight_defect(weight)
+
+
+def _parametrized(module: nn.Module) -> str:
+    names = ", ".join(module.parametrizations)  # type: ignore[arg-type, union-attr]
+    return f"parametrized: its {names} is computed anew at each use"
+
+
+def weight_defect(weight: Any) -> str:
+    """Why a dense weight cannot become low-rank, by its type alone; or ""."""
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}, not a plain parameter"
+    if weight.layout is not torch.strided:
+        return f"its weight is sparse ({weight.layout})"
+    if weight.dtype not in STORAGE_DTYPES:
+        return f"its weight is {weight.dtype}: low-rank layers are real, 16 bits or wider"
+    return ""
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """Names in quotes, the first few of many."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(n) for n in names[:most]) + more
+
+
+def _compiled(model: nn.Module) -> Iterator[int]:
+    """Modules that a torch.compile'd wrapper around them calls: it would go on with the old one."""
+    for module in model.modules():
+        inner = dict(module.named_children()).get("_orig_mod")
+        if inner is not None:
+            yield id(inner)
+
+
+def _held_elsewhere(model: nn.Module) -> Iterator[tuple[int, str]]:
+    """Modules in lists, tuples or dicts of a module: those references would keep the old layer."""
+    for name, parent in model.named_modules():
+        for key, value in vars(parent).items():
+            if key in _TORCHS or key.endswith("_hooks"):
+                continue
+            for module in _modules_in(value, 2):
+                if module is not parent:
+                    yield id(module), f"{type(parent).__name__}.{key}{_at(name)}"
+
+
+def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from _modules_in(item, depth - 1)
+    elif depth and isinstance(value, Mapping):
+        for item in value.values():
+            yield from _modules_in(item, depth - 1)

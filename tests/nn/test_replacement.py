@@ -1,0 +1,479 @@
+"""What belonged to a layer is there after a conversion, or the layer is left alone and named."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import lrmanifold as lrm
+from lrmanifold.nn import LowRankAdapter, LowRankConv2d, LowRankLayer, LowRankLinear, Plan
+
+EXACT = {"rtol": 0, "atol": 1e-12}
+
+
+def low_rank_dense(m: int = 12, n: int = 10, rank: int = 2, **options) -> nn.Linear:
+    """A dense layer whose weight has that rank: converting it without a bound changes nothing."""
+    layer = nn.Linear(n, m, dtype=torch.float64, **options)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(m, rank).double() @ torch.randn(rank, n).double())
+    return layer
+
+
+def low_rank_conv() -> nn.Conv2d:
+    layer = nn.Conv2d(4, 6, 3, groups=2, dtype=torch.float64)
+    with torch.no_grad():
+        kernels = torch.randn(2, 3, 2).double() @ torch.randn(2, 2, 18).double()
+        layer.weight.copy_(kernels.view(6, 2, 3, 3))
+    return layer
+
+
+def plan_of(model: nn.Module, **options) -> dict[str, str]:
+    """Names to reasons; "" for what became low-rank."""
+    plans: list[Plan] = []
+    lrm.factorize(model, rank=2, tau=None, keep_larger=True, summary=plans.append, **options)
+    return {d.name: d.reason for d in plans[0].decisions}
+
+
+def both_ways(model: nn.Module, x: torch.Tensor) -> None:
+    """Factorized, then densified or folded, the model computes what it did."""
+    expected = model(x)
+    low = lrm.factorize(copy.deepcopy(model), rank=2, tau=None, keep_larger=True)
+    assert any(isinstance(m, LowRankLayer) for m in low.modules())
+    torch.testing.assert_close(low(x), expected, **EXACT)
+    for back in (lrm.densify, lrm.fold):
+        other = back(copy.deepcopy(low))
+        torch.testing.assert_close(other(x), expected, **EXACT)
+
+
+# -- readers of .weight
+
+
+def encoder(where: str, kind: str) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    for block in model.layers:
+        dense = getattr(block, where)
+        if kind == "adapter":
+            new = LowRankAdapter(dense, 4)
+            with torch.no_grad():
+                new.update.weight.copy_(new.update.manifold.random())
+        elif kind == "folded":
+            new = lrm.fold(LowRankLinear.from_dense(dense, 4))
+        elif kind == "factorized":
+            continue
+        setattr(block, where, new)
+    return lrm.factorize(model, rank=4, include=f"*.{where}") if kind == "factorized" else model
+
+
+@pytest.mark.parametrize("where", ["linear1", "linear2"])
+@pytest.mark.parametrize("kind", ["adapter", "folded", "factorized"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:enable_nested")
+def test_transformers_compute_the_same_in_train_and_eval(where, kind, masked):
+    model = encoder(where, kind)
+    x, mask = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    mask[0, 3:] = True
+    options = {"src_key_padding_mask": mask} if masked else {}
+    keep = ~mask if masked else torch.ones_like(mask)
+    expected = model.train()(x, **options).detach()
+    model.eval()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(model(x, **options)[keep], expected[keep], rtol=0, atol=2e-6)
+
+
+def test_an_adapted_output_projection_of_attention_acts_and_learns():
+    attention = nn.MultiheadAttention(16, 2, batch_first=True).double()
+    x = torch.randn(2, 5, 16).double()
+    before = attention(x, x, x)[0]
+    adapter = LowRankAdapter(attention.out_proj, 4)
+    attention.out_proj = adapter
+    torch.testing.assert_close(attention(x, x, x)[0], before, rtol=0, atol=0)
+    with torch.no_grad():
+        adapter.update.weight.copy_(adapter.update.manifold.random(dtype=torch.float64))
+    moved = attention(x, x, x)[0]
+    assert float((moved - before).detach().abs().max()) > 1e-2
+    moved.square().sum().backward()
+    assert float(adapter.update.weight.grad.abs().max()) > 0
+    assert adapter.base_weight.grad is None
+    attention.out_proj = adapter.merge()
+    torch.testing.assert_close(attention(x, x, x)[0], moved, **EXACT)
+
+
+@pytest.mark.parametrize("gradient", ["factors", "probe"])
+def test_the_weight_of_an_adapter_is_differentiable_as_its_output_is(gradient):
+    adapter = LowRankAdapter(low_rank_dense(), 3, gradient=gradient)
+    with torch.no_grad():
+        adapter.update.weight.copy_(adapter.update.manifold.random(dtype=torch.float64))
+    x = torch.randn(7, 10).double()
+    assert adapter.weight.shape == (12, 10)
+    wanted = list(adapter.update.parameters())
+    one = torch.nn.functional.linear(x, adapter.weight, adapter.bias)
+    torch.testing.assert_close(one, adapter(x), **EXACT)
+    grads = [torch.autograd.grad(y.square().sum(), wanted)[0] for y in (one, adapter(x))]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LowRankLinear(10, 12, 3, dtype=torch.float64),
+        LowRankConv2d(4, 6, 3, 2, 2, 1, 1, 2, dtype=torch.float64),
+    ],
+    ids=["linear", "grouped convolution"],
+)
+def test_folded_layers_answer_for_the_dense_layer(layer):
+    folded, dense = lrm.fold(layer), layer.to_dense()
+    torch.testing.assert_close(folded.weight, dense.weight, **EXACT)
+    assert folded.bias is layer.bias
+    for name in ("in_features", "out_features", "in_channels", "kernel_size", "stride", "groups"):
+        assert getattr(folded, name, None) == getattr(dense, name, None)
+    folded.weight.sum().backward()
+    assert all(part.weight.grad is not None for part in folded)
+    plain = nn.Sequential(*copy.deepcopy(list(folded)))
+    plain.load_state_dict(folded.state_dict())
+
+
+class Windows(nn.Module):
+    """Reads a projection's weight in a method that its forward calls, as Swin does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"proj": nn.Linear(10, 10)})
+        self.qkv, self.other, self.start = nn.Linear(10, 10), nn.Linear(10, 10), nn.Linear(10, 10)
+
+    def reset(self) -> None:
+        nn.init.zeros_(self.start.weight)  # no forward pass comes here
+
+    def attend(self, x):
+        return nn.functional.linear(x, self.qkv.weight) + self.start(x)
+
+    def forward(self, x):
+        return self.attend(x).to(self.other.weight.dtype) + self.other(x)
+
+
+def test_weights_that_a_forward_pass_reads_stay_dense():
+    plan = plan_of(Windows())
+    assert plan["qkv"] == "Windows reads its weight directly"
+    assert plan["start"] == plan["other"] == plan["inner.proj"] == ""
+
+
+def test_weights_that_a_hook_reads_stay_dense():
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] * module.weight.norm(),))
+    model[1].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    assert plan_of(model) == {"0": "a hook reads its weight directly", "1": ""}
+
+
+# -- ties
+
+
+def test_tied_biases_stay_tied_in_every_conversion():
+    a, b = low_rank_dense(), low_rank_dense(12, 12)
+    b.bias = a.bias
+    head = nn.Module()
+    head.bias = b.bias  # as BERT's head does
+    model = nn.ModuleDict({"a": a, "b": b, "head": head})
+    shared = a.bias
+    for convert in (
+        lambda m: lrm.factorize(m, rank=2, tau=None),
+        lrm.densify,
+        lambda m: lrm.factorize(m, rank=2, tau=None),
+        lrm.fold,
+    ):
+        model = convert(model)
+        assert model["a"].bias is model["b"].bias is model["head"].bias is shared
+
+
+def test_biases_that_share_memory_go_on_sharing_it():
+    a, b = low_rank_dense(), low_rank_dense()
+    b.bias = nn.Parameter(a.bias.data[:])
+    model = lrm.factorize(nn.ModuleList([a, b]), rank=2, tau=None)
+    assert all(isinstance(m, LowRankLinear) for m in model)
+    with torch.no_grad():
+        model[0].bias.fill_(3.0)
+    assert bool((model[1].bias == 3.0).all())
+
+
+@pytest.mark.parametrize("back", [lrm.densify, lrm.fold])
+def test_tied_low_rank_weights_are_tied_afterwards(back):
+    model = nn.Sequential(LowRankLinear(8, 8, 3), nn.Tanh(), LowRankLinear(8, 8, 3)).double()
+    model[2].weight = model[0].weight
+    x = torch.randn(3, 8).double()
+    expected, count = model(x), len(list(model.parameters()))
+    model = back(model)
+    torch.testing.assert_close(model(x), expected, **EXACT)
+    one, other = ([p for n, p in model[i].named_parameters() if "weight" in n] for i in (0, 2))
+    assert all(p is q for p, q in zip(one, other, strict=True))
+    assert len(list(model.parameters())) == count + (back is lrm.fold)
+
+
+@pytest.mark.parametrize("back", [lrm.densify, lrm.fold])
+def test_low_rank_weights_that_only_share_memory_are_left_alone_and_named(back):
+    model = nn.Sequential(LowRankLinear(8, 8, 3), LowRankLinear(8, 8, 3), LowRankLinear(8, 8, 3))
+    model[1].weight.data = model[0].weight.data
+    with pytest.warns(
+        UserWarning, match=r"left alone 0: its weight shares memory with '1\.weight'"
+    ):
+        back(model)
+    assert [isinstance(m, LowRankLinear) for m in model] == [True, True, False]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_dense_weights_that_share_memory_without_being_one_stay_dense(device):
+    with torch.device(device):
+        flat = torch.randn(300)
+        model = nn.ModuleDict({k: nn.Linear(10, 10) for k in ("a", "b", "c", "d")})
+    model["b"].weight = nn.Parameter(model["a"].weight.data)
+    model["c"].weight = nn.Parameter(flat[:100].view(10, 10))
+    model["d"].weight = nn.Parameter(flat[100:200].view(10, 10))  # beside it, no tie
+    assert plan_of(model) == {
+        "a": "its weight is tied to 'b.weight'",
+        "b": "its weight is tied to 'a.weight'",
+        "c": "",
+        "d": "",
+    }
+
+
+def test_an_adapter_of_a_tied_weight_is_not_merged_behind_the_others_back():
+    embedding, head = nn.Embedding(12, 10), nn.Linear(10, 12, bias=False)
+    head.weight = embedding.weight
+    model = nn.ModuleDict({"embedding": embedding, "head": LowRankAdapter(head, 2)})
+    with pytest.warns(UserWarning, match=r"head: the weight it adapts is tied to 'embedding"):
+        lrm.densify(model)
+    assert isinstance(model["head"], LowRankAdapter)
+    assert model["head"].base_weight is embedding.weight
+
+
+# -- hooks, and what they use
+
+
+def scaled(module: nn.Module) -> nn.Module:
+    module.register_buffer("scale", torch.tensor(3.0, dtype=torch.float64))
+    module.calls = []
+
+    def hook(m, args):
+        m.calls.append(1)
+        return (args[0] * m.scale,)
+
+    module.register_forward_pre_hook(hook)
+    return module
+
+
+@pytest.mark.parametrize("make", [low_rank_dense, low_rank_conv])
+def test_hooks_find_their_buffers_and_attributes(make):
+    layer = scaled(make())
+    x = torch.randn(2, *((10,) if isinstance(layer, nn.Linear) else (4, 5, 5))).double()
+    both_ways(nn.Sequential(layer), x)
+    low = lrm.factorize(layer, rank=2, tau=None, keep_larger=True)
+    assert "scale" in low.state_dict()
+    low.scale.fill_(0.0)
+    torch.testing.assert_close(low(x), low(0 * x))
+
+
+@pytest.mark.parametrize("make", [low_rank_dense, low_rank_conv])
+def test_a_pruned_bias_is_carried_over(make):
+    layer = prune.l1_unstructured(make(), "bias", 0.5)
+    x = torch.randn(2, *((10,) if isinstance(layer, nn.Linear) else (4, 5, 5))).double()
+    expected = layer(x)
+    low = lrm.factorize(nn.Sequential(layer), rank=2, tau=None, keep_larger=True)
+    torch.testing.assert_close(low(x), expected, **EXACT)
+    assert {"0.bias_orig", "0.bias_mask"} <= set(low.state_dict())
+    low(x).sum().backward()
+    assert low[0].bias_orig.grad is layer.bias_orig.grad is not None
+    with pytest.warns(UserWarning, match="left alone 0: its weight or bias is computed by a hook"):
+        lrm.fold(low)
+    torch.testing.assert_close(low(x), expected, **EXACT)
+    dense = lrm.densify(low)
+    torch.testing.assert_close(dense(x), expected, **EXACT)
+    prune.remove(dense[0], "bias")
+    torch.testing.assert_close(dense(x), expected, **EXACT)
+
+
+WEIGHT_TAKERS = {
+    "prune": lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrized weight_norm": parametrizations.weight_norm,
+    "parametrized spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "own parametrization": lambda m: nn.utils.parametrize.register_parametrization(
+        m, "weight", nn.Identity()
+    ),
+}
+
+
+@pytest.fixture(params=list(WEIGHT_TAKERS))
+def take_weight(request):
+    return WEIGHT_TAKERS[request.param]
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+
+
+@pytest.mark.parametrize("make", [low_rank_dense, low_rank_conv])
+def test_computed_weights_stay_dense_and_work(make, take_weight):
+    model = nn.Sequential(take_weight(make())).eval()
+    x = torch.randn(2, *((10,) if isinstance(model[0], nn.Linear) else (4, 5, 5))).double()
+    expected = model(x)
+    with pytest.warns(UserWarning, match="factorize replaced no layer"):
+        (reason,) = plan_of(model).values()
+    assert "computed" in reason
+    torch.testing.assert_close(model(x), expected, **EXACT)
+
+
+def test_a_parametrized_bias_keeps_its_layer_as_it_is():
+    for layer in (low_rank_dense(), LowRankLinear(10, 12, 3, dtype=torch.float64)):
+        model = nn.Sequential(layer, LowRankLinear(12, 4, 2, dtype=torch.float64))
+        nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+        x = torch.randn(3, 10).double()
+        expected = model(x)
+        if isinstance(layer, LowRankLinear):
+            with pytest.warns(UserWarning, match="left alone 0: parametrized: its bias"):
+                lrm.densify(model)
+        else:
+            with pytest.warns(UserWarning, match="0: parametrized: its bias"):
+                plan_of(model)
+        torch.testing.assert_close(model(x), expected, **EXACT)
+
+
+def test_hooks_of_the_state_dict_go_with_their_layer():
+    model = nn.Sequential(low_rank_dense())
+    seen = []
+    model[0].register_load_state_dict_pre_hook(lambda m, *a: seen.append(m))
+    model[0].register_load_state_dict_post_hook(lambda m, keys: seen.append(m))
+    model[0].register_state_dict_pre_hook(lambda m, *a: seen.append(m))
+    for convert in (lambda m: lrm.factorize(m, rank=2), lrm.densify):
+        convert(model)
+        seen.clear()
+        model.load_state_dict(model.state_dict())
+        assert len(seen) == 3
+        assert all(m is model[0] for m in seen)
+
+
+# -- refusals leave everything as it was
+
+
+def snapshot(module: nn.Module) -> dict:
+    state = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    return {
+        "class": type(module),
+        "parameters": [(n, id(p), p.requires_grad) for n, p in module.named_parameters()],
+        "names": sorted(vars(module)),
+        "hooks": len(module._forward_pre_hooks) + len(module._load_state_dict_pre_hooks),
+        "state": state,
+    }
+
+
+def assert_as_before(module: nn.Module, before: dict) -> None:
+    now = snapshot(module)
+    state = before["state"]
+    assert {k: v for k, v in now.items() if k != "state"} == {
+        k: v for k, v in before.items() if k != "state"
+    }
+    assert all(torch.equal(now["state"][k], state[k]) for k in state)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "adapter"])
+def test_a_layer_that_refuses_to_give_its_weight_is_as_it_was(kind, take_weight):
+    layer = {
+        "linear": lambda: LowRankLinear(10, 12, 3),
+        "convolution": lambda: LowRankConv2d(4, 6, 3, 2),
+        "adapter": lambda: LowRankAdapter(nn.Linear(10, 12), 3),
+    }[kind]()
+    before = snapshot(layer)
+    with pytest.raises((RuntimeError, TypeError), match=r"weight|Creating a Parameter"):
+        take_weight(layer)
+    assert_as_before(layer, before)
+
+
+def test_an_adapter_refuses_a_computed_weight_before_it_freezes_it(take_weight):
+    layer = take_weight(low_rank_dense()).eval()
+    before = snapshot(layer)
+    with pytest.raises(ValueError, match="dense must be a plain Linear with a weight of its own"):
+        LowRankAdapter(layer, 2)
+    assert_as_before(layer, before)
+
+
+def test_an_adapter_takes_over_hooks_and_a_pruned_bias():
+    layer = scaled(prune.l1_unstructured(low_rank_dense(), "bias", 0.5))
+    x = torch.randn(3, 10).double()
+    expected = layer(x)
+    adapter = LowRankAdapter(layer, 2)
+    torch.testing.assert_close(adapter(x), expected, rtol=0, atol=0)
+    model = lrm.densify(nn.Sequential(adapter))
+    torch.testing.assert_close(model(x), expected, **EXACT)
+
+
+class Listed(nn.Module):
+    """Calls its layers through a list that is no ModuleList."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(10, 10), nn.Linear(10, 10)
+        self.order = [self.first]
+
+
+def test_layers_that_a_plain_list_holds_too_stay_dense():
+    assert plan_of(Listed()) == {
+        "first": "Listed.order refers to it too, outside of the module tree",
+        "second": "",
+    }
+
+
+def test_forwards_replaced_on_the_object_and_compiled_layers_stay():
+    model = nn.Sequential(low_rank_dense(), low_rank_dense(10, 12), nn.Linear(10, 10).double())
+    model[0].forward = lambda x: x
+    model[1].compile(backend="eager")
+    outer = nn.Sequential(model, torch.compile(low_rank_dense(10, 10), backend="eager"))
+    plan = plan_of(outer)
+    assert plan["0.0"] == "its forward was replaced on the object"
+    assert plan["0.1"] == plan["1._orig_mod"] == "it is compiled: convert first, then compile"
+    assert plan["0.2"] == ""
+
+
+@pytest.mark.parametrize(
+    "convert", [lambda m: lrm.factorize(m, rank=2), lrm.densify, lrm.fold], ids=str
+)
+def test_scripted_models_are_refused(convert):
+    with pytest.raises(ValueError, match="model must be an ordinary module, got a Recursive"):
+        convert(torch.jit.script(nn.Sequential(nn.Linear(10, 10))))
+
+
+# -- no work, said
+
+
+class Hidden(nn.Module):
+    """HF's GPT-2 layer: a weight that no class of torch holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(10, 30))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Hidden(), r"1 x Hidden \(300 weights\)"),
+        (nn.LSTM(3, 4), r"1 x LSTM \(112 weights\)"),
+        (nn.ConvTranspose2d(2, 3, 2), r"1 x ConvTranspose2d \(24 weights\)"),
+        (nn.MultiheadAttention(4, 2), r"out_proj: nn.Multi.*1 x MultiheadAttention \(48 weights\)"),
+        (LowRankLinear(9, 8, 2), r"1 x LowRankLinear, low-rank already: densify it first"),
+        (nn.Sequential(torch.jit.script(nn.Linear(3, 4))), r"1 x Linear, scripted \(12 weights\)"),
+        (nn.ReLU(), "it holds no weights"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_conversion_that_finds_nothing_says_what_it_saw(model, words):
+    with pytest.warns(UserWarning, match=f"factorize replaced no layer.*{words}"):
+        lrm.factorize(model, rank=2)
+
+
+@pytest.mark.parametrize("convert", [lrm.densify, lrm.fold])
+def test_conversions_back_say_so_where_there_is_nothing_to_do(convert):
+    with pytest.warns(UserWarning, match=f"{convert.__name__} found no low-rank layer"):
+        convert(nn.Sequential(nn.Linear(3, 4)))
