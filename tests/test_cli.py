@@ -245,7 +245,7 @@ WRONG = {
     "--rank abc": "rank must be a number",
     "--rank fc1=": "rank must be a number",
     "--rank fc1=3,fc1=4": "rank must be a number",
-    "--rank 0": "rank must be at least 1, got 0",
+    "--rank 0": "rank must be an integer >= 1, got 0",
     "--rank 1.5": "rank as a share of min(m, n) must be in (0, 1], got 1.5",
     "--rank 300": "no layer becomes low-rank with rank 300: fc1 would not get smaller",
     "--rank fc9=3": "'fc9' matches no layer; there are ['fc1', 'fc2', 'fc3']",

@@ -60,7 +60,7 @@ def assert_equal(network: nn.Module, saved: dict[str, torch.Tensor]) -> None:
 
 
 def assert_whole(layer: lrm.nn.LowRankLayer) -> None:
-    assert type(layer.weight) is geoopt.ManifoldParameter
+    assert isinstance(layer.weight, geoopt.ManifoldParameter)
     assert layer.weight.manifold is layer.manifold
     tol = 5e-2 if layer.weight.element_size() == 2 else 1e-4
     assert layer.manifold.check_point_on_manifold(layer.weight.detach(), atol=tol, rtol=tol)

@@ -111,7 +111,8 @@ def test_copies_and_state_dicts_keep_it_whole():
     train(adapter)
     x = torch.randn(5, 10)
     buffer = io.BytesIO()
-    torch.save(lrm.checkpoint._save.plain(adapter.state_dict()), buffer)
+    plain = {k: v.as_subclass(torch.Tensor) for k, v in adapter.state_dict().items()}
+    torch.save(plain, buffer)
     buffer.seek(0)
     other = LowRankAdapter(dense(), 3)
     other.load_state_dict(torch.load(buffer, weights_only=True))
