@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import check_callable, check_choice, check_flag, check_path
+from ..parameter import is_sharded
 from ._file import CheckpointError, Payload, read
 from ._layers import (
     checked,
@@ -200,11 +201,46 @@ def _fitted(
             except ValueError as error:
                 problems.append(f"{key!r} cannot be factorized: {error}")
             converted.append(key)
-        elif key in own and isinstance(own[key], Tensor) and own[key].shape != value.shape:
-            problems.append(_wrong_shape(key, own[key], value, payload.get("geometry", {})))
-        elif key in own and (reason := not_finite(value, parameter=key in parameters)):
-            problems.append(f"{key!r} {reason}")
+        elif isinstance(own.get(key), Tensor):
+            known = payload.get("geometry", {})
+            problems += _unlike(key, own[key], value, key in parameters, known)
+    problems += _untied(own, state)
     return state, tuple(converted), problems
+
+
+def _unlike(
+    key: str, own: Tensor, value: Tensor, parameter: bool, geometry: Mapping[str, Any]
+) -> list[str]:
+    """Why a tensor of the file cannot be the value of one of the model."""
+    if nn.parameter.is_lazy(own):
+        return []  # it takes every shape
+    if own.shape != value.shape:
+        return [_wrong_shape(key, own, value, geometry)]
+    kinds = [(x.is_complex(), x.is_floating_point()) for x in (own, value)]
+    if kinds[0] != kinds[1]:
+        return [f"{key!r} must be of a type like {own.dtype}, got {value.dtype}"]
+    if own.is_meta:
+        return [f"{key!r} is on the meta device here: give the model memory first, by to_empty()"]
+    # in the model's dtype: what is large in the file may be Inf there
+    reason = not_finite(value if own.is_quantized else value.to(own.dtype), parameter)
+    return [] if reason is None else [f"{key!r} {reason}"]
+
+
+def _untied(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[str]:
+    """Tensors that are one in the model and several in the file: the last would win, silently."""
+    first: dict[tuple, str] = {}
+    problems = []
+    for key, value in own.items():
+        plain = isinstance(value, Tensor) and value.layout == torch.strided
+        if key not in state or not plain or nn.parameter.is_lazy(value) or not value.numel():
+            continue
+        if value.is_meta or is_sharded(value):
+            continue
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        other = first.setdefault(place, key)
+        if other != key and not torch.equal(state[key], state[other]):
+            problems.append(f"{key!r} and {other!r} are one tensor here, but not in the file")
+    return problems
 
 
 def _wrong_shape(key: str, own: Tensor, value: Tensor, geometry: Mapping[str, Any]) -> str:
@@ -227,7 +263,7 @@ def _optimizer_problems(
     """What ``optimizer.load_state_dict`` would refuse, or take and fail with later."""
     if not isinstance(saved, Mapping):
         return ["the file holds no optimizer"]
-    if not {"state", "param_groups"} <= saved.keys():
+    if not _is_optimizer_state(saved):
         return ["'optimizer' is no state dict of an optimizer"]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     found = [len(group["params"]) for group in saved["param_groups"]]
@@ -241,10 +277,20 @@ def _optimizer_problems(
         name = names.get(id(p), f"parameter {k}")
         shape = state[name].shape if name in state else p.shape
         for key in _SHAPED:
-            value = saved["state"].get(k, {}).get(key)
+            entry = saved["state"].get(k)
+            value = entry.get(key) if isinstance(entry, Mapping) else None
             if isinstance(value, Tensor) and value.shape != shape:
                 problems.append(
                     f"the optimizer's {key!r} of {name!r} must have shape {tuple(shape)}, got "
                     f"{tuple(value.shape)}"
                 )
     return problems
+
+
+def _is_optimizer_state(saved: Mapping[str, Any]) -> bool:
+    groups = saved.get("param_groups")
+    return (
+        isinstance(saved.get("state"), Mapping)
+        and isinstance(groups, (list, tuple))
+        and all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in groups)
+    )

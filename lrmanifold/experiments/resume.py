@@ -112,9 +112,9 @@ class Keeper:
     def _checked(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Refuse another run's file before anything is loaded."""
         extra = payload["extra"]
-        known = extra.get("identity") if isinstance(extra, dict) else None
-        if not isinstance(known, dict):
+        if not _is_of_a_run(extra):
             raise CheckpointError(f"{self.path}: is not the checkpoint of a training run")
+        known = extra["identity"]
         for key in sorted(self.identity.keys() | known.keys()):
             mine, other = self.identity.get(key), known.get(key)
             if mine != other:
@@ -124,6 +124,22 @@ class Keeper:
                     "delete it, or use another file"
                 )
         return payload
+
+
+def _is_of_a_run(extra: Any) -> bool:
+    """Whether everything is there that :meth:`Keeper.resume` takes."""
+    dicts = ("identity", "position", "history", "schedule")
+    if not isinstance(extra, dict) or not all(isinstance(extra.get(key), dict) for key in dicts):
+        return False
+    position = extra["position"]
+    fields = {field.name for field in dataclasses.fields(Position)}
+    counts = [position.get(key) for key in ("epoch", "batch", "count")]
+    return (
+        position.keys() == fields
+        and all(type(count) is int and count >= 0 for count in counts)
+        and all(isinstance(position[key], Tensor) for key in ("order", "total"))
+        and isinstance(extra.get("random"), Tensor)
+    )
 
 
 def steps_done(path: Path) -> int | None:

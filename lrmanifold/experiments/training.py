@@ -190,6 +190,7 @@ def fit(
                 on_step()
         history.loss.append(float(at.total) / at.count)
         _check_loss(at, settings)  # before the spectra: those of NaN do not exist
+        _check_weights(at, model, settings)
         history.record(model)
         at = Position(at.epoch + 1, 0, generator.get_state(), torch.zeros_like(at.total), 0)
     if keeper is not None:
@@ -209,4 +210,12 @@ def _check_loss(at: Position, settings: Settings) -> None:
     if not torch.isfinite(at.total):
         raise FloatingPointError(
             f"the training loss is not finite in epoch {at.epoch + 1}: lower lr = {settings.lr}"
+        )
+
+
+def _check_weights(at: Position, model: nn.Module, settings: Settings) -> None:
+    """The loss is of before the last step: what that step did shows in the weights only."""
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise FloatingPointError(
+            f"the weights are not finite after epoch {at.epoch + 1}: lower lr = {settings.lr}"
         )
