@@ -80,11 +80,15 @@ def write_somewhere(folder: Path, write: Callable[[Path], object]) -> None:
 
     What took hours to compute is not lost to a full disk.
     """
+    before = set(folder.iterdir())
     try:
         write(folder)
         return
     except OSError as error:
         cause = explained(error)
+    for part in set(folder.iterdir()) - before:  # half of the results would look like a run
+        with contextlib.suppress(OSError):
+            part.unlink()
     try:
         other = Path(tempfile.mkdtemp(prefix="lrmanifold-"))
         write(other)

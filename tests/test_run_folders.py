@@ -303,16 +303,17 @@ def test_a_finished_training_survives_a_full_disk(finished, tmp_path, monkeypatc
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
-    real = runs.write_figure
+    real = runs.save_model
 
-    def full_from_now_on(path, figure):
-        if path.parent == folder:
+    def full_from_now_on(path, *args, **options):
+        if path.parent == folder:  # the pictures are there already
             monkeypatch.setattr(os, "replace", no_space(folder))
-        real(path, figure)
+        real(path, *args, **options)
 
-    monkeypatch.setattr(runs, "write_figure", full_from_now_on)
+    monkeypatch.setattr(runs, "save_model", full_from_now_on)
     result = train(folder, "--save-every", save_every)
-    assert_refused(result, "no space left", "accuracy.png", "the results are in", str(elsewhere))
+    assert_refused(result, "no space left", "model.pt", "the results are in", str(elsewhere))
+    assert names(folder) == ["checkpoint.pt"] if save_every else not folder.exists()
     assert "clean accuracy" in result.stdout
     (rescued,) = elsewhere.iterdir()
     assert names(rescued) == FILES
