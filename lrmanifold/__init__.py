@@ -1,6 +1,6 @@
 """Robust low-rank training: well-conditioned fixed-rank weights on Riemannian manifolds."""
 
-from . import checkpoint, linalg, nn, optim, retractions, robustness, viz
+from . import certify, checkpoint, linalg, nn, optim, retractions, robustness, viz
 from .errors import GeometryError
 from .manifolds import Factors, FixedRank, Stiefel, WellConditioned
 from .monitor import Monitor, monitor
@@ -18,6 +18,7 @@ __all__ = [
     "Stiefel",
     "WellConditioned",
     "__version__",
+    "certify",
     "checkpoint",
     "densify",
     "factorize",

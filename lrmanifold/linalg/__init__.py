@@ -20,8 +20,20 @@ from ._conditioning import (
     conditioning_penalty_grad,
     spectral_clip,
 )
+from ._convolution_norms import (
+    convolution_norm,
+    convolution_norm_estimate,
+    convolution_singular_range,
+    overlaps,
+)
 from ._newton_schulz import inverse_square_root, inverse_square_root_and_image
 from ._orthonormal import gram, inverse, orthonormalize, polar, qr, solve_right
+from ._spectral_bound import (
+    gram_norm,
+    orthonormality_defect_bound,
+    rounding_of_products,
+    spectral_norm_bound,
+)
 from ._svd import SVD, svd, svdvals
 
 __all__ = [
@@ -35,15 +47,23 @@ __all__ = [
     "condition_number",
     "conditioning_penalty",
     "conditioning_penalty_grad",
+    "convolution_norm",
+    "convolution_norm_estimate",
+    "convolution_singular_range",
     "gram",
+    "gram_norm",
     "inverse",
     "inverse_square_root",
     "inverse_square_root_and_image",
+    "orthonormality_defect_bound",
     "orthonormalize",
+    "overlaps",
     "polar",
     "qr",
+    "rounding_of_products",
     "solve_right",
     "spectral_clip",
+    "spectral_norm_bound",
     "svd",
     "svdvals",
 ]

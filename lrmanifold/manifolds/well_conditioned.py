@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from .. import linalg
 from .._arguments import check_choice, check_number
 from .fixed_rank import FixedRank, Gradient
+
+Scale = float | Literal["free"]
 
 
 class WellConditioned(FixedRank):
@@ -36,6 +39,11 @@ class WellConditioned(FixedRank):
         "factored" (the CondLR step) by default. The projection of the core follows any of them.
     gradient : {"factors", "probe"}
         As in :class:`FixedRank`.
+    scale : "free" or float
+        A number s > 0 fixes the size too: the singular values stay in [s/(1 + tau), s], so
+        ‖W‖₂ <= s always, and with tau = 0 W is s times a partial isometry. The core is then
+        brought back entry by entry of its spectrum (the exact Frobenius projection), whatever
+        `centre` is. "free" bounds the ratio of the singular values only.
 
     References
     ----------
@@ -55,18 +63,31 @@ class WellConditioned(FixedRank):
         centre: linalg.Centre = "metric",
         retraction: str | Callable[..., Tensor] = "factored",
         gradient: Gradient = "factors",
+        scale: Scale = "free",
     ) -> None:
         super().__init__(m, n, rank, retraction=retraction, gradient=gradient)
         self.tau = check_number("tau", tau, low=0)
         check_choice("centre", centre, ("metric", "mean"))
+        if scale != "free":
+            scale = check_number("scale", scale, low=0, open_low=True, hint="or 'free'")
         self.centre: linalg.Centre = centre
+        self.scale: Scale = scale
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, tau={self.tau:g}, centre={self.centre!r}"
+        scale = "" if self.scale == "free" else f", scale={self.scale:g}"
+        return f"{super().extra_repr()}, tau={self.tau:g}, centre={self.centre!r}{scale}"
 
     def project_core(self, S: Tensor) -> Tensor:
-        """The core with its spectrum clipped to a band of ratio 1 + tau."""
-        return linalg.spectral_clip(S, self.tau, centre=self.centre)
+        """The core with its spectrum clipped to a band of ratio 1 + tau, below `scale` if fixed."""
+        if self.scale == "free":
+            return linalg.spectral_clip(S, self.tau, centre=self.centre)
+        if self.tau == 0.0:
+            return self.scale * linalg.polar(S)
+        U, s, Vh = linalg.svd(S)
+        clipped = s.clamp(self.scale / (1.0 + self.tau), self.scale)
+        # what is inside stays as it is, to the bit
+        inside = (clipped == s).all(-1)[..., None, None]
+        return torch.where(inside, S, ((U * clipped[..., None, :]) @ Vh).to(S.dtype))
 
     def _check_spectrum(self, s: Tensor, dtype: torch.dtype) -> None:
         # A deficient matrix has nearest points (the SVD's own bases); only zero has none.
@@ -79,4 +100,21 @@ class WellConditioned(FixedRank):
             return False, (
                 f"core S is not well-conditioned: cond(S) = {cond:.6g} > 1 + tau = {1 + self.tau:g}"
             )
+        if self.scale == "free":
+            return True, None
+        low, high = s[..., -1].min().item(), s[..., 0].max().item()
+        slack = 1.0 + rtol + atol
+        if high > self.scale * slack or low * slack * (1.0 + self.tau) < self.scale:
+            return False, (
+                f"core S has singular values in [{low:.6g}, {high:.6g}], outside "
+                f"[scale/(1 + tau), scale] = [{self.scale / (1 + self.tau):g}, {self.scale:g}]"
+            )
         return True, None
+
+    def origin(self, *size, dtype=None, device=None, seed: int | None = 42):
+        """As :meth:`FixedRank.origin`, with S = scale I if that is fixed."""
+        X = super().origin(*size, dtype=dtype, device=device, seed=seed)
+        if self.scale != "free":
+            self.unpack(X).S.mul_(self.scale)
+        return X
+

@@ -50,6 +50,7 @@ class _LowRankConvNd(LowRankLayer):
         tau: float | None = 0.1,
         gradient: Gradient = "factors",
         retraction: str | None = None,
+        scale: float | str = "free",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -81,7 +82,9 @@ class _LowRankConvNd(LowRankLayer):
         n = math.prod(dense.kernel_size) * in_channels // groups
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         lead = (groups,) if groups > 1 else ()
-        manifold = make_manifold(m, n, rank, tau=tau, gradient=gradient, retraction=retraction)
+        manifold = make_manifold(
+            m, n, rank, tau=tau, gradient=gradient, retraction=retraction, scale=scale
+        )
         super().__init__(manifold, lead, **factory)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride = dense.kernel_size, dense.stride
@@ -245,7 +248,7 @@ class LowRankConv2d(_LowRankConvNd):
     (groups, m + r + n, r), m = out_channels/groups, n = prod(kernel_size) · in_channels/groups.
 
     The condition number bounded here is that of the matricised kernel. It is *not* that of the
-    convolution as an operator on images (mathematics 6).
+    convolution as an operator on images (mathematics 6); ``linalg.convolution_norm`` bounds that.
 
     Parameters
     ----------
@@ -257,7 +260,7 @@ class LowRankConv2d(_LowRankConvNd):
         As in torch, ``padding="same"`` and all padding modes included.
     tau : float or None
         The condition number of the matrix stays at most 1 + tau; None for no bound.
-    gradient, retraction
+    gradient, retraction, scale
         As in :class:`LowRankLinear`.
     device, dtype
         As in torch.

@@ -31,6 +31,7 @@ def factorize(
     init: str = "svd",
     gradient: Gradient = "factors",
     retraction: str | None = None,
+    scale: float | str = "free",
     keep_larger: bool = False,
     rank_multiple: int = 1,
     summary: Callable[[Plan], Any] | None = None,
@@ -66,7 +67,7 @@ def factorize(
         Glob patterns on qualified module names; all layers by default.
     init : {"svd", "random"}
         From the dense weights, or fresh.
-    gradient, retraction
+    gradient, retraction, scale
         Of the new layers, as in :class:`~lrmanifold.nn.LowRankLinear`.
     keep_larger : bool
         Factorize also layers that get no smaller by it.
@@ -118,7 +119,13 @@ def factorize(
             module = dense[d.name]
             try:
                 replacements[id(module)] = LAYERS[type(module)].from_dense(
-                    module, d.rank, init=init, tau=tau, gradient=gradient, retraction=retraction
+                    module,
+                    d.rank,
+                    init=init,
+                    tau=tau,
+                    gradient=gradient,
+                    retraction=retraction,
+                    scale=scale,
                 )
             except ValueError as error:
                 raise ValueError(f"layer {d.name!r} cannot be factorized: {error}") from error

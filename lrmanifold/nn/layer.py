@@ -29,6 +29,7 @@ def make_manifold(
     tau: float | None,
     gradient: Gradient = "factors",
     retraction: str | None = None,
+    scale: float | str = "free",
 ) -> FixedRank:
     """:class:`WellConditioned` for a number `tau`, plain :class:`FixedRank` for None.
 
@@ -38,8 +39,18 @@ def make_manifold(
     if retraction is None:
         retraction = "bug" if tau is None and gradient == "probe" else "factored"
     if tau is None:
+        if scale != "free":
+            raise ValueError(f"scale needs a bound tau, got tau=None with scale={scale!r}")
         return FixedRank(m, n, rank, retraction=retraction, gradient=gradient)
-    return WellConditioned(m, n, rank, tau=tau, retraction=retraction, gradient=gradient)
+    return WellConditioned(
+        m,
+        n,
+        rank,
+        tau=tau,
+        retraction=retraction,
+        gradient=gradient,
+        scale=scale,  # type: ignore[arg-type]
+    )
 
 
 INITS = ("svd", "random")
@@ -48,7 +59,7 @@ _ADOPTABLE = (nn.Parameter, geoopt.ManifoldParameter, PointParameter)
 
 
 def _alike(a: geoopt.Manifold, b: geoopt.Manifold) -> bool:
-    keys = ("m", "n", "rank", "retraction", "gradient", "tau", "centre")
+    keys = ("m", "n", "rank", "retraction", "gradient", "tau", "centre", "scale")
     return type(a) is type(b) and all(getattr(a, k, None) == getattr(b, k, None) for k in keys)
 
 
@@ -102,6 +113,36 @@ class LowRankLayer(WholeWeight):
         """Views U (..., m, r), S (..., r, r), V (..., n, r) of the weight, with gradients."""
         return self.manifold.unpack(self.weight)
 
+    def sigma_max(self) -> Tensor:
+        """Largest singular value of the weight matrix, differentiable; shape (...) of its batch.
+
+        From the core alone. At tau = 0 it is α = ‖S‖_F/√r, without a decomposition. For other tau
+        the singular vectors are constants, so the gradient u vᵀ is exact and a second derivative
+        is not offered. For training: not rounded upwards, see :mod:`lrmanifold.certify` for that.
+        """
+        S = self.factors.S
+        if self.tau == 0.0:
+            return S.square().sum((-2, -1)).sqrt() / math.sqrt(S.shape[-1])
+        with torch.no_grad():
+            U, _, Vh = linalg.svd(S.detach().to(linalg.compute_dtype(S.dtype)))
+            u, v = U[..., :, :1].to(S.dtype), Vh[..., :1, :].mT.to(S.dtype)
+        return (u.mT @ S @ v)[..., 0, 0]
+
+    @property
+    def alpha(self) -> Tensor:
+        """α of the scaled partial isometry W = α Q that a weight with tau = 0 is, differentiable.
+
+        Raises ValueError for another tau, whose weight has no such number; see :meth:`sigma_max`.
+        """
+        if self.tau != 0.0:
+            raise ValueError(f"alpha belongs to tau = 0, got tau = {self.tau}: use sigma_max()")
+        return self.sigma_max()
+
+    @property
+    def scale(self) -> float | str:
+        """What the largest singular value may be: "free", or a number that it never exceeds."""
+        return getattr(self.manifold, "scale", "free")
+
     @property
     def compression(self) -> float:
         """Share of the dense layer's weights that is saved (negative if the layer is larger)."""
@@ -112,7 +153,7 @@ class LowRankLayer(WholeWeight):
         """Haar-uniform bases and S = αI with the Frobenius norm of torch's default dense weight.
 
         That default has entries of variance 1/(3 n), hence α² r = m/3; the bias is uniform in
-        ±1/√n, as in torch.
+        ±1/√n, as in torch. A fixed scale is α itself.
         """
         if self.weight.is_meta:
             return
@@ -120,8 +161,8 @@ class LowRankLayer(WholeWeight):
         with torch.no_grad():
             shape, dtype = self.weight.shape, linalg.compute_dtype(self.weight.dtype)
             X = M.random(*shape, dtype=dtype, device=self.weight.device)
-            scale = math.sqrt(M.m / (3.0 * M.rank))
-            S = scale * torch.eye(M.rank, dtype=dtype, device=X.device)
+            size = math.sqrt(M.m / (3.0 * M.rank)) if self.scale == "free" else self.scale
+            S = size * torch.eye(M.rank, dtype=dtype, device=X.device)
             U, _, V = M.unpack(X)
             self.weight.copy_(M.pack(U, S.expand(*shape[:-2], -1, -1), V))
             if self.bias is not None:
@@ -350,4 +391,5 @@ class LowRankLayer(WholeWeight):
 
     def _geometry_repr(self) -> str:
         tau = "None" if self.tau is None else f"{self.tau:g}"
-        return f"rank={self.rank}, tau={tau}, compression={self.compression:.1%}"
+        scale = "" if self.scale == "free" else f"scale={self.scale:g}, "
+        return f"rank={self.rank}, tau={tau}, {scale}compression={self.compression:.1%}"

@@ -37,6 +37,9 @@ class LowRankLinear(LowRankLayer):
     retraction : str, optional
         One of :func:`lrmanifold.retractions.available`; "factored" by default ("bug" for
         ``tau=None`` with probes).
+    scale : "free" or float
+        A number is an upper bound of the spectral norm, and at tau = 0 its value, for the whole
+        training; see :class:`~lrmanifold.WellConditioned`.
     device, dtype
         As in torch.
 
@@ -56,6 +59,7 @@ class LowRankLinear(LowRankLayer):
         tau: float | None = 0.1,
         gradient: Gradient = "factors",
         retraction: str | None = None,
+        scale: float | str = "free",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -64,7 +68,13 @@ class LowRankLinear(LowRankLayer):
         bias = check_flag("bias", bias)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         manifold = make_manifold(
-            out_features, in_features, rank, tau=tau, gradient=gradient, retraction=retraction
+            out_features,
+            in_features,
+            rank,
+            tau=tau,
+            gradient=gradient,
+            retraction=retraction,
+            scale=scale,
         )
         super().__init__(manifold, (), **factory)
         self.in_features, self.out_features = in_features, out_features
@@ -97,7 +107,7 @@ class LowRankLinear(LowRankLayer):
             Truncated SVD of the weight, then the projection to cond <= 1 + tau; or fresh random
             values. The bias is copied in either case.
         **geometry
-            `tau`, `gradient` and `retraction` of the constructor.
+            `tau`, `gradient`, `retraction` and `scale` of the constructor.
 
         Returns
         -------

@@ -1,0 +1,199 @@
+"""A model as a graph of operations with known bounds; nothing of its forward is left out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_modules
+
+from ..nn import Residual
+from ..parameter import is_sharded
+from ..robustness import evaluation_mode
+from .bounds import BoundError, Shape, find_bound, no_bound_words
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class _Tracer(fx.Tracer):
+    """Follows forwards down to the modules whose bound is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where: list[str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return find_bound(m) is not None or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        name = self.path_of_module(m)
+        self.where.append(f"{name} ({type(m).__name__})")
+        if type(m) is Residual and len(args) == 1 and not kwargs:
+            # its forward compares shapes, which a trace cannot; the run on data below does
+            found = args[0] + m.block(args[0])
+        else:
+            found = super().call_module(m, forward, args, kwargs)
+        self.where.pop()
+        return found
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """The graph of `model` in evaluation mode, or :class:`BoundError` that names what is in the way.
+
+    Control flow that depends on the input, hooks, several inputs or outputs and functions without
+    a bound all end here or in the evaluation: what cannot be followed is never skipped.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be an nn.Module, got {type(model).__name__}: the forward of a plain "
+            "function cannot be followed"
+        )
+    _refuse_hooks(model)
+    # a known module alone would be traced into; inside a Sequential it is one node
+    root = nn.Sequential(model) if find_bound(model) is not None else model
+    tracer = _Tracer()
+    try:
+        with evaluation_mode(root):
+            if type(root) is Residual:
+                root = nn.Sequential(root)
+            graph = tracer.trace(root)
+    except BoundError:
+        raise
+    except Exception as error:
+        where = tracer.where[-1] if tracer.where else f"the model ({type(model).__name__})"
+        reason = str(error).split("\n")[0]
+        raise BoundError(
+            f"the forward of {where} cannot be followed ({reason}): take out control flow that "
+            "depends on the input, or register_bound its type"
+        ) from error
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        raise BoundError(f"the model must have one input, its forward has {len(inputs)}")
+    return fx.GraphModule(root, graph)
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            raise BoundError(
+                f"{name or 'the model'} ({type(module).__name__}) has forward hooks, which may "
+                "change what it computes and cannot be followed: remove them (for weight_norm and "
+                "spectral_norm use torch.nn.utils.parametrizations)"
+            )
+    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+        raise BoundError("hooks for all modules are set, which may change forwards: remove them")
+
+
+def float64_copy(model: nn.Module) -> nn.Module:
+    """A copy with the same numbers in float64, to the bit.
+
+    ``model.double()`` would not do: layers take the drift of a shorter dtype out of their weights,
+    which changes the function that is to be certified.
+    """
+    twin = copy.deepcopy(model)
+    known: dict[int, Any] = {}
+    for module in twin.modules():
+        for store in (module._parameters, module._buffers, module.__dict__):
+            for key, value in list(store.items()):
+                if isinstance(value, Tensor):
+                    store[key] = _widened(key, value, known)
+    return twin
+
+
+def _widened(name: str, value: Tensor, known: dict[int, Any]) -> Tensor:
+    if is_sharded(value):
+        raise BoundError(f"{name} is sharded over processes: gather the model first")
+    if value.is_meta or value.is_quantized or value.is_complex():
+        raise BoundError(f"{name} must be a real tensor with values, got {value.dtype}")
+    if not value.is_floating_point():
+        return value
+    if id(value) not in known:
+        wide = value.detach().as_subclass(Tensor).double()
+        if not bool(torch.isfinite(wide).all()):
+            raise BoundError(f"{name} holds NaN or Inf")
+        if isinstance(value, geoopt.ManifoldParameter):
+            wide = geoopt.ManifoldParameter(wide, manifold=value.manifold, requires_grad=False)
+        elif isinstance(value, nn.Parameter):
+            wide = nn.Parameter(wide, requires_grad=False)
+        known[id(value)] = (value, wide)  # the value too: its id must not be given again
+    return known[id(value)][1]
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and keeps something of each value."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.shapes: dict[str, Shape] = {}
+        self.norms: dict[str, Tensor] = {}
+        self.batch: int | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            self.shapes[n.name] = tuple(value.shape)
+            if value.ndim > 1 and value.shape[0] == self.batch and n.op != "get_attr":
+                self.norms[n.name] = value.flatten(1).norm(dim=1)
+        return value
+
+
+def shapes_of(graph: fx.GraphModule, model: nn.Module, input_shape: Sequence[int]) -> dict[str, Shape]:
+    """Shapes without the batch of all values, from a run on two random samples.
+
+    The graph must give what the model gives, and each sample what it gives alone: a trace that
+    missed something, or a forward that mixes samples, is an error here.
+    """
+    size = tuple(input_shape)
+    if not size or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError(f"input_shape must be positive integers without the batch, got {size}")
+    like = next(
+        (p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()),
+        torch.zeros(()),
+    )
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, *size, generator=generator).to(like)
+    recorder = Recorder(graph)
+    recorder.batch = 2
+    with torch.no_grad(), evaluation_mode(model), evaluation_mode(graph):
+        try:
+            z = recorder.run(x)
+            whole, alone = model(x), model(x[1:])
+        except RuntimeError as error:
+            raise BoundError(f"input_shape {size} does not fit: {str(error).splitlines()[0]}") from error
+    if not isinstance(z, Tensor) or not isinstance(whole, Tensor):
+        raise BoundError(f"the model must give one tensor, got {type(whole).__name__}")
+    rough = 1e-9 if x.dtype == torch.float64 else 1e-2
+    for found, words in ((z, "its traced graph"), (torch.cat((whole[:1], alone)), "one sample alone")):
+        same = found.shape == whole.shape
+        if not same or not torch.allclose(found, whole, rtol=rough, atol=rough):
+            raise BoundError(
+                f"the model does not give the same as {words}: its forward is random, mixes samples "
+                "or does what a trace does not see"
+            )
+    live = live_nodes(graph)
+    for node in graph.graph.nodes:
+        shape = recorder.shapes.get(node.name)
+        if node.op in ("call_module", "call_function", "call_method") and shape is not None:
+            if node.name in live and (not shape or shape[0] != 2):
+                raise BoundError(f"{node.name}: the first dimension is no longer the batch")
+    return {
+        name: shape[1:] for name, shape in recorder.shapes.items() if shape and shape[0] == 2
+    }
+
+
+def live_nodes(graph: fx.GraphModule) -> set[str]:
+    """Names of the values that depend on the input."""
+    live: set[str] = set()
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" or any(n.name in live for n in node.all_input_nodes):
+            live.add(node.name)
+    return live
+
+
+def no_bound(module: nn.Module, name: str) -> BoundError:
+    """The error for a module that nothing is known of."""
+    return BoundError(no_bound_words(module, name))

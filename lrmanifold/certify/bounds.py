@@ -1,0 +1,197 @@
+"""What is known of a single module: its bound, and where the knowledge is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+
+class BoundError(ValueError):
+    """A module or operation has no bound; the message names it and the way out."""
+
+
+class CertificationError(RuntimeError):
+    """A certified sample was broken by an attack: a bound is wrong. Report it."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What one operation does to distances, and to rounding.
+
+    Attributes
+    ----------
+    norm : float or Tensor, shape ()
+        Lipschitz constant in l2; a tensor with a gradient in training.
+    how : str
+        How it was obtained, for the report.
+    map_cond : float or None
+        Condition number on the row space of a linear map, where it is known.
+    slope, offset : float
+        In float64 the computed output is within ``u (slope ‖x‖ + offset)`` of the exact one in l2,
+        u = 2⁻⁵³. The defaults suit elementwise functions good to a few roundings.
+    """
+
+    norm: float | Tensor
+    how: str
+    map_cond: float | None = None
+    slope: float = 16.0
+    offset: float = 0.0
+
+
+@dataclass
+class Context:
+    """What a bound may need beside the module.
+
+    Attributes
+    ----------
+    exact : bool
+        True: an upper bound including rounding is asked for, in float64. False: a differentiable
+        number for training, in the dtype of the module.
+    name : str
+        Qualified name of the module.
+    input_shape, output_shape : tuple of int or None
+        Without the batch; None where ``input_shape`` was not given.
+    memory : dict
+        Kept between evaluations of one network: warm starts of iterations.
+    """
+
+    exact: bool
+    name: str = ""
+    input_shape: Shape | None = None
+    output_shape: Shape | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    def need_shape(self, why: str) -> Shape:
+        """The shape of the input, or an error that asks for it."""
+        if self.input_shape is None:
+            raise BoundError(f"{self.name or 'the model'}: {why}; give input_shape, without batch")
+        return self.input_shape
+
+
+BoundFunction = Callable[[Any, Context], "Bound | float | Tensor"]
+_REGISTRY: dict[type[nn.Module], BoundFunction] = {}
+
+
+def register_bound(module_type: type[nn.Module], function: BoundFunction) -> None:
+    """Tell the certificate what a module type of one's own does to l2 distances.
+
+    Parameters
+    ----------
+    module_type : type
+        A subclass of nn.Module. The entry serves this type and subclasses that change none of its
+        methods. A later entry replaces an earlier one.
+    function : callable (module, context) -> float, Tensor or Bound
+        The Lipschitz constant of ``module.forward`` per sample, from l2 to l2. **It is trusted**:
+        an upper bound for every input, for the weights as they are, in evaluation mode. With
+        ``context.exact`` it must include the rounding of its own computation; without, it must be
+        differentiable in the weights. A plain number stands for an elementwise function good to a
+        few roundings; return :class:`Bound` to say more. No bound: raise :class:`BoundError`.
+
+    Raises
+    ------
+    TypeError
+        If `module_type` is no module type or `function` not callable.
+
+    Examples
+    --------
+    >>> class Halve(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return x / 2
+    >>> lrm.certify.register_bound(Halve, lambda module, context: 0.5)
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"module_type must be a subclass of nn.Module, got {module_type!r}")
+    if not callable(function):
+        raise TypeError(f"function must be callable (module, context), got {function!r}")
+    _REGISTRY[module_type] = function
+
+
+def bounded(*types: type[nn.Module]) -> Callable[[BoundFunction], BoundFunction]:
+    """Decorator form of :func:`register_bound`, for several types."""
+
+    def enter(function: BoundFunction) -> BoundFunction:
+        for module_type in types:
+            register_bound(module_type, function)
+        return function
+
+    return enter
+
+
+# Methods that a subclass may define without changing what the base class computes.
+_HARMLESS = {
+    "__init__",
+    "__repr__",
+    "__deepcopy__",
+    "__copy__",
+    "__reduce_ex__",
+    "__reduce__",
+    "__getstate__",
+    "__setstate__",
+    "extra_repr",
+    "reset_parameters",
+}
+
+
+def _changed_method(module: nn.Module, base: type[nn.Module]) -> str | None:
+    """A method of `base` that the module's own class, or the module itself, replaced."""
+    for cls in type(module).__mro__:
+        if cls is base:
+            break
+        for name, value in vars(cls).items():
+            replaces = callable(value) and callable(getattr(base, name, None))
+            if replaces and name not in _HARMLESS and not isinstance(value, type):
+                return f"{cls.__name__}.{name}"
+    for name, value in vars(module).items():
+        if callable(value) and callable(getattr(base, name, None)):
+            return f"this object's own {name}"
+    return None
+
+
+def find_bound(module: nn.Module) -> BoundFunction | None:
+    """The entry that serves `module`, or None.
+
+    A subclass that replaces a method of a known type is unknown: its constant is another one.
+    """
+    for cls in type(module).__mro__:
+        if cls in _REGISTRY:
+            return _REGISTRY[cls] if _changed_method(module, cls) is None else None
+    return None
+
+
+def module_bound(module: nn.Module, context: Context) -> Bound:
+    """The bound of a module whose type is known; :class:`BoundError` otherwise."""
+    function = find_bound(module)
+    if function is None:
+        raise BoundError(no_bound_words(module, context.name))
+    found = function(module, context)
+    if not isinstance(found, Bound):
+        found = Bound(found, "register_bound")
+    value = float(torch.as_tensor(found.norm).detach())
+    if not 0.0 <= value < float("inf"):
+        raise BoundError(
+            f"{context.name or 'the model'} ({type(module).__name__}): its bound must be finite and "
+            f"at least 0, got {value}"
+        )
+    return found
+
+
+def no_bound_words(module: nn.Module, name: str) -> str:
+    """Names the module, says why it has no bound, and what can be done."""
+    kind = type(module).__name__
+    for cls in type(module).__mro__:
+        if cls in _REGISTRY:
+            changed = _changed_method(module, cls)
+            return (
+                f"{name or 'the model'} ({kind}) is a {cls.__name__} with another function "
+                f"({changed}), so that bound does not hold: register_bound({kind}, fn) with its own"
+            )
+    return (
+        f"{name or 'the model'} ({kind}) has no known Lipschitz constant: replace it, or "
+        f"register_bound({kind}, fn) if you can prove one"
+    )

@@ -1,0 +1,343 @@
+"""Lipschitz constants of whole networks: a sound report, and a differentiable bound to train with."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..robustness import evaluation_mode
+from . import _elementwise, _pooling  # noqa: F401  (their bounds enter the registry)
+from ._linear_maps import HEADS, NORMS, can_scale, dense_head, linear_bound, norm_scale
+from ._operations import operation, reads_shape
+from ._trace import float64_copy, live_nodes, no_bound, shapes_of, trace
+from .bounds import Bound, BoundError, Context, Shape, find_bound, module_bound
+
+_UP = 1.0 + 1e-14
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation of a network.
+
+    Attributes
+    ----------
+    name, kind : str
+        Qualified name of the module (or of the traced call) and its type.
+    bound : float
+        Its own Lipschitz constant at most; of a batch norm that was folded into the layer before
+        it, the quotient of the pair's bound and that layer's own.
+    total : float
+        From the input of the network to here.
+    how : str
+    map_cond : float or None
+        Condition number of a linear map on its row space, where it is known.
+    """
+
+    name: str
+    kind: str
+    bound: float
+    total: float
+    how: str
+    map_cond: float | None = None
+
+
+@dataclass
+class Evaluation:
+    """Bounds of all values of a graph; `total` from the input, `local` of the operation alone."""
+
+    total: dict[str, Any]
+    local: dict[str, Bound]
+    joined: dict[str, str]
+    rows: list[Row]
+
+
+class LipschitzBound:
+    """The differentiable bound of a network, for training; its certificate is :func:`lipschitz`.
+
+    The forward is followed once, at construction; a later :meth:`evaluate` sees the weights as they
+    then are. A change of the module tree needs a new one. Numbers are in the model's dtype and not
+    rounded upwards, and norms of dense weights come from a few power iterations: a certificate is
+    computed anew and in float64.
+
+    Parameters
+    ----------
+    model : nn.Module
+        As for :func:`lipschitz`. Batch norms count with their running statistics.
+    input_shape : sequence of int, optional
+        Without the batch.
+
+    Raises
+    ------
+    BoundError
+        Where the model holds something without a bound.
+    """
+
+    def __init__(self, model: nn.Module, input_shape: Sequence[int] | None = None) -> None:
+        self.model = model
+        self.graph = trace(model)
+        self.shapes = {} if input_shape is None else shapes_of(self.graph, model, input_shape)
+        self.input_shape = None if input_shape is None else tuple(input_shape)
+        self._memory: dict[str, Tensor] = {}
+        self._live = live_nodes(self.graph)
+        self._modules = dict(self.graph.named_modules())
+        self.output = next(n for n in self.graph.graph.nodes if n.op == "output").args[0]
+        if not isinstance(self.output, fx.Node) or self.output.name not in self._live:
+            raise BoundError("the model must give one tensor that depends on its input")
+        self.walk(exact=False)
+
+    def head(self) -> nn.Module | None:
+        """The linear layer that gives the logits, or None if something comes after it."""
+        node = self.output
+        module = self._modules[str(node.target)] if node.op == "call_module" else None
+        return module if isinstance(module, HEADS) and find_bound(module) is not None else None
+
+    def evaluate(self) -> tuple[Any, Any, Tensor | None]:
+        """(total, body, head weight): the bound of the network, of it without its last linear
+        layer, and that layer's weight (classes, n); without such a layer (total, total, None)."""
+        walked = self.walk(exact=False)
+        total, head = walked.total[self.output.name], self.head()
+        if head is None:
+            return total, total, None
+        return total, walked.total[self.output.all_input_nodes[0].name], dense_head(head)
+
+    def walk(self, *, exact: bool) -> Evaluation:
+        """The bounds of every value, in the order of the forward."""
+        found = Evaluation({}, {}, {}, [])
+        static: set[str] = set()
+        with evaluation_mode(self.model):
+            for node in self.graph.graph.nodes:
+                if node.op == "placeholder":
+                    found.total[node.name] = 1.0
+                elif node.op == "output" or node.name not in self._live:
+                    continue
+                elif reads_shape(node, static):
+                    static.add(node.name)
+                else:
+                    self._visit(node, found, static, exact)
+        return found
+
+    def _visit(self, node: fx.Node, found: Evaluation, static: set[str], exact: bool) -> None:
+        sources = [n for n in node.all_input_nodes if n.name in self._live and n.name not in static]
+        used = [n for n in node.all_input_nodes if n.name in static]
+        context = Context(
+            exact,
+            str(node.target) if node.op == "call_module" else node.name,
+            self.shapes.get(sources[0].name) if sources else None,
+            self.shapes.get(node.name),
+            self._memory,
+        )
+        module = self._modules[str(node.target)] if node.op == "call_module" else None
+        if module is not None:
+            if find_bound(module) is None:
+                raise no_bound(module, context.name)
+            if len(sources) != 1 or len(node.args) != 1 or node.kwargs:
+                raise BoundError(f"{context.name}: a module with one input is needed here")
+            bound, join = module_bound(module, context), "chain"
+        else:
+            bound, join = operation(node, self._is_live, self._constant, context)
+            shaped = join == "chain" and bound.how == "rearranges entries"
+            if used and not shaped:
+                raise BoundError(f"{context.name}: computes with the shape of its input")
+        total = self._total(bound, join, [found.total[n.name] for n in _repeated(node, sources)])
+        if isinstance(module, NORMS):
+            total = self._folded(node, sources[0], found, context, total)
+        if exact:
+            total = float(total) * _UP
+        before = [float(torch.as_tensor(found.total[n.name]).detach()) for n in sources]
+        found.total[node.name], found.local[node.name] = total, bound
+        found.joined[node.name] = join
+        kind = type(module).__name__ if module is not None else str(
+            getattr(node.target, "__name__", node.target)
+        )
+        value = float(torch.as_tensor(total).detach())
+        own = value / before[0] if len(before) == 1 and before[0] > 0 else _number(bound.norm)
+        if exact:
+            own = _number(bound.norm) if abs(own - _number(bound.norm)) < 1e-12 * own else own
+            found.rows.append(Row(context.name, kind, own, value, bound.how, bound.map_cond))
+
+    def _total(self, bound: Bound, join: str, totals: list[Any]) -> Any:
+        if join == "sum":
+            return bound.norm * sum(totals)
+        if join == "cat":
+            return bound.norm * sum(t * t for t in totals) ** 0.5
+        return bound.norm * totals[0]
+
+    def _folded(
+        self, node: fx.Node, before: fx.Node, found: Evaluation, context: Context, total: Any
+    ) -> Any:
+        """A batch norm after a linear map is a scale of that map's outputs: one norm for both."""
+        layer = self._modules[str(before.target)] if before.op == "call_module" else None
+        if layer is None or not can_scale(layer) or find_bound(layer) is None:
+            return total
+        scale = norm_scale(self._modules[str(node.target)], context)
+        source = before.all_input_nodes[0]
+        inner = Context(
+            context.exact,
+            str(before.target),
+            self.shapes.get(source.name),
+            self.shapes.get(before.name),
+            # a weight of its own for the power iteration
+            {} if not context.exact else self._memory,
+        )
+        if len(self.shapes.get(before.name, (0,))) == 1 or scale.ndim == 1:
+            pair = linear_bound(layer, inner, scale).norm * found.total[source.name]
+            return pair if float(torch.as_tensor(pair)) < float(torch.as_tensor(total)) else total
+        return total
+
+    def _is_live(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and value.name in self._live
+
+    def _constant(self, value: Any) -> Any:
+        """The value of an argument that does not depend on the input."""
+        if not isinstance(value, fx.Node):
+            return value
+        if value.op != "get_attr":
+            raise BoundError(f"{value.name}: a constant that is computed in the forward; store it")
+        found: Any = self.graph
+        for part in str(value.target).split("."):
+            found = getattr(found, part)
+        return found
+
+
+def _repeated(node: fx.Node, sources: list[fx.Node]) -> list[fx.Node]:
+    """The live arguments as often as they occur: x + x is two."""
+    flat: list[fx.Node] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, fx.Node):
+            if value in sources:
+                flat.append(value)
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                collect(part)
+
+    collect(list(node.args))
+    collect(list(node.kwargs.values()))
+    return flat
+
+
+def _number(value: Any) -> float:
+    return float(torch.as_tensor(value).detach())
+
+
+def digest(model: nn.Module) -> str:
+    """A fingerprint of all numbers of a model, by which a stale report is noticed."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        raw = value.detach().as_subclass(Tensor).cpu().contiguous().flatten().view(torch.uint8)
+        found.update(raw.numpy().tobytes())
+    return found.hexdigest()
+
+
+class LipschitzReport:
+    """What :func:`lipschitz` found; prints as a table.
+
+    Attributes
+    ----------
+    total : float
+        Upper bound of the l2 Lipschitz constant of the network, rounding included.
+    body : float
+        The same without the last linear layer; `total` if the network does not end in one.
+    rows : list of Row
+    """
+
+    def __init__(self, network: LipschitzBound, walked: Evaluation, of: str) -> None:
+        self.network, self.walked, self.digest = network, walked, of
+        self.rows = walked.rows
+        self.total = float(walked.total[network.output.name])
+        self.head = network.head()
+        last = network.output.all_input_nodes
+        self.body = float(walked.total[last[0].name]) if self.head is not None else self.total
+
+    def head_gaps(self) -> Tensor | None:
+        """‖w_y - w_j‖ for all pairs of classes, (classes, classes) float64, rounded upwards."""
+        if self.head is None:
+            return None
+        with torch.no_grad():
+            W = dense_head(self.head).double()
+            gaps = torch.stack([(W - row).norm(dim=1) for row in W])
+            # the rounding of W itself where it is a product, and of the norm
+            error = 2.0**-53 * 8.0 * (W.shape[1] + 8) * float(W.norm()) * W.shape[0] ** 0.5
+            return gaps * (1.0 + 4.0 * (W.shape[1] + 8) * 2.0**-53) + error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and words."""
+        rows = [dict(vars(row)) for row in self.rows]
+        return {"total": self.total, "body": self.body, "rows": rows}
+
+    def __str__(self) -> str:
+        heads = ("module", "type", "bound", "so far", "map cond", "how")
+        lines = [
+            (
+                row.name,
+                row.kind,
+                f"{row.bound:.6g}",
+                f"{row.total:.6g}",
+                "-" if row.map_cond is None else f"{row.map_cond:.4g}",
+                row.how,
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
+        right = (False, False, True, True, True, False)
+
+        def text(line: Sequence[str]) -> str:
+            cells = zip(line, widths, right, strict=True)
+            return "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in cells).rstrip()
+
+        rule = "-" * (sum(widths) + 2 * len(widths) - 2)
+        last = f"l2 Lipschitz constant <= {self.total:.6g}"
+        if self.head is not None:
+            last += f" (<= {self.body:.6g} before the last layer)"
+        return "\n".join([text(heads), rule, *map(text, lines), rule, last])
+
+    __repr__ = __str__
+
+
+def lipschitz(
+    model: nn.Module, input_shape: Sequence[int] | None = None, *, norm: str = "l2"
+) -> LipschitzReport:
+    """A proved upper bound of a network's l2 Lipschitz constant, with how it was obtained.
+
+    In evaluation mode, of the function that the stored numbers define in exact arithmetic: the
+    weights are taken to float64 without change, every norm is rounded upwards, and frames count
+    with their measured defect. Products along a chain, sums at residual additions, batch norms
+    folded into the layer before them. The forward is followed by ``torch.fx``; what it does
+    outside of known modules and functions is an error, never skipped. It is not tight: the local
+    constant of a trained network is usually smaller, as different inputs stretch different layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        One input (B, *input_shape), one output (B, ...).
+    input_shape : sequence of int, optional
+        Without the batch, as (1, 28, 28). Bounds of padded convolutions are smaller with it, some
+        modules need it, and the traced graph is compared with the model on random samples.
+    norm : {"l2"}
+
+    Returns
+    -------
+    LipschitzReport
+
+    Raises
+    ------
+    BoundError
+        Where something has no bound: names the module and the way out.
+    """
+    if norm != "l2":
+        raise ValueError(f"norm must be 'l2', got {norm!r}: no other norm is offered")
+    twin = float64_copy(model) if isinstance(model, nn.Module) else model
+    network = LipschitzBound(twin, input_shape)
+    with torch.no_grad():
+        walked = network.walk(exact=True)
+    value = float(walked.total[network.output.name])
+    if not math.isfinite(value):
+        raise BoundError(f"the product of the bounds overflows: {value}")
+    return LipschitzReport(network, walked, digest(model))
