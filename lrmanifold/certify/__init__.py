@@ -1,4 +1,4 @@
-"""Proofs of robustness: Lipschitz bounds, certified radii, verified accuracy, and training for them.
+"""Proofs of robustness: Lipschitz bounds, certified radii, verified accuracy, and training.
 
 A bound here is an upper bound including the rounding of its own computation, for the function that
 a model's stored numbers define in evaluation mode. Whatever has no bound is an error that names the

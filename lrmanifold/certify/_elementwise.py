@@ -89,7 +89,8 @@ def _sigmoid(module: Any, context: Context) -> Bound:
 
 @bounded(nn.Hardsigmoid)
 def _hardsigmoid(module: Any, context: Context) -> Bound:
-    return Bound(1.0 / 6.0 * (1 + 1e-15), _SLOPE, offset=_offset(context))
+    # torch multiplies by the float32 number next to 1/6, in every dtype
+    return Bound(0.1666666717, _SLOPE, offset=_offset(context))
 
 
 @bounded(nn.Hardswish)
@@ -163,8 +164,8 @@ def _refuse(reason: str) -> Any:
     def refuse(module: nn.Module, context: Context) -> Bound:
         kind = type(module).__name__
         raise BoundError(
-            f"{context.name or 'the model'} ({kind}) has no global Lipschitz constant: it {reason}; "
-            f"or register_bound({kind}, fn) if yours has one"
+            f"{context.name or 'the model'} ({kind}) has no global Lipschitz constant: it "
+            f"{reason}; or register_bound({kind}, fn) if yours has one"
         )
 
     return refuse

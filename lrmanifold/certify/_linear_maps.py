@@ -21,6 +21,7 @@ from ..nn import (
 from .bounds import Bound, BoundError, Context, bounded
 
 _UP = 1.0 + 1e-14  # covers the few roundings of a scalar formula in float64
+_SCALED_UP = 1.0 + 1e-11  # entries multiplied by a batch norm's scale: 8 u |K|, of the map |K|
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LOW_RANK_CONVOLUTIONS = (LowRankConv1d, LowRankConv2d, LowRankConv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -40,8 +41,7 @@ def linear_bound(module: Any, context: Context, scale: Tensor | None = None) -> 
 
 def can_scale(module: nn.Module) -> bool:
     """Whether :func:`linear_bound` takes it, so that a batch norm can be folded in."""
-    kinds = (*CONVOLUTIONS, *LOW_RANK_CONVOLUTIONS, *HEADS)
-    return type(module) in kinds or isinstance(module, kinds)
+    return isinstance(module, (*CONVOLUTIONS, *LOW_RANK_CONVOLUTIONS, *HEADS))
 
 
 def dense_head(module: Any) -> Tensor:
@@ -49,6 +49,21 @@ def dense_head(module: Any) -> Tensor:
     if isinstance(module, LowRankLayer):
         return module.dense_weight()
     return adapter_weight(module)
+
+
+def head_error(module: Any) -> float:
+    """Frobenius bound of the rounding in :func:`dense_head` of a float64 copy."""
+    if isinstance(module, LowRankLayer):
+        points = [module.manifold.unpack(module.weight.detach())]
+    elif isinstance(module, LowRankAdapter):
+        M = module.update.manifold
+        points = [M.unpack(module.update.weight.detach()), M.unpack(module.start)]
+    else:
+        return 0.0
+    size = sum(_size(X.U) * _size(X.S) * _size(X.V) for X in points)
+    inner = 2 * points[0].S.shape[-1] + 8
+    own = _size(module.weight) if isinstance(module, LowRankAdapter) else 0.0
+    return linalg.rounding_of_products(inner) * (size + own)
 
 
 def adapter_weight(module: Any) -> Tensor:
@@ -97,12 +112,14 @@ def _dense(module: Any, context: Context, scale: Tensor | None) -> Bound:
         parts *= max(1.0, float(scale.detach().abs().amax()))
     if not context.exact:
         return Bound(_power_iteration(W, context), "power iteration, a few steps from the last")
-    error = linalg.rounding_of_products(inner) * parts + 4.0 * 2.0**-53 * _size(W)
+    error = linalg.rounding_of_products(inner) * parts + 16.0 * 2.0**-53 * _size(W)
     norm = float(linalg.spectral_norm_bound(W)) + error
     s = linalg.svdvals(W.detach().double())
     cond = float(s[0] / s[-1]) if float(s[-1]) > 0 else math.inf
     size = max(_size(W), parts)
-    return Bound(norm * _UP, words, cond, **_rounding(context, W.shape[1] + inner, size, module.bias))
+    return Bound(
+        norm * _UP, words, cond, **_rounding(context, W.shape[1] + inner, size, module.bias)
+    )
 
 
 def _power_iteration(W: Tensor, context: Context, steps: int = 3) -> Tensor:
@@ -150,7 +167,7 @@ def _low_rank_linear(module: LowRankLinear, context: Context, scale: Tensor | No
         return Bound(norm, _core_words(module, u, v), float(s[0] / s[-1]), **rounding)
     scaled = scale[:, None] * X.U
     error = linalg.rounding_of_products(X.S.shape[0] + 2) * _size(scaled) * _size(X.S)
-    norm = (float(linalg.spectral_norm_bound(scaled @ X.S)) + error) * v * _UP
+    norm = (float(linalg.spectral_norm_bound(scaled @ X.S)) + error) * v * _SCALED_UP
     rounding["slope"] *= max(1.0, float(scale.abs().amax()))
     return Bound(norm, "core with the batch norm folded in", **rounding)
 
@@ -203,7 +220,7 @@ def _convolution(module: Any, context: Context, scale: Tensor | None) -> Bound:
         return Bound(norm, "map")
     taps = math.prod(module.kernel_size)
     return Bound(
-        float(norm) * _UP,
+        float(norm) * (_UP if scale is None else _SCALED_UP),
         _map_words(module.kernel_size, geometry),
         _map_cond(kernel, geometry),
         **_rounding(context, kernel[0].numel(), _size(kernel), module.bias, taps),
@@ -229,8 +246,10 @@ def _low_rank_convolution(module: Any, context: Context, scale: Tensor | None) -
         separate = all(k <= s for k, s in zip(module.kernel_size, module.stride, strict=True))
         if separate and scale is None and module.padding_mode == "zeros":
             return Bound(module.sigma_max().amax(), "core")
-        return Bound(_map_norm(_filters(module, left @ X.V.mT), context, geometry), "map of filters")
-    u, v = _frames(module)
+        return Bound(
+            _map_norm(_filters(module, left @ X.V.mT), context, geometry), "map of filters"
+        )
+    u, _ = _frames(module)
     kernel = _filters(module, left @ X.V.mT)
     error = taps * linalg.rounding_of_products(2 * X.S.shape[-1] + 2) * _size(left) * _size(X.V)
     if scale is not None:
@@ -242,7 +261,7 @@ def _low_rank_convolution(module: Any, context: Context, scale: Tensor | None) -
         size *= max(1.0, float(scale.abs().amax()))
     words = _map_words(module.kernel_size, geometry)
     return Bound(
-        norm * _UP,
+        norm * (_UP if scale is None else _SCALED_UP),
         f"{words}; {module.rank} filters and core",
         _map_cond(kernel, geometry) if scale is None else None,
         **_rounding(context, inner, size, module.bias, taps),

@@ -98,17 +98,25 @@ _DIV = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div"
 _NEGATE = {operator.neg, torch.neg, "neg"}
 
 
-def reads_shape(node: fx.Node, known: set[str]) -> bool:
-    """Whether a node is a number about shapes: size(), .shape, .ndim, and arithmetic on those.
+def shape_nodes(graph: fx.GraphModule) -> set[str]:
+    """Names of the nodes that are numbers about shapes: size(), .shape, and arithmetic on those.
 
     Only rearrangements may make use of one.
     """
-    if node.op == "call_method" and node.target in ("size", "dim", "ndimension"):
-        return True
-    if node.target is getattr:
-        return node.args[1] in ("shape", "ndim")
-    sources = node.all_input_nodes
-    return node.op == "call_function" and bool(sources) and all(n.name in known for n in sources)
+    found: set[str] = set()
+    for node in graph.graph.nodes:
+        sources = node.all_input_nodes
+        reads = node.op == "call_method" and node.target in ("size", "dim", "ndimension")
+        reads |= node.target is getattr and node.args[1] in ("shape", "ndim")
+        derived = node.op == "call_function" and bool(sources)
+        if reads or (derived and all(n.name in found for n in sources)):
+            found.add(node.name)
+    return found
+
+
+def rearranges(node: fx.Node) -> bool:
+    """Whether a node is a reshape of some kind."""
+    return node.op in ("call_function", "call_method") and node.target in _REARRANGE
 
 
 def operation(
@@ -146,16 +154,30 @@ def operation(
         return Bound(1.0, "sign", slope=0.0), "chain"
     if target in _ADD | _SUB | _MUL | _DIV and len(args) == 2 and not kwargs:
         return _arithmetic(node, live, constants, context)
-    if target in (torch.cat, torch.concat) and live is not None:
+    if target in (torch.cat, torch.concat):
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-        parts = args[0] if args else kwargs.get("tensors", ())
+        parts: Any = args[0] if args else kwargs.get("tensors", ())
         if isinstance(dim, int) and dim != 0 and all(map(live, parts)):
             return Bound(1.0, "side by side", slope=0.0), "cat"
     if target is F.pad and number == 1 and kwargs.get("mode", "constant") == "constant":
-        pads = kwargs.get("pad", args[1] if len(args) > 1 else ())
+        pads: Any = kwargs.get("pad", args[1] if len(args) > 1 else ())
         if len(args) <= 2 and all(isinstance(p, int) and p >= 0 for p in pads):
             return Bound(1.0, "constants around the image", slope=0.0), "chain"
     raise _unknown(node, context, words)
+
+
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+
+
+def writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operation overwrites its (first) argument."""
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    # whether a positional flag says so is not looked up: True among the arguments is enough
+    flagged = bool(node.kwargs.get("inplace", False)) or any(a is True for a in node.args[1:])
+    return node.target in _IN_PLACE or flagged
 
 
 def _unknown(node: fx.Node, context: Context, words: str | None = None) -> BoundError:

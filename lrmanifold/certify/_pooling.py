@@ -70,9 +70,7 @@ def _adaptive(module: Any, context: Context) -> list[torch.Tensor]:
     d = _dims(module)
     sizes = context.need_shape("adaptive pooling needs the size of the images")[-d:]
     out = _tuple(module.output_size, d) if module.output_size is not None else (None,) * d
-    return [
-        _windows(n, n if want is None else want) for n, want in zip(sizes, out, strict=True)
-    ]
+    return [_windows(n, n if want is None else want) for n, want in zip(sizes, out, strict=True)]
 
 
 @bounded(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)

@@ -42,7 +42,7 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
-    """The graph of `model` in evaluation mode, or :class:`BoundError` that names what is in the way.
+    """The graph of `model` in evaluation mode, or :class:`BoundError` that names the obstacle.
 
     Control flow that depends on the input, hooks, several inputs or outputs and functions without
     a bound all end here or in the evaluation: what cannot be followed is never skipped.
@@ -97,7 +97,12 @@ def float64_copy(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     known: dict[int, Any] = {}
     for module in twin.modules():
-        for store in (module._parameters, module._buffers, module.__dict__):
+        stores: tuple[dict[str, Any], ...] = (
+            module._parameters,
+            module._buffers,
+            module.__dict__,
+        )
+        for store in stores:
             for key, value in list(store.items()):
                 if isinstance(value, Tensor):
                     store[key] = _widened(key, value, known)
@@ -136,53 +141,67 @@ class Recorder(fx.Interpreter):
         value = super().run_node(n)
         if isinstance(value, Tensor) and value.is_floating_point():
             self.shapes[n.name] = tuple(value.shape)
-            if value.ndim > 1 and value.shape[0] == self.batch and n.op != "get_attr":
-                self.norms[n.name] = value.flatten(1).norm(dim=1)
+            if value.ndim and value.shape[0] == self.batch and n.op != "get_attr":
+                self.norms[n.name] = value.reshape(len(value), -1).norm(dim=1)
         return value
 
 
-def shapes_of(graph: fx.GraphModule, model: nn.Module, input_shape: Sequence[int]) -> dict[str, Shape]:
-    """Shapes without the batch of all values, from a run on two random samples.
+class Trial:
+    """A run of the graph on two random samples: its shapes, and whether the model does the same."""
 
-    The graph must give what the model gives, and each sample what it gives alone: a trace that
-    missed something, or a forward that mixes samples, is an error here.
-    """
-    size = tuple(input_shape)
-    if not size or not all(isinstance(n, int) and n > 0 for n in size):
-        raise ValueError(f"input_shape must be positive integers without the batch, got {size}")
-    like = next(
-        (p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()),
-        torch.zeros(()),
-    )
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(2, *size, generator=generator).to(like)
-    recorder = Recorder(graph)
-    recorder.batch = 2
-    with torch.no_grad(), evaluation_mode(model), evaluation_mode(graph):
-        try:
-            z = recorder.run(x)
-            whole, alone = model(x), model(x[1:])
-        except RuntimeError as error:
-            raise BoundError(f"input_shape {size} does not fit: {str(error).splitlines()[0]}") from error
-    if not isinstance(z, Tensor) or not isinstance(whole, Tensor):
-        raise BoundError(f"the model must give one tensor, got {type(whole).__name__}")
-    rough = 1e-9 if x.dtype == torch.float64 else 1e-2
-    for found, words in ((z, "its traced graph"), (torch.cat((whole[:1], alone)), "one sample alone")):
-        same = found.shape == whole.shape
-        if not same or not torch.allclose(found, whole, rtol=rough, atol=rough):
-            raise BoundError(
-                f"the model does not give the same as {words}: its forward is random, mixes samples "
-                "or does what a trace does not see"
+    def __init__(self, graph: fx.GraphModule, model: nn.Module, input_shape: Sequence[int]) -> None:
+        self.graph, self.model, self.size = graph, model, tuple(input_shape)
+        if not self.size or not all(isinstance(n, int) and n > 0 for n in self.size):
+            raise ValueError(
+                f"input_shape must be positive integers without the batch, got {self.size}"
             )
-    live = live_nodes(graph)
-    for node in graph.graph.nodes:
-        shape = recorder.shapes.get(node.name)
-        if node.op in ("call_module", "call_function", "call_method") and shape is not None:
-            if node.name in live and (not shape or shape[0] != 2):
+        tensors = [*model.parameters(), *model.buffers()]
+        like = next((p for p in tensors if p.is_floating_point()), torch.zeros(()))
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.rand(2, *self.size, generator=generator).to(like)
+        self.recorder = Recorder(graph)
+        self.recorder.batch = 2
+        self.output: Any = None
+        self.failure: Exception | None = None
+        with torch.no_grad(), evaluation_mode(model), evaluation_mode(graph):
+            try:
+                self.output = self.recorder.run(self.x.clone())
+            except Exception as error:
+                # told later: a module without a bound is the better message
+                self.failure = error
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Shapes without the batch, of all values that have one."""
+        found = self.recorder.shapes.items()
+        return {name: shape[1:] for name, shape in found if shape and shape[0] == 2}
+
+    def check(self, live: set[str]) -> None:
+        """The graph gives what the model gives, and each sample what it gives alone."""
+        if self.failure is not None:
+            reason = str(self.failure).splitlines()[0]
+            raise BoundError(f"input_shape {self.size} does not fit: {reason}") from self.failure
+        for node in self.graph.graph.nodes:
+            shape = self.recorder.shapes.get(node.name)
+            wrong = shape is not None and (not shape or shape[0] != 2)
+            if wrong and node.name in live and node.op != "output":
                 raise BoundError(f"{node.name}: the first dimension is no longer the batch")
-    return {
-        name: shape[1:] for name, shape in recorder.shapes.items() if shape and shape[0] == 2
-    }
+        z = self.output
+        with torch.no_grad(), evaluation_mode(self.model):
+            whole, alone = self.model(self.x.clone()), self.model(self.x[1:].clone())
+        if not isinstance(z, Tensor) or not isinstance(whole, Tensor):
+            raise BoundError(f"the model must give one tensor, got {type(whole).__name__}")
+        rough = 1e-9 if self.x.dtype == torch.float64 else 1e-2
+        for found, words in (
+            (z, "its traced graph"),
+            (torch.cat((whole[:1], alone)), "one sample alone"),
+        ):
+            same = found.shape == whole.shape
+            if not same or not torch.allclose(found, whole, rtol=rough, atol=rough):
+                raise BoundError(
+                    f"the model does not give the same as {words}: its forward is random, mixes "
+                    "samples or does what a trace does not see"
+                )
 
 
 def live_nodes(graph: fx.GraphModule) -> set[str]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
@@ -172,11 +171,12 @@ def module_bound(module: nn.Module, context: Context) -> Bound:
     found = function(module, context)
     if not isinstance(found, Bound):
         found = Bound(found, "register_bound")
-    value = float(torch.as_tensor(found.norm).detach())
+    norm = found.norm
+    value = float(norm.detach()) if isinstance(norm, Tensor) else float(norm)
     if not 0.0 <= value < float("inf"):
         raise BoundError(
-            f"{context.name or 'the model'} ({type(module).__name__}): its bound must be finite and "
-            f"at least 0, got {value}"
+            f"{context.name or 'the model'} ({type(module).__name__}): its bound must be finite "
+            f"and at least 0, got {value}"
         )
     return found
 

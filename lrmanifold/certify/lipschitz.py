@@ -1,4 +1,4 @@
-"""Lipschitz constants of whole networks: a sound report, and a differentiable bound to train with."""
+"""Lipschitz constants of whole networks: a sound report, and a bound to train with."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 
 from ..robustness import evaluation_mode
 from . import _elementwise, _pooling  # noqa: F401  (their bounds enter the registry)
-from ._linear_maps import HEADS, NORMS, can_scale, dense_head, linear_bound, norm_scale
-from ._operations import operation, reads_shape
-from ._trace import float64_copy, live_nodes, no_bound, shapes_of, trace
-from .bounds import Bound, BoundError, Context, Shape, find_bound, module_bound
+from ._linear_maps import HEADS, NORMS, can_scale, dense_head, head_error, linear_bound, norm_scale
+from ._operations import operation, rearranges, shape_nodes, writes_in_place
+from ._trace import Trial, float64_copy, live_nodes, no_bound, trace
+from .bounds import Bound, BoundError, Context, find_bound, module_bound
 
 _UP = 1.0 + 1e-14
 
@@ -53,7 +53,6 @@ class Evaluation:
 
     total: dict[str, Any]
     local: dict[str, Bound]
-    joined: dict[str, str]
     rows: list[Row]
 
 
@@ -81,15 +80,18 @@ class LipschitzBound:
     def __init__(self, model: nn.Module, input_shape: Sequence[int] | None = None) -> None:
         self.model = model
         self.graph = trace(model)
-        self.shapes = {} if input_shape is None else shapes_of(self.graph, model, input_shape)
+        trial = None if input_shape is None else Trial(self.graph, model, input_shape)
+        self.shapes = {} if trial is None else trial.shapes
         self.input_shape = None if input_shape is None else tuple(input_shape)
         self._memory: dict[str, Tensor] = {}
-        self._live = live_nodes(self.graph)
+        self._live, self._static = live_nodes(self.graph), shape_nodes(self.graph)
         self._modules = dict(self.graph.named_modules())
         self.output = next(n for n in self.graph.graph.nodes if n.op == "output").args[0]
         if not isinstance(self.output, fx.Node) or self.output.name not in self._live:
             raise BoundError("the model must give one tensor that depends on its input")
         self.walk(exact=False)
+        if trial is not None:
+            trial.check(self._live)
 
     def head(self) -> nn.Module | None:
         """The linear layer that gives the logits, or None if something comes after it."""
@@ -108,23 +110,18 @@ class LipschitzBound:
 
     def walk(self, *, exact: bool) -> Evaluation:
         """The bounds of every value, in the order of the forward."""
-        found = Evaluation({}, {}, {}, [])
-        static: set[str] = set()
+        found = Evaluation({}, {}, [])
         with evaluation_mode(self.model):
             for node in self.graph.graph.nodes:
                 if node.op == "placeholder":
                     found.total[node.name] = 1.0
-                elif node.op == "output" or node.name not in self._live:
-                    continue
-                elif reads_shape(node, static):
-                    static.add(node.name)
-                else:
-                    self._visit(node, found, static, exact)
+                elif node.op != "output" and self._is_live(node):
+                    self._visit(node, found, exact)
         return found
 
-    def _visit(self, node: fx.Node, found: Evaluation, static: set[str], exact: bool) -> None:
-        sources = [n for n in node.all_input_nodes if n.name in self._live and n.name not in static]
-        used = [n for n in node.all_input_nodes if n.name in static]
+    def _visit(self, node: fx.Node, found: Evaluation, exact: bool) -> None:
+        sources = [n for n in node.all_input_nodes if self._is_live(n)]
+        used = [n for n in node.all_input_nodes if n.name in self._static]
         context = Context(
             exact,
             str(node.target) if node.op == "call_module" else node.name,
@@ -140,26 +137,44 @@ class LipschitzBound:
                 raise BoundError(f"{context.name}: a module with one input is needed here")
             bound, join = module_bound(module, context), "chain"
         else:
-            bound, join = operation(node, self._is_live, self._constant, context)
-            shaped = join == "chain" and bound.how == "rearranges entries"
-            if used and not shaped:
+            if used and not rearranges(node):
                 raise BoundError(f"{context.name}: computes with the shape of its input")
-        total = self._total(bound, join, [found.total[n.name] for n in _repeated(node, sources)])
+            bound, join = operation(node, self._is_live, self._constant, context)
+        total = self._total(bound, join, [found.total[n.name] for n in repeated(node, sources)])
         if isinstance(module, NORMS):
             total = self._folded(node, sources[0], found, context, total)
         if exact:
             total = float(total) * _UP
-        before = [float(torch.as_tensor(found.total[n.name]).detach()) for n in sources]
+        before = [_number(found.total[n.name]) for n in sources]
+        self._refuse_in_place(node, module)
         found.total[node.name], found.local[node.name] = total, bound
-        found.joined[node.name] = join
-        kind = type(module).__name__ if module is not None else str(
-            getattr(node.target, "__name__", node.target)
+        kind = (
+            type(module).__name__
+            if module is not None
+            else str(getattr(node.target, "__name__", node.target))
         )
-        value = float(torch.as_tensor(total).detach())
+        value = _number(total)
         own = value / before[0] if len(before) == 1 and before[0] > 0 else _number(bound.norm)
         if exact:
             own = _number(bound.norm) if abs(own - _number(bound.norm)) < 1e-12 * own else own
             found.rows.append(Row(context.name, kind, own, value, bound.how, bound.map_cond))
+
+    def _refuse_in_place(self, node: fx.Node, module: nn.Module | None) -> None:
+        """What is overwritten must not be read elsewhere: there it would be another value."""
+        if not writes_in_place(node, module):
+            return
+        source = node.all_input_nodes[0]
+        while source.name in self._live:
+            if len(source.users) > 1:
+                name = node.target if module is not None else node.name
+                raise BoundError(
+                    f"{name} overwrites a value that is used elsewhere too, so what the others "
+                    "read depends on the order: use the form that is not in place"
+                )
+            if source.op == "placeholder":
+                return
+            # a view, or a module that may have returned one, shares its memory
+            source = source.all_input_nodes[0]
 
     def _total(self, bound: Bound, join: str, totals: list[Any]) -> Any:
         if join == "sum":
@@ -175,23 +190,24 @@ class LipschitzBound:
         layer = self._modules[str(before.target)] if before.op == "call_module" else None
         if layer is None or not can_scale(layer) or find_bound(layer) is None:
             return total
+        shape = self.shapes.get(before.name)
+        if isinstance(layer, HEADS) and (shape is None or len(shape) != 1):
+            return total  # the norm's channels may be another dimension than the layer's outputs
         scale = norm_scale(self._modules[str(node.target)], context)
         source = before.all_input_nodes[0]
         inner = Context(
             context.exact,
-            str(before.target),
+            f"{before.target} with its batch norm",
             self.shapes.get(source.name),
-            self.shapes.get(before.name),
-            # a weight of its own for the power iteration
-            {} if not context.exact else self._memory,
+            shape,
+            self._memory,
         )
-        if len(self.shapes.get(before.name, (0,))) == 1 or scale.ndim == 1:
-            pair = linear_bound(layer, inner, scale).norm * found.total[source.name]
-            return pair if float(torch.as_tensor(pair)) < float(torch.as_tensor(total)) else total
-        return total
+        pair = linear_bound(layer, inner, scale).norm * found.total[source.name]
+        return pair if _number(pair) < _number(total) else total
 
     def _is_live(self, value: Any) -> bool:
-        return isinstance(value, fx.Node) and value.name in self._live
+        known = isinstance(value, fx.Node)
+        return known and value.name in self._live and value.name not in self._static
 
     def _constant(self, value: Any) -> Any:
         """The value of an argument that does not depend on the input."""
@@ -205,7 +221,7 @@ class LipschitzBound:
         return found
 
 
-def _repeated(node: fx.Node, sources: list[fx.Node]) -> list[fx.Node]:
+def repeated(node: fx.Node, sources: list[fx.Node]) -> list[fx.Node]:
     """The live arguments as often as they occur: x + x is two."""
     flat: list[fx.Node] = []
 
@@ -223,13 +239,20 @@ def _repeated(node: fx.Node, sources: list[fx.Node]) -> list[fx.Node]:
 
 
 def _number(value: Any) -> float:
-    return float(torch.as_tensor(value).detach())
+    # as_tensor would round a float to torch's default dtype
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 
 def digest(model: nn.Module) -> str:
     """A fingerprint of all numbers of a model, by which a stale report is noticed."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+    found = hashlib.blake2b(repr(model).encode(), digest_size=16)
+    loose = [
+        (f"{name}.{key}", value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
+    for name, value in [*model.named_parameters(), *model.named_buffers(), *loose]:
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         raw = value.detach().as_subclass(Tensor).cpu().contiguous().flatten().view(torch.uint8)
         found.update(raw.numpy().tobytes())
@@ -261,11 +284,9 @@ class LipschitzReport:
         if self.head is None:
             return None
         with torch.no_grad():
-            W = dense_head(self.head).double()
+            W, error = dense_head(self.head).double(), head_error(self.head)
             gaps = torch.stack([(W - row).norm(dim=1) for row in W])
-            # the rounding of W itself where it is a product, and of the norm
-            error = 2.0**-53 * 8.0 * (W.shape[1] + 8) * float(W.norm()) * W.shape[0] ** 0.5
-            return gaps * (1.0 + 4.0 * (W.shape[1] + 8) * 2.0**-53) + error
+            return gaps * (1.0 + 4.0 * (W.shape[1] + 8) * 2.0**-53) + 2.0 * error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and words."""

@@ -100,6 +100,8 @@ class CertifiedLoss(nn.Module):
     certification on ImageNet*, NeurIPS 2023 (EMMA).
     """
 
+    steps: Tensor
+
     def __init__(
         self,
         eps: float,
@@ -129,14 +131,14 @@ class CertifiedLoss(nn.Module):
 
     def step(self) -> None:
         """Advance the schedule by one; kept in the state dict."""
-        self.steps += 1  # type: ignore[operator]
+        self.steps.add_(1)
 
     @property
     def current_eps(self) -> float:
         """The radius that is trained for now."""
         if self.schedule is None:
             return self.eps
-        done = int(self.steps)  # type: ignore[arg-type]
+        done = int(self.steps)
         if callable(self.schedule):
             return self.eps * float(self.schedule(done))
         return self.eps * min(1.0, done / self.schedule)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..robustness import evaluation_mode
 from ._trace import Recorder
-from .bounds import BoundError, CertificationError
-from .lipschitz import LipschitzReport, digest, lipschitz
+from .bounds import CertificationError
+from .lipschitz import LipschitzReport, digest, lipschitz, repeated
 
 _UNIT = 2.0**-53
 
@@ -67,8 +67,8 @@ def _report(model: nn.Module, x: Tensor, bound: LipschitzReport | None) -> Lipsc
         raise TypeError(f"bound must be what lipschitz returns, got {type(bound).__name__}")
     if bound.network.input_shape != tuple(x.shape[1:]):
         raise ValueError(
-            f"bound is for inputs of shape {bound.network.input_shape}, x has {tuple(x.shape[1:])}: "
-            "make it by lipschitz(model, input_shape)"
+            f"bound is for inputs of shape {bound.network.input_shape}, x has "
+            f"{tuple(x.shape[1:])}: make it by lipschitz(model, input_shape)"
         )
     if bound.digest != digest(model):
         raise ValueError("bound belongs to other weights than the model's: make it anew")
@@ -84,7 +84,7 @@ def _radii(report: LipschitzReport, x: Tensor, y: Tensor | None) -> Tensor:
     recorder.batch = len(x)
     device = next((p.device for p in network.graph.parameters()), x.device)
     with evaluation_mode(network.graph):
-        z = recorder.run(x.detach().to(device).double())
+        z = recorder.run(x.detach().to(device, torch.float64, copy=True))
     if z.ndim != 2 or z.shape[1] < 2:
         raise ValueError(f"model must give logits (B, classes >= 2), got {tuple(z.shape)}")
     classes = z.shape[1]
@@ -120,11 +120,9 @@ def _forward_error(report: LipschitzReport, recorder: Recorder, size: Tensor) ->
         if node.op == "placeholder":
             errors[node.name] = torch.zeros_like(size)
         elif node.name in walked.local:
-            bound, join = walked.local[node.name], walked.joined[node.name]
-            sources = [n for n in node.all_input_nodes if n.name in errors]
+            bound = walked.local[node.name]
+            sources = repeated(node, [n for n in node.all_input_nodes if n.name in errors])
             e = torch.stack([errors[n.name] for n in sources]).sum(0)
-            if join == "sum" and len(sources) == 1:
-                e = 2.0 * e
             length = torch.zeros_like(size)
             for n in sources:
                 # of the computed value anywhere in the ball
@@ -198,14 +196,20 @@ def verified_accuracy(
     right = count = 0
     attacked = dict.fromkeys(strengths, 0)
     for x, y in _batches(data, batch_size):
-        bound = _report(model, x, bound) if bound is None or not radii else bound
+        if bound is None or not radii:
+            bound = _report(model, x, bound)
+        elif bound.network.input_shape != tuple(x.shape[1:]):
+            raise ValueError(
+                f"all batches must have one shape, got {bound.network.input_shape} and "
+                f"{tuple(x.shape[1:])}: a bound depends on it"
+            )
         r = _radii(bound, x, y)
         correct = r > 0
         logits = _logits(bound, x)
         clean = logits.argmax(1) == y.to(logits.device)
         if bool((correct & ~clean).any()):
             raise CertificationError("a sample with a positive radius is misclassified")
-        right, count = right + int(clean.sum()), count + len(y)
+        right, before, count = right + int(clean.sum()), count, count + len(y)
         radii.append(r.cpu())
         if attack is not None:
             for e in strengths:
@@ -215,7 +219,7 @@ def verified_accuracy(
                 if wrong:
                     raise CertificationError(
                         f"eps={e:g}: {len(wrong)} certified samples were broken, for instance "
-                        f"number {count - len(y) + wrong[0]}, of radius {float(r[wrong[0]]):.6g}: "
+                        f"number {before + wrong[0]}, of radius {float(r[wrong[0]]):.6g}: "
                         "some bound is wrong"
                     )
         if progress is not None:
@@ -250,7 +254,7 @@ def _logits(report: LipschitzReport, x: Tensor) -> Tensor:
     graph = report.network.graph
     device = next((p.device for p in graph.parameters()), x.device)
     with evaluation_mode(graph):
-        return graph(x.detach().to(device).double())
+        return graph(x.detach().to(device, torch.float64, copy=True))
 
 
 def _attacked(
@@ -270,6 +274,3 @@ def _attacked(
     shrink = (eps / length).clamp_max(1.0).view(-1, *[1] * (x.ndim - 1))
     z = _logits(report, x.double() + shrink * change)
     return z.argmax(1) != y.to(z.device)
-
-
-__all__ = ["BoundError", "CertificationError", "radius", "verified_accuracy"]

@@ -109,9 +109,7 @@ def convolution_norm_estimate(
     For training: the same bounds without what covers rounding. The certificate is computed anew by
     :func:`convolution_norm`.
     """
-    form, patches = _prepare(
-        kernel, input_size, stride, padding, dilation, groups, padding_mode
-    )
+    form, patches = _prepare(kernel, input_size, stride, padding, dilation, groups, padding_mode)
     by_patches = patches * gram_norm(form.kernel.flatten(2), iterations=iterations).amax()
     if math.prod(form.kernel.shape[3:]) == 1:
         return by_patches
@@ -320,10 +318,10 @@ def _grid(
             need = 1
         elif input_size is not None:
             size = input_size[i]
-            if mode == "circular" and sum(pads[i]):
+            if mode == "circular" and any(pads[i]):
                 need = size // stride[i]
             else:
-                inside = size if mode == "zeros" else size + sum(pads[i])
+                inside = size if mode == "zeros" else size + pads[i][0] + pads[i][1]
                 need = math.ceil((inside + stride[i] - 1) / stride[i]) + n - 1
         coarse = max(_LARGEST_GRID, 8 * n)
         if need is not None and need <= coarse:

@@ -106,7 +106,7 @@ def orthonormality_defect_bound(Q: Tensor) -> Tensor:
         Q = Q.detach().double()
         gap = Q.mT @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
         error = rounding_of_products(Q.shape[-2]) * _frobenius(Q).square()
-        return _frobenius(gap) * _ROUND_UP + error
+        return spectral_norm_bound(gap) * _ROUND_UP + error
 
 
 def gram_norm(A: Tensor, *, iterations: int = 6) -> Tensor:

@@ -186,8 +186,12 @@ class FixedRank(geoopt.Manifold):
                 f"W must have rank at least {self.rank}, got numerical rank {found} in {dtype}"
             )
 
-    def project_core(self, S: Tensor) -> Tensor:
-        """Project the core S (..., r, r) onto the set; every invertible core is in it here."""
+    def project_core(self, S: Tensor, *, margin: float = 0.0) -> Tensor:
+        """Project the core S (..., r, r) onto the set; every invertible core is in it here.
+
+        `margin` asks for a point further inside where a bound was passed (see
+        :func:`lrmanifold.linalg.spectral_clip`); here there is no bound.
+        """
         return S
 
     # -- checks

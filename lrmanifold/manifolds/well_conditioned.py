@@ -77,10 +77,13 @@ class WellConditioned(FixedRank):
         scale = "" if self.scale == "free" else f", scale={self.scale:g}"
         return f"{super().extra_repr()}, tau={self.tau:g}, centre={self.centre!r}{scale}"
 
-    def project_core(self, S: Tensor) -> Tensor:
-        """The core with its spectrum clipped to a band of ratio 1 + tau, below `scale` if fixed."""
+    def project_core(self, S: Tensor, *, margin: float = 0.0) -> Tensor:
+        """The core with its spectrum clipped to a band of ratio 1 + tau, below `scale` if fixed.
+
+        `margin` is that of :func:`lrmanifold.linalg.spectral_clip`; a fixed band has none.
+        """
         if self.scale == "free":
-            return linalg.spectral_clip(S, self.tau, centre=self.centre)
+            return linalg.spectral_clip(S, self.tau, centre=self.centre, margin=margin)
         if self.tau == 0.0:
             return self.scale * linalg.polar(S)
         U, s, Vh = linalg.svd(S)

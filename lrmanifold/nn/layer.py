@@ -162,7 +162,7 @@ class LowRankLayer(WholeWeight):
             shape, dtype = self.weight.shape, linalg.compute_dtype(self.weight.dtype)
             X = M.random(*shape, dtype=dtype, device=self.weight.device)
             size = math.sqrt(M.m / (3.0 * M.rank)) if self.scale == "free" else self.scale
-            S = size * torch.eye(M.rank, dtype=dtype, device=X.device)
+            S = float(size) * torch.eye(M.rank, dtype=dtype, device=X.device)
             U, _, V = M.unpack(X)
             self.weight.copy_(M.pack(U, S.expand(*shape[:-2], -1, -1), V))
             if self.bias is not None:

@@ -242,7 +242,8 @@ def factored_step(
 def project_core(
     manifold: FixedRank, S: Tensor, margin: float, cores: linalg.ClipMemory | None
 ) -> Tensor:
-    if isinstance(manifold, WellConditioned) and (margin or cores is not None):
+    free = isinstance(manifold, WellConditioned) and manifold.scale == "free"
+    if isinstance(manifold, WellConditioned) and free and (margin or cores is not None):
         clip = linalg.spectral_clip if cores is None else cores.clip
         return clip(S, manifold.tau, centre=manifold.centre, margin=margin)
     return manifold.project_core(S)

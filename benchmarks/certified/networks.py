@@ -1,0 +1,144 @@
+"""The networks: the same shape for every method, with the layers of that method."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrmanifold import certify, linalg
+from lrmanifold.experiments.data import Dataset
+from lrmanifold.experiments.factors import TwoFactors
+from lrmanifold.nn import (
+    ConvexPotential,
+    LowRankConv2d,
+    LowRankLayer,
+    LowRankLinear,
+    MaxMin,
+    Patchify,
+)
+
+from .plan import Run
+
+
+def _product(pair: TwoFactors, context: certify.Context) -> Any:
+    """‖A Bᵀ‖₂ of the product, not the product of the two norms."""
+    layers: list[Any] = list(pair)
+    Bt, A = (layer.weight for layer in layers)
+    if not context.exact:
+        return _power(A, Bt, context)
+    Bt, A = Bt.double(), A.double()
+    error = linalg.rounding_of_products(A.shape[1]) * float(A.norm() * Bt.norm())
+    norm = float(linalg.spectral_norm_bound(A @ Bt)) + 2.0 * error
+    size = float(A.norm() * Bt.norm())
+    bias = float(layers[1].bias.double().norm())
+    slope = 5.0 * (Bt.shape[1] + A.shape[1] + 8) * size
+    return certify.Bound(norm, "product of both", slope=slope, offset=5.0 * bias)
+
+
+def _power(A: Tensor, Bt: Tensor, context: certify.Context) -> Tensor:
+    with torch.no_grad():
+        v, steps = context.memory.get(context.name), 3
+        if v is None or v.dtype != A.dtype:
+            generator = torch.Generator().manual_seed(0)
+            v, steps = torch.randn(Bt.shape[1], generator=generator).to(A), 30
+        for _ in range(steps):
+            u = nn.functional.normalize(A @ (Bt @ v), dim=0)
+            v = nn.functional.normalize(Bt.mT @ (A.mT @ u), dim=0)
+        context.memory[context.name] = v
+        u = nn.functional.normalize(A @ (Bt @ v), dim=0)
+    return (u @ A) @ (Bt @ v)
+
+
+certify.register_bound(TwoFactors, _product)
+
+
+def _linear(run: Run) -> Callable[[int, int], nn.Module]:
+    def make(n: int, m: int) -> nn.Module:
+        rank = min(run.rank or m, m, n)
+        if run.method == "low rank":
+            return LowRankLinear(n, m, rank, tau=0.0)
+        if run.method == "low rank tau 0.1":
+            return LowRankLinear(n, m, rank, tau=0.1)
+        if run.method == "orthogonal":
+            return LowRankLinear(n, m, min(m, n), tau=0.0)
+        if run.method == "factors":
+            return TwoFactors(nn.Linear(n, rank, bias=False), nn.Linear(rank, m))
+        return nn.Linear(n, m)
+
+    return make
+
+
+def build(run: Run, data: Dataset) -> nn.Sequential:
+    """The network of a run, from torch's global generator."""
+    channels, height, width = data.image_shape
+    make, classes = _linear(run), data.classes
+    if run.network == "mlp":
+        sizes = [channels * height * width, *run.widths]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for n, m in itertools.pairwise(sizes):
+            layers += [make(n, m), MaxMin()]
+        last = sizes[-1]
+    elif run.network == "potential":
+        last = run.widths[0]
+        first = channels * height * width
+        layers = [nn.Flatten(), LowRankLinear(first, last, 2 * run.rank, tau=0.0), MaxMin()]
+        layers += [ConvexPotential(last, run.rank) for _ in run.widths[1:]]
+    elif run.network == "tree":
+        layers, last, side = [], channels, height
+        for i, m in enumerate(run.widths):
+            if i < 3:
+                step = 4 if i == 0 else 2
+                n, side = last * step * step, side // step
+                rank = min(run.rank, n, m)
+                layers += [Patchify(step), LowRankConv2d(n, m, 1, rank, tau=0.0), MaxMin()]
+            else:
+                n = last if i > 3 else last * side * side
+                layers += [nn.Flatten()] if i == 3 else []
+                layers += [make(n, m), MaxMin()]
+            last = m
+    else:
+        raise ValueError(f"network must be 'mlp', 'potential' or 'tree', got {run.network!r}")
+    head = nn.Linear(last, classes)
+    with torch.no_grad():
+        head.weight.mul_(run.head)
+    return nn.Sequential(*layers, head)
+
+
+def truncate(model: nn.Sequential, rank: int) -> nn.Sequential:
+    """Each hidden dense layer as the two factors of its truncated SVD."""
+    layers: list[nn.Module] = []
+    for module in list(model)[:-1]:
+        if isinstance(module, nn.Linear):
+            U, s, Vh = linalg.svd(module.weight.detach().double())
+            first = nn.Linear(module.in_features, rank, bias=False)
+            second = nn.Linear(rank, module.out_features)
+            with torch.no_grad():
+                root = s[:rank].sqrt()
+                first.weight.copy_(root[:, None] * Vh[:rank])
+                second.weight.copy_(U[:, :rank] * root)
+                second.bias.copy_(module.bias)
+            layers.append(TwoFactors(first, second))
+        else:
+            layers.append(module)
+    return nn.Sequential(*layers, model[-1])
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """Numbers stored in training, and numbers that a deployed network needs.
+
+    Deployed: of each low-rank weight the two factors with the core folded in, or the dense matrix
+    where that is smaller.
+    """
+    stored = sum(p.numel() for p in model.parameters())
+    deployed = stored
+    for module in model.modules():
+        if isinstance(module, LowRankLayer):
+            M = module.manifold
+            copies = module.weight.shape[:-2].numel()
+            # a convex potential needs α beside them; the layer alone does not
+            deployed += copies * min(M.m * M.n, (M.m + M.n) * M.rank) - module.weight.numel()
+    return {"stored": stored, "deployed": deployed}

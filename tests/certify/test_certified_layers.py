@@ -1,0 +1,172 @@
+"""Activations and blocks that a certified network is built with, and a weight of fixed size."""
+
+from __future__ import annotations
+
+import math
+
+import geoopt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import lrmanifold as lrm
+from lrmanifold.nn import ConvexPotential, LowRankConv2d, LowRankLinear, MaxMin, Patchify, Residual
+
+
+def test_maxmin_sorts_pairs_and_keeps_lengths(device):
+    x = torch.tensor([[1.0, 5.0, 3.0, 2.0, 7.0]], device=device)
+    assert MaxMin()(x).tolist() == [[3.0, 5.0, 1.0, 2.0, 7.0]]
+    images = torch.randn(3, 6, 4, 4, device=device)
+    y = MaxMin()(images)
+    assert torch.allclose(y.flatten(1).sort(1).values, images.flatten(1).sort(1).values)
+    assert torch.equal(MaxMin(-1)(images), MaxMin(3)(images))
+    with pytest.raises(ValueError, match="dim"):
+        MaxMin(0)
+
+
+def test_patchify_is_a_permutation_of_entries(device):
+    x = torch.arange(48.0, device=device).view(1, 3, 4, 4)
+    y = Patchify(2)(x)
+    assert y.shape == (1, 12, 2, 2)
+    assert torch.equal(y.flatten().sort().values, x.flatten())
+    kernel = torch.randn(5, 3, 2, 2, device=device)
+    ones = nn.functional.conv2d(y, kernel.flatten(1)[:, :, None, None])
+    assert torch.allclose(ones, nn.functional.conv2d(x, kernel, stride=2), atol=1e-5)
+    with pytest.raises(ValueError, match="multiples of 3"):
+        Patchify(3)(x)
+
+
+def test_residual_adds_and_refuses_another_shape():
+    block = Residual(nn.Linear(4, 4), nn.ReLU())
+    x = torch.randn(2, 4)
+    assert torch.equal(block(x), x + block.block(x))
+    with pytest.raises(ValueError, match="keep the shape"):
+        Residual(nn.Linear(4, 1))(x)
+    with pytest.raises(ValueError, match="at least one"):
+        Residual()
+
+
+@given(st.integers(0, 500), st.integers(1, 8), st.sampled_from((0.0, 0.1, 2.0)))
+def test_a_convex_potential_never_stretches(seed, rank, tau):
+    torch.manual_seed(seed)
+    layer = ConvexPotential(8, rank, tau=tau).double()
+    with torch.no_grad():
+        layer.layer.weight.copy_(layer.layer.manifold.random(dtype=torch.float64))
+    x, y = torch.randn(2, 50, 8, dtype=torch.float64)
+    # near pairs too: there the derivative decides
+    y = torch.cat((y, x + 1e-4 * y))
+    x = torch.cat((x, x))
+    stretch = (layer(x) - layer(y)).norm(dim=1) / (x - y).norm(dim=1)
+    assert float(stretch.max()) <= 1.0 + 1e-9
+    J = torch.func.jacrev(layer)(x[0])
+    assert float(torch.linalg.matrix_norm(J, 2)) <= 1.0 + 1e-9
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.1, None])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_sigma_max_is_the_spectral_norm_and_its_gradient(tau, kind, device):
+    torch.manual_seed(1)
+    if kind == "linear":
+        layer = LowRankLinear(9, 7, 3, tau=tau, dtype=torch.float64)
+    else:
+        layer = LowRankConv2d(4, 6, 3, 2, groups=2, tau=tau, dtype=torch.float64)
+    layer = layer.to(device)
+    M = layer.manifold
+    with torch.no_grad():
+        layer.weight.copy_(M.random(*layer.weight.shape, dtype=torch.float64, device=device))
+    dense = torch.linalg.matrix_norm(M.to_dense(layer.weight.detach()), 2)
+    found = layer.sigma_max()
+    assert found.shape == layer.weight.shape[:-2]
+    assert torch.allclose(found.detach(), dense)
+    found.sum().backward()
+    # against finite differences along a direction of the core
+    with torch.no_grad():
+        size = 1e-6
+        moved = layer.weight.detach().as_subclass(torch.Tensor).clone()
+        core = M.unpack(moved).S
+        core.mul_(1.0 + size)
+        slope = (torch.linalg.matrix_norm(core, 2) - found).sum() / size
+        S = M.unpack(layer.weight.detach()).S
+        along = (M.unpack(layer.weight.grad).S * S).sum()
+    assert float(along) == pytest.approx(float(slope), rel=1e-4)
+    if tau == 0.0:
+        assert torch.equal(layer.alpha, layer.sigma_max())
+    else:
+        with pytest.raises(ValueError, match="sigma_max"):
+            _ = layer.alpha
+
+
+@given(
+    st.integers(0, 500),
+    st.integers(1, 5),
+    st.sampled_from((0.0, 0.1, 1.0)),
+    st.sampled_from((0.5, 1.0, 3.0)),
+)
+def test_a_fixed_scale_is_the_nearest_core_in_the_band(seed, r, tau, scale):
+    M = lrm.WellConditioned(8, 6, r, tau=tau, scale=scale)
+    generator = torch.Generator().manual_seed(seed)
+    S = torch.randn(r, r, generator=generator, dtype=torch.float64)
+    P = M.project_core(S)
+    s = torch.linalg.svdvals(P)
+    assert float(s.max()) <= scale * (1 + 1e-12)
+    assert float(s.min()) >= scale / (1 + tau) * (1 - 1e-12)
+    assert torch.allclose(M.project_core(P), P, atol=1e-10)
+    # no point of the set is nearer: a convex box in the spectrum
+    for _ in range(5):
+        Q = torch.linalg.qr(torch.randn(r, r, generator=generator, dtype=torch.float64)).Q
+        R = torch.linalg.qr(torch.randn(r, r, generator=generator, dtype=torch.float64)).Q
+        inside = torch.rand(r, generator=generator, dtype=torch.float64)
+        values = scale / (1 + tau) + inside * (scale - scale / (1 + tau))
+        assert (S - P).norm() <= (S - Q * values @ R).norm() + 1e-10
+
+
+@pytest.mark.parametrize(("tau", "scale"), [(0.0, 1.0), (0.1, 2.0)])
+@pytest.mark.parametrize("optimizer", ["CondLR", "CondLRAdam", "CondLRMuon", "geoopt"])
+def test_a_fixed_scale_holds_through_training(tau, scale, optimizer):
+    torch.manual_seed(0)
+    layer = LowRankLinear(10, 8, 4, tau=tau, scale=scale)
+    assert f"scale={scale:g}" in repr(layer)
+    assert float(layer.sigma_max()) == pytest.approx(scale, rel=1e-5)
+    kinds = {"geoopt": geoopt.optim.RiemannianSGD}
+    if optimizer != "geoopt" and not hasattr(lrm.optim, optimizer):
+        pytest.skip(f"no {optimizer} yet")
+    make = kinds.get(optimizer) or getattr(lrm.optim, optimizer)
+    opt = make(layer.parameters(), lr=0.05)
+    for _ in range(12):
+        opt.zero_grad()
+        layer(torch.randn(16, 10)).square().sum().backward()
+        opt.step()
+        s = torch.linalg.svdvals(layer.manifold.to_dense(layer.weight.detach()))[:4]
+        assert float(s.max()) <= scale * (1 + 1e-5)
+        assert float(s.min()) >= scale / (1 + tau) * (1 - 1e-5)
+
+
+def test_a_fixed_scale_goes_through_conversion_copies_and_checkpoints(tmp_path):
+    model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 12))
+    lrm.factorize(model, rank=4, tau=0.0, scale=1.0)
+    assert all(float(layer.sigma_max().detach()) == pytest.approx(1.0) for layer in model[::2])
+    other = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 12))
+    lrm.factorize(other, rank=4, tau=0.0, scale=1.0, init="random")
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(3, 20)
+    assert torch.equal(model(x), other(x))
+    # a weight of another size is off the manifold
+    lrm.factorize(free := nn.Sequential(nn.Linear(20, 16)), rank=4, tau=0.0)
+    with torch.no_grad():
+        free[0].manifold.unpack(free[0].weight).S.mul_(3.0)
+    one = LowRankLinear(20, 16, 4, tau=0.0, scale=1.0)
+    with pytest.raises(RuntimeError, match="scale"):
+        one.load_state_dict(free[0].state_dict())
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan, "one", None, True])
+def test_a_wrong_scale_is_named(scale):
+    with pytest.raises(ValueError, match="scale"):
+        lrm.WellConditioned(5, 4, 2, tau=0.0, scale=scale)
+
+
+def test_scale_without_a_bound_is_refused():
+    with pytest.raises(ValueError, match="tau=None"):
+        LowRankLinear(4, 4, 2, tau=None, scale=1.0)

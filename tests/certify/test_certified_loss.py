@@ -1,0 +1,192 @@
+"""Training for certificates: worst-case logits, losses, and what they do to a network."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lrmanifold as lrm
+from lrmanifold import certify
+from lrmanifold.nn import ConvexPotential, LowRankConv2d, LowRankLinear, MaxMin, Patchify
+
+
+def network(tau=0.0):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), LowRankLinear(16, 8, 4, tau=tau), MaxMin(), nn.Linear(8, 6), nn.ReLU(),
+        nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+def test_worst_case_logits_keep_the_class_exactly_where_a_sample_is_certified(device):
+    model = network().to(device)
+    x = torch.randn(200, 1, 4, 4, device=device)
+    z = model(x)
+    y = z.argmax(1)
+    bound = certify.LipschitzBound(model, (1, 4, 4))
+    r = certify.radius(model, x, y)
+    for eps in (0.05, 0.2, 0.5):
+        worst = certify.worst_case_logits(bound, z, y, eps)
+        safe = worst.argmax(1) == y
+        clear = (r - eps).abs() > 1e-4 * eps  # float32 and a few power iterations
+        assert torch.equal(safe[clear], (r > eps)[clear])
+    assert torch.equal(certify.worst_case_logits(bound, z, y, 0.0), z)
+    own = torch.arange(len(y), device=device)
+    assert torch.equal(certify.worst_case_logits(model, z, y, 1.0)[own, y], z[own, y])
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.1])
+def test_the_bound_is_differentiated_against_finite_differences(tau):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(), LowRankLinear(6, 5, 3, tau=tau), MaxMin(), ConvexPotential(5, 2, tau=tau),
+        nn.Linear(5, 3),
+    ).double()  # fmt: skip
+    x, y = torch.randn(7, 6, dtype=torch.float64), torch.randint(0, 3, (7,))
+    bound = certify.LipschitzBound(model, (6,))
+    loss = certify.CertifiedLoss(0.3)
+
+    def value():
+        return loss(bound, model(x), y)
+
+    value().backward()
+    generator = torch.Generator().manual_seed(1)
+    for p in (model[4].weight, model[4].bias):
+        step = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            p.add_(1e-6 * step)
+            up = value()
+            p.sub_(2e-6 * step)
+            down = value()
+            p.add_(1e-6 * step)
+        slope = float((up - down) / 2e-6)
+        assert float((p.grad * step).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-8)
+    # along the size of the core, which is what the bound is about
+    layer = model[1]
+    along = (
+        layer.manifold.unpack(layer.weight.grad).S * layer.manifold.unpack(layer.weight).S
+    ).sum()
+    values = []
+    for size in (1 + 1e-6, (1 - 1e-6) / (1 + 1e-6)):
+        with torch.no_grad():
+            layer.manifold.unpack(layer.weight).S.mul_(size)
+        values.append(float(value().detach()))
+    assert float(along) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "trades", "emma"])
+def test_losses_fall_between_the_plain_and_the_worst_case(kind):
+    model = network()
+    x, y = torch.randn(64, 16), torch.randint(0, 3, (64,))
+    bound = certify.LipschitzBound(model, (16,))
+    z = model(x)
+    plain = F.cross_entropy(z, y)
+    assert float(certify.CertifiedLoss(0.0, kind=kind)(bound, z, y)) == pytest.approx(
+        float(plain), rel=1e-6
+    )
+    found = certify.CertifiedLoss(0.5, kind=kind)(bound, z, y)
+    worst = F.cross_entropy(certify.worst_case_logits(bound, z, y, 0.5), y)
+    assert float(plain) < float(found)
+    if kind == "cross_entropy":
+        assert float(found) == pytest.approx(float(worst), rel=1e-6)
+    if kind == "emma":
+        assert float(found) <= float(worst)
+        # nowhere does a rival get more than makes it win
+        with torch.no_grad():
+            slack = certify.worst_case_logits(bound, z, y, 1.0) - z
+            room = (z.gather(1, y[:, None]) - z) / slack.clamp_min(1e-30)
+            raised = z + room.clamp(0, 0.5) * slack
+        assert float(found) == pytest.approx(float(F.cross_entropy(raised, y)), rel=1e-5)
+    found.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_schedules_ramp_and_are_saved():
+    loss = certify.CertifiedLoss(0.4, 4)
+    seen = []
+    for _ in range(6):
+        seen.append(loss.current_eps)
+        loss.step()
+    assert seen == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.4])
+    other = certify.CertifiedLoss(0.4, 4)
+    other.load_state_dict(loss.state_dict())
+    assert other.current_eps == 0.4
+    half = certify.CertifiedLoss(0.4, lambda step: 0.5)
+    assert half.current_eps == 0.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"eps": -1.0}, "eps"), ({"eps": math.nan}, "eps"),
+        ({"eps": 1.0, "schedule": 0}, "schedule"),
+        ({"eps": 1.0, "schedule": 2.5}, "schedule"), ({"eps": 1.0, "kind": "hinge"}, "kind"),
+        ({"eps": 1.0, "weight": 0.0}, "weight"), ({"eps": 1.0, "temperature": -1.0}, "temperature"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_a_loss_are_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        certify.CertifiedLoss(**arguments)
+
+
+def test_logits_of_another_shape_are_named():
+    with pytest.raises(ValueError, match="logits"):
+        certify.worst_case_logits(network(), torch.zeros(3), torch.zeros(3, dtype=torch.long), 0.1)
+
+
+def test_training_raises_the_verified_accuracy():
+    torch.manual_seed(0)
+    x = torch.randn(256, 1, 4, 4)
+    y = (x.flatten(1)[:, 0] > 0).long() + 2 * (x.flatten(1)[:, 1] > 0).long()
+    model = nn.Sequential(
+        Patchify(2), LowRankConv2d(4, 12, 1, 4, tau=0.0), MaxMin(), nn.Flatten(),
+        LowRankLinear(48, 16, 8, tau=0.0), MaxMin(), nn.Linear(16, 4),
+    )  # fmt: skip
+    bound = certify.LipschitzBound(model, (1, 4, 4))
+    loss = certify.CertifiedLoss(0.1, 60)
+    optimizer = lrm.optim.CondLRAdam(lrm.optim.param_groups(model), lr=0.02)
+    before = certify.verified_accuracy(model, (x, y), 0.05)["verified"][0.05]
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss(bound, model(x), y).backward()
+        optimizer.step()
+        loss.step()
+    found = certify.verified_accuracy(
+        model, (x, y), (0.0, 0.05, 0.2), attack=lrm.robustness.pgd, norm="l2", steps=10, clip=None,
+        batch_size=100, progress=(seen := []).append,
+    )  # fmt: skip
+    assert seen == [100, 200, 256]
+    assert found["verified"][0.05] > before + 0.3
+    assert found["count"] == 256
+    for eps in (0.0, 0.05, 0.2):
+        assert found["verified"][eps] <= found["attacked"][eps] <= found["clean"]
+    assert found["verified"][0.2] <= found["verified"][0.05]
+
+
+def test_wrong_arguments_of_verified_accuracy_are_named():
+    model, x, y = network(), torch.randn(4, 16), torch.zeros(4, dtype=torch.long)
+    for eps in (-0.1, (), math.inf):
+        with pytest.raises(ValueError, match="eps"):
+            certify.verified_accuracy(model, (x, y), eps)
+    with pytest.raises(TypeError, match="attack"):
+        certify.verified_accuracy(model, (x, y), 0.1, steps=3)
+    with pytest.raises(ValueError, match="equally long"):
+        certify.verified_accuracy(model, (x, y[:3]), 0.1)
+    with pytest.raises(ValueError, match="no samples"):
+        certify.verified_accuracy(model, [], 0.1)
+    with pytest.raises(ValueError, match=r"0\.\.2"):
+        certify.radius(model, x, y + 3)
+    with pytest.raises(ValueError, match="integer classes"):
+        certify.radius(model, x, y.float())
+    with pytest.raises(ValueError, match="finite"):
+        certify.radius(model, x * math.nan)
+    with pytest.raises(ValueError, match="floating point"):
+        certify.radius(model, y)
+    conv = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    parts = [(torch.randn(2, 1, n, n), torch.zeros(2, dtype=torch.long)) for n in (5, 6)]
+    with pytest.raises(ValueError, match="one shape"):
+        certify.verified_accuracy(conv, parts, 0.1)
