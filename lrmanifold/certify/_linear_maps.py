@@ -62,7 +62,7 @@ def head_error(module: Any) -> float:
         return 0.0
     size = sum(_size(X.U) * _size(X.S) * _size(X.V) for X in points)
     inner = 2 * points[0].S.shape[-1] + 8
-    own = _size(module.weight) if isinstance(module, LowRankAdapter) else 0.0
+    own = _size(module.base_weight) if isinstance(module, LowRankAdapter) else 0.0
     return linalg.rounding_of_products(inner) * (size + own)
 
 
@@ -70,9 +70,10 @@ def adapter_weight(module: Any) -> Tensor:
     """The weight of a Linear, or of an adapter with its update, with gradients."""
     if not isinstance(module, LowRankAdapter):
         return module.weight
+    # not its property, which is formed in another order and rounded to the dtype
     now, M = module.update.factors, module.update.manifold
     start = M.unpack(module.start)
-    return module.weight + now.U @ now.S @ now.V.mT - start.U @ start.S @ start.V.mT
+    return module.base_weight + now.U @ now.S @ now.V.mT - start.U @ start.S @ start.V.mT
 
 
 @bounded(nn.Linear, LowRankLinear, LowRankAdapter)
@@ -106,7 +107,9 @@ def _dense(module: Any, context: Context, scale: Tensor | None) -> Bound:
         words, inner = "spectral norm of the weight with its update", 3 * module.rank + 8
         M = module.update.manifold
         points = (M.unpack(module.update.weight), M.unpack(module.start))
-        parts = sum(_size(X.U) * _size(X.S) * _size(X.V) for X in points) + _size(module.weight)
+        parts = sum(_size(X.U) * _size(X.S) * _size(X.V) for X in points) + _size(
+            module.base_weight
+        )
     if scale is not None:
         W = scale[:, None] * W
         parts *= max(1.0, float(scale.detach().abs().amax()))

@@ -120,4 +120,3 @@ class WellConditioned(FixedRank):
         if self.scale != "free":
             self.unpack(X).S.mul_(self.scale)
         return X
-

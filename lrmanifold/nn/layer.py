@@ -139,11 +139,6 @@ class LowRankLayer(WholeWeight):
         return self.sigma_max()
 
     @property
-    def scale(self) -> float | str:
-        """What the largest singular value may be: "free", or a number that it never exceeds."""
-        return getattr(self.manifold, "scale", "free")
-
-    @property
     def compression(self) -> float:
         """Share of the dense layer's weights that is saved (negative if the layer is larger)."""
         m, n, r = self.manifold.m, self.manifold.n, self.manifold.rank
@@ -161,7 +156,9 @@ class LowRankLayer(WholeWeight):
         with torch.no_grad():
             shape, dtype = self.weight.shape, linalg.compute_dtype(self.weight.dtype)
             X = M.random(*shape, dtype=dtype, device=self.weight.device)
-            size = math.sqrt(M.m / (3.0 * M.rank)) if self.scale == "free" else self.scale
+            # the manifold's: an attribute of that name would hide one that hooks keep here
+            scale = getattr(M, "scale", "free")
+            size = math.sqrt(M.m / (3.0 * M.rank)) if scale == "free" else scale
             S = float(size) * torch.eye(M.rank, dtype=dtype, device=X.device)
             U, _, V = M.unpack(X)
             self.weight.copy_(M.pack(U, S.expand(*shape[:-2], -1, -1), V))
@@ -391,5 +388,6 @@ class LowRankLayer(WholeWeight):
 
     def _geometry_repr(self) -> str:
         tau = "None" if self.tau is None else f"{self.tau:g}"
-        scale = "" if self.scale == "free" else f"scale={self.scale:g}, "
+        fixed = getattr(self.manifold, "scale", "free")
+        scale = "" if fixed == "free" else f"scale={fixed:g}, "
         return f"rank={self.rank}, tau={tau}, {scale}compression={self.compression:.1%}"
