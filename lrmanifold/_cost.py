@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._evaluation import evaluation_mode
 from .nn import LowRankLayer
 from .nn.plan import LAYERS
-from .robustness import evaluation_mode
 
 #: Matrix products run fastest at ranks that are multiples of this.
 RANK_MULTIPLE = 16

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import linalg
+from ._arguments import check_callable, check_integer, check_module
 from ._flow_certificate import FlowCertificate, check_flow
 from ._wrappers import names_without_wrappers, unwrapped
 from .nn import LowRankLayer
@@ -31,8 +32,12 @@ class Monitor:
         reference: nn.Module | None,
         loss: Callable[[nn.Module], Tensor] | None,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be an integer >= 1, got {every!r}")
+        check_module("model", model)
+        every = check_integer("every", every, low=1)
+        if reference is not None:
+            check_module("reference", reference)
+        if loss is not None:
+            check_callable("loss", loss, "a function of the model")
         if optimizer is not None and not isinstance(optimizer, GeometricOptimizer):
             raise TypeError(
                 "optimizer must be one of lrmanifold.optim, which count their skipped steps, got "
@@ -92,7 +97,7 @@ def _numbers(layer: LowRankLayer) -> Tensor:
     X = X.to(linalg.compute_dtype(X.dtype))
     device = X.device.type
     if device == "cpu" and not linalg.all_finite(X):
-        return torch.full((4,), torch.nan, dtype=torch.float64)
+        return X.new_full((4,), torch.nan, dtype=torch.float64)
     with torch.autocast(device, enabled=False):
         s, drift = M.svdvals(X), M.drift(X)
     worst = (s[..., 0] / s[..., -1]).max(), drift.max(), s.max(), s.min()

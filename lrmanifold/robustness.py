@@ -15,15 +15,29 @@ or misleads (saturated softmax, random layers): look also at an attack without g
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ._arguments import (
+    check_callable,
+    check_choice,
+    check_flag,
+    check_instance,
+    check_integer,
+    check_number,
+    check_numbers,
+    check_tensor,
+)
+from ._evaluation import evaluation_mode
+from ._local_condition import condition_number
+
+__all__ = ["accuracy_under_attack", "condition_number", "evaluation_mode", "fgsm", "pgd"]
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -32,21 +46,6 @@ Clip = tuple[float, float] | None
 PerChannel = float | Sequence[float] | Tensor | None
 
 cross_entropy: Loss = functools.partial(functional.cross_entropy, reduction="none")
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: object) -> Iterator[None]:
-    """Put every module inside `model` in evaluation mode, then give each its own flag back."""
-    # model.train(flag) would also switch on what somebody froze, say one batch norm
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    flags = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, flag in zip(modules, flags, strict=True):
-            module.training = flag
 
 
 def fgsm(
@@ -77,9 +76,9 @@ def fgsm(
         Normalisation per channel (dimension 1 of `x`).
     loss : callable (logits, y) -> (B,) or scalar
     """
-    eps = _at_least("eps", eps, 0)
+    eps = check_number("eps", eps, low=0)
     with torch.inference_mode(False), evaluation_mode(model):
-        x, y, f, box = _prepare(model, x, y, norm, clip, mean, std)
+        x, y, f, box = _prepare(model, x, y, norm, clip, mean, std, loss)
         return (x + eps * _steepest(_gradient(f, loss, x, y), norm)).clamp(*box) if eps else x
 
 
@@ -118,13 +117,16 @@ def pgd(
         Source of the starts; one on the CPU gives the same starts for every device of `x`. None
         takes torch's global one.
     """
-    eps = _at_least("eps", eps, 0)
-    steps, restarts = int(_at_least("steps", steps, 1)), int(_at_least("restarts", restarts, 1))
-    length = _at_least("step_size", 2.5 * eps / steps if step_size is None else step_size, 0)
+    eps, steps = check_number("eps", eps, low=0), check_integer("steps", steps, low=1)
+    restarts = check_integer("restarts", restarts, low=1)
+    length = check_number("step_size", 2.5 * eps / steps if step_size is None else step_size, low=0)
+    check_flag("random_start", random_start)
+    if generator is not None:
+        check_instance("generator", generator, torch.Generator, "a torch.Generator")
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts must be 1 with random_start=False, got {restarts}")
     with torch.inference_mode(False), evaluation_mode(model):
-        x, y, f, box = _prepare(model, x, y, norm, clip, mean, std)
+        x, y, f, box = _prepare(model, x, y, norm, clip, mean, std, loss)
         worst, score = x.clone(), torch.full_like(x.flatten(1)[:, 0], -math.inf)
         for _ in range(restarts if eps else 0):
             z = x
@@ -173,8 +175,12 @@ def accuracy_under_attack(
     device : where to compute; None: where the model's first parameter lies, or else each batch
     options : further arguments of `attack`, such as ``steps=20, norm="l2"``
     """
-    size = int(_at_least("batch_size", batch_size, 1))
-    right, total = {_at_least("strengths", eps, 0): 0 for eps in strengths}, 0
+    check_callable("model", model, "a module or a function of images")
+    check_callable("attack", attack, "a function (model, x, y, eps, **options)")
+    size = check_integer("batch_size", batch_size, low=1)
+    check_instance("strengths", strengths, Iterable, "numbers")  # type: ignore[type-abstract]
+    right, total = {check_number("strengths", eps, low=0): 0 for eps in strengths}, 0
+    check_instance("data", data, Iterable, "(x, y) or batches of it")  # type: ignore[type-abstract]
     if device is None and isinstance(model, nn.Module):
         device = next((p.device for p in model.parameters()), None)
     if mean is not None or std is not None:
@@ -197,110 +203,22 @@ def accuracy_under_attack(
     return {eps: count / total for eps, count in right.items()}
 
 
-def condition_number(
-    f: Model, x: Tensor, *, batched: bool = True, iters: int = 200, tol: float | None = None
-) -> Tensor:
-    """Local relative condition number ||J_f(x)||_2 ||x|| / ||f(x)|| of each sample, shape (B,).
-
-    The worst factor by which a small relative change of x is magnified in f(x) (mathematics 6).
-    ||J||_2 by Lanczos on JᵀJ with full reorthogonalisation: a Jacobian-vector and a
-    vector-Jacobian product a step, all samples at once; J is never formed. At most
-    min(inputs, outputs) steps, each keeping one vector of x's size. Convergence is checked twice:
-    the residual bounds the distance to some singular value, and runs from two random vectors
-    (fixed seed) must agree, since one run bounds ||J||_2 only from below.
-
-    Cannot do: samples that influence each other (batch norm in train mode, in a plain function);
-    kinks (ReLU, max pooling), where it is the condition of the branch autograd takes.
-
-    Parameters
-    ----------
-    f : callable, (B, ...) -> (B, ...)
-        Differentiable, also in forward mode. A module is run in evaluation mode.
-    x : Tensor, shape (B, ...), float32 or float64
-    batched : bool
-        False: x is one sample of any shape, f(x) has any shape, and the result has shape ().
-    iters, tol : int, float
-        Most steps, and relative tolerance of ||J||_2 (None: 1e-8 in float64, 1.2e-5 in float32);
-        RuntimeError when the former do not reach the latter.
-    """
-    steps = int(_at_least("iters", iters, 1))
-    if x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x must be float32 or float64, got {x.dtype}: convert model and x")
-    tol = max(100 * torch.finfo(x.dtype).eps, 1e-8) if tol is None else _at_least("tol", tol, 0)
-    if not batched:
-        with evaluation_mode(f):
-            return condition_number(lambda z: f(z[0])[None], x[None], iters=iters, tol=tol)[0]
-    with torch.inference_mode(False), evaluation_mode(f):
-        x = x.detach().clone()
-        fx, pull = torch.func.vjp(f, x)[:2]
-        if x.ndim == 0 or fx.shape[:1] != x.shape[:1] or len(x) == 0:
-            raise ValueError(
-                "f must map (B, ...) to (B, ...), B >= 1, or batched be False; got "
-                f"{tuple(x.shape)} -> {tuple(fx.shape)}"
-            )
-        sizes = [z.detach().flatten(1).double().norm(dim=1) for z in (x, fx)]
-        for name, size in zip(("x", "f(x)"), sizes, strict=True):
-            bad = (~torch.isfinite(size) | (size == 0)).nonzero()[:, 0].tolist()
-            if bad:
-                raise ValueError(f"{name} must be finite and not zero, fails in samples {bad[:9]}")
-
-        def pulled(u: Tensor) -> Tensor:
-            v = pull(u.view_as(fx))[0].detach().flatten(1)
-            if not bool(torch.isfinite(v).all()):
-                raise ValueError("the derivative of f is not finite at x")
-            return v
-
-        seeded = torch.Generator().manual_seed(0)
-        runs: list[Tensor] = []
-        for _ in range(4):
-            w = torch.randn(fx.shape, generator=seeded, dtype=fx.dtype).to(fx.device)
-            start = pulled(w)  # in the row space: exhausted after rank(J) steps
-            # the square of a saturated network's Jacobian would underflow
-            scale = start.abs().amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-
-            def product(v: Tensor, scale: Tensor = scale) -> Tensor:
-                Jv = torch.func.jvp(f, (x,), (v.view_as(x),))[1]
-                return pulled(Jv.flatten(1) / scale) / scale
-
-            root = _root_of_largest_eigenvalue(product, start / scale, steps, tol)
-            runs.append(root * scale[:, 0])
-            top = torch.stack(runs).sort(0, descending=True).values[:2]
-            if len(runs) > 1 and bool((top[0] - top[1] <= 2 * tol * top[0]).all()):
-                return (top[0] * sizes[0] / sizes[1]).to(x)
-    raise RuntimeError(f"||J||_2: 4 runs differ by more than tol={tol:g}; is f deterministic?")
-
-
-def _root_of_largest_eigenvalue(product: Model, z: Tensor, iters: int, tol: float) -> Tensor:
-    """Square roots (B,) of the largest eigenvalues of B semidefinite maps, by Lanczos from z."""
-    V, T = list[Tensor](), torch.zeros(len(z), 0, 0, dtype=torch.float64)
-    beta, largest = z.norm(dim=1), torch.zeros_like(z[:, 0])
-    for k in range(1, iters + 1):
-        T = functional.pad(T, (0, 1, 0, 1))
-        if V:
-            T[:, -1, -2] = T[:, -2, -1] = beta.double().cpu()
-        V.append(torch.where(beta[:, None] > 0, z / beta[:, None], 0.0))  # 0: space exhausted
-        z = product(V[-1])
-        T[:, -1, -1] = (z * V[-1]).sum(1).double().cpu()
-        largest = torch.maximum(largest, z.norm(dim=1))
-        Q = torch.stack(V, 2)
-        for _ in range(2):  # once is not enough, twice is (Kahan, Parlett)
-            z = z - (Q @ (Q.mT @ z[..., None]))[..., 0]
-        beta = z.norm(dim=1)
-        beta = torch.where(beta <= torch.finfo(z.dtype).eps * largest, 0.0, beta)
-        if k <= 16 or k % 4 == 0 or k == iters:
-            values, P = torch.linalg.eigh(T)
-            top = values[:, -1].clamp_min(0)
-            if bool((beta.double().cpu() * P[:, -1, -1].abs() <= tol * top).all()):
-                return top.sqrt().to(z)
-    raise RuntimeError(f"||J||_2 not found to tol={tol:g} in iters={iters} steps: raise either")
-
-
 def _prepare(
-    model: Model, x: Tensor, y: Tensor, norm: str, clip: Clip, mean: PerChannel, std: PerChannel
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    norm: str,
+    clip: Clip,
+    mean: PerChannel,
+    std: PerChannel,
+    loss: Loss,
 ) -> tuple[Tensor, Tensor, Model, tuple[float, float]]:
     """Checked copies of x and y, the model with the normalisation inside, and the clip range."""
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
+    check_callable("model", model, "a module or a function of images")
+    check_callable("loss", loss, "a function (logits, y) -> loss of each sample")
+    check_choice("norm", norm, ("linf", "l2"))
+    if clip is not None:
+        clip = check_numbers("clip", clip, 2)  # type: ignore[assignment]
     _check_batch(x, y)
     x, y = x.detach().clone(), y.detach().clone().long()
     low, high = (-torch.inf, torch.inf) if clip is None else clip
@@ -317,6 +235,8 @@ def _prepare(
 
 
 def _check_batch(x: Tensor, y: Tensor) -> None:
+    check_tensor("x", x)
+    check_tensor("y", y, real=False)
     wrong_y = y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool
     if not x.is_floating_point() or x.ndim < 2 or wrong_y:
         raise ValueError(
@@ -389,10 +309,3 @@ def _uniform_in_unit_ball(x: Tensor, norm: str, generator: torch.Generator | Non
     direction = _steepest(draw.normal_(generator=generator), "l2").flatten(1)
     volume = torch.empty_like(direction[:, :1]).uniform_(generator=generator)
     return (volume ** (1 / direction.shape[1]) * direction).view_as(x).to(x.device)
-
-
-def _at_least(name: str, value: float, least: int) -> float:
-    number = float(value)
-    if not (math.isfinite(number) and number >= least):
-        raise ValueError(f"{name} must be finite and at least {least}, got {value}")
-    return number

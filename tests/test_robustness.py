@@ -326,7 +326,7 @@ def test_a_module_is_attacked_in_evaluation_mode(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"eps": -0.1}, "eps must be finite and at least 0, got -0.1"),
+        ({"eps": -0.1}, "eps must be a finite number >= 0, got -0.1"),
         ({"eps": math.nan}, "eps must be"),
         ({"norm": "l1"}, "norm must be 'linf' or 'l2', got 'l1'"),
         ({"clip": (1.0, 0.0)}, "clip must be"),
@@ -338,7 +338,10 @@ def test_a_module_is_attacked_in_evaluation_mode(device):
         ({"y": torch.zeros(3, dtype=torch.int64)}, "y hold B integer classes"),
         ({"y": torch.zeros(12)}, "y hold B integer classes"),
         ({"y": torch.full((12,), 5)}, "y must be in 0..4, got 5..5"),
-        ({"x": torch.zeros(12, 2, 5, 5, dtype=torch.int64)}, "x must be floating point"),
+        (
+            {"x": torch.zeros(12, 2, 5, 5, dtype=torch.int64)},
+            "x must be a real floating point",
+        ),
         ({"x": torch.full((12, 2, 5, 5), math.nan).double()}, "x must be finite"),
         ({"model": lambda x: x.flatten()}, r"logits \(12, classes >= 2\)"),
         ({"model": lambda x: x.flatten(1) / 0}, "logits are not finite"),
@@ -351,7 +354,8 @@ def test_wrong_arguments_of_the_attacks_are_named(attack, change, message, devic
     arguments = {"model": convnet(device), "x": x, "y": y, "eps": 0.1} | change
     for name in ("x", "y"):
         arguments[name] = arguments[name].to(device)
-    with pytest.raises(ValueError, match=message):
+    kind = TypeError if "real floating point" in message else ValueError
+    with pytest.raises(kind, match=message):
         attack(**arguments)
 
 

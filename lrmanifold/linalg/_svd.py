@@ -37,7 +37,7 @@ def _svd_one(A: Tensor) -> SVD:
             # A rotation changes the rounding of the bidiagonal form, on which convergence hangs.
             n = A.shape[-1]
             rotation = torch.linalg.qr(
-                torch.randn(n, n, generator=generator, dtype=torch.float64)
+                torch.randn(n, n, generator=generator, dtype=torch.float64, device="cpu")
             ).Q.to(A.device)
             U, s, Vh = _finite(SVD(*torch.linalg.svd(wide @ rotation, full_matrices=False)))
             return SVD(U.to(A.dtype), s.to(A.dtype), (Vh @ rotation.mT).to(A.dtype))

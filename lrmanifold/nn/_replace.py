@@ -88,7 +88,7 @@ def _reason(
             return f"the weight it adapts is tied to {listed(others)}: merging would untie them"
         return ""
     group = by_weight[id(module.weight)]
-    kinds = {(type(m), m.dense_shape) for m in group}  # type: ignore[attr-defined]
+    kinds = {(type(m), m.dense_shape) for m in group if len(group) > 1}
     if len(others) > len(group) - 1 or len(kinds) > 1:
         return f"its weight shares memory with {listed(others)}"
     return ""

@@ -173,7 +173,8 @@ class LowRankLayer(WholeWeight):
     @property
     def dense_shape(self) -> tuple[int, ...]:
         """Shape of the dense layer's weight."""
-        raise NotImplementedError  # the abstract contract: each layer knows its dense shape
+        with torch.no_grad():
+            return tuple(self.dense_weight().shape)
 
     def dense_weight(self) -> Tensor:
         """The weight in the dense layer's shape, with gradients; formed anew at each call."""

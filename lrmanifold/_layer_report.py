@@ -1,0 +1,220 @@
+"""One layer of a report: what it is, and its singular values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import linalg
+from .nn import LowRankLayer
+from .nn.plan import matrix_of, packed_size
+from .precision import STORAGE_DTYPES, storage_tolerance
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear or convolutional layer, low-rank or dense.
+
+    For grouped convolutions every group has a matrix of its own: `sigma_max`, `sigma_min`, `cond`
+    and `drift` are each the worst of any group (so `cond` is not always their ratio), `rank` the
+    smallest.
+
+    Attributes
+    ----------
+    name : str
+        Qualified name in the model; empty if the model is the layer.
+    kind : str
+        Class of the layer.
+    low_rank : bool
+    shape : (m, n)
+        Of the weight as a matrix (of each group): outputs x inputs, for a convolution
+        out_channels x in_channels · prod(kernel_size).
+    groups : int
+    rank : int
+        Of a dense weight the numerical rank: singular values below 2 eps ‖W‖, the rounding of
+        storage, count as zero. 0 where nothing was measured; `note` says why.
+    sigma_max, sigma_min : float
+        Largest and smallest nonzero singular value. For a convolution they are those of the matrix
+        above, not of the operator on images.
+    cond : float
+        ‖W‖₂ ‖W⁺‖₂ = σ_max/σ_min over the nonzero singular values; nan for a zero weight, and where
+        nothing was measured.
+    drift : float or None
+        max(|UᵀU - I|, |VᵀV - I|) of a low-rank layer.
+    tau : float or None
+        Bound for `cond` minus 1, where there is one.
+    dense_weights, trained_weights, folded_weights : int
+        m n; what is trained, (m + r + n) r; and what inference needs, (m + n) r with the core
+        folded into a factor. For a dense layer all three are m n. Biases are not counted here, and
+        a weight that several layers share only in the first.
+    note : str
+        What is unusual, if anything.
+    batch : int or None
+        Rows that the weight is multiplied with in one pass, batch size x output positions, if an
+        example was given. A step of :class:`~lrmanifold.optim.CondLR` costs about ``rank/batch`` of
+        the layer's forward and backward pass with the scalar metric, 4/3 of that with the exact
+        one: nothing can hide it where the rank is not small against the batch.
+    """
+
+    name: str
+    kind: str
+    low_rank: bool
+    shape: tuple[int, int]
+    groups: int
+    rank: int
+    sigma_max: float
+    sigma_min: float
+    cond: float
+    drift: float | None
+    tau: float | None
+    dense_weights: int
+    trained_weights: int
+    folded_weights: int
+    note: str = ""
+    batch: int | None = None
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether some nonzero input is mapped to zero: rank < n."""
+        return self.rank < self.shape[1]
+
+
+def weight_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The weight; of a pruned, normalised or parametrized layer what it is made of."""
+    weight = module._parameters.get("weight")
+    if weight is not None:
+        return [weight]
+    made_of = ("parametrizations.weight", "weight_orig", "weight_g", "weight_v")
+    return [p for name, p in module.named_parameters() if name.startswith(made_of)]
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether it is one of torch's quantized layers, whose weight is a method."""
+    return callable(getattr(module, "weight", None))
+
+
+def measure(name: str, module: Any) -> LayerReport:
+    """The row of a low-rank, dense or quantized layer."""
+    if is_quantized(module):
+        return _unmeasured(name, module, module.weight(), "quantized")
+    weight = _with_values(name, module)
+    if weight.layout is not torch.strided:
+        return _unmeasured(name, module, weight, f"sparse ({weight.layout})")
+    if weight.dtype not in STORAGE_DTYPES:
+        return _unmeasured(name, module, weight, f"of {weight.dtype}")
+    return (_low_rank if isinstance(module, LowRankLayer) else _dense)(name, module, weight)
+
+
+def _unmeasured(name: str, module: Any, weight: Tensor, why: str) -> LayerReport:
+    """The row of a layer whose weight is no real matrix of 16 bits or more."""
+    outputs = getattr(module, "out_features", None) or getattr(module, "out_channels", None)
+    inputs = getattr(module, "in_features", None)
+    if outputs is None:
+        outputs = weight.shape[0]
+    if inputs is None:
+        inputs = math.prod(weight.shape[1:])
+    return LayerReport(
+        name=name,
+        kind=type(module).__name__,
+        low_rank=False,
+        shape=(int(outputs), int(inputs)),
+        groups=1,
+        rank=0,
+        sigma_max=math.nan,
+        sigma_min=math.nan,
+        cond=math.nan,
+        drift=None,
+        tau=None,
+        dense_weights=weight.numel(),
+        trained_weights=weight.numel(),
+        folded_weights=weight.numel(),
+        note=f"not measured: its weight is {why}",
+    )
+
+
+def _low_rank(name: str, layer: Any, weight: Tensor) -> LayerReport:
+    M = layer.manifold
+    shape, groups = (M.m, M.n), weight[..., 0, 0].numel()
+    wide = weight.to(linalg.compute_dtype(weight.dtype))
+    finite = bool(torch.isfinite(wide).all())
+    s = M.svdvals(wide).reshape(groups, -1) if finite else wide.new_full((1, 1), math.nan)
+    cond = float((s[:, 0] / s[:, -1]).max())
+    drift = float(M.drift(wide).max()) if finite else math.nan
+    # half precision and long runs may be off by rounding; more than that is worth a word
+    slack = storage_tolerance(weight.dtype)
+    note = "" if finite else "NaN or Inf"
+    if layer.tau is not None and cond > (1.0 + layer.tau) * (1.0 + slack):
+        note = "cond above 1 + tau"
+    if drift > slack:
+        note = "off its manifold"
+    return LayerReport(
+        name=name,
+        kind=type(layer).__name__,
+        low_rank=True,
+        shape=shape,
+        groups=groups,
+        rank=layer.rank,
+        sigma_max=float(s.max()),
+        sigma_min=float(s.min()),
+        cond=cond,
+        drift=drift,
+        tau=layer.tau,
+        dense_weights=groups * M.m * M.n,
+        trained_weights=packed_size(shape, layer.rank, groups),
+        folded_weights=groups * (M.m + M.n) * layer.rank,
+        note=note,
+    )
+
+
+def _dense(name: str, module: Any, weight: Tensor) -> LayerReport:
+    shape, groups = matrix_of(module)
+    size = groups * shape[0] * shape[1]
+    eps = torch.finfo(weight.dtype).eps
+    finite = bool(torch.isfinite(weight).all())
+    ranks, largest, smallest = [], [], []
+    if finite:
+        W = weight.reshape(groups, *shape).double()
+        norms = torch.linalg.matrix_norm(W)
+        for s, norm in zip(linalg.svdvals(W), norms, strict=True):
+            nonzero = s[s > 2 * eps * norm]
+            ranks.append(len(nonzero))
+            largest.append(float(nonzero[0]) if len(nonzero) else 0.0)
+            smallest.append(float(nonzero[-1]) if len(nonzero) else 0.0)
+    else:
+        ranks, largest, smallest = [min(shape)], [math.nan], [math.nan]
+    conds = [a / b if b else math.nan for a, b in zip(largest, smallest, strict=True)]
+    return LayerReport(
+        name=name,
+        kind=type(module).__name__,
+        low_rank=False,
+        shape=shape,
+        groups=groups,
+        rank=min(ranks),
+        sigma_max=max(largest),
+        sigma_min=min(smallest),
+        cond=math.nan if any(map(math.isnan, conds)) else max(conds),
+        drift=None,
+        tau=None,
+        dense_weights=size,
+        trained_weights=size,
+        folded_weights=size,
+        note="" if finite else "NaN or Inf",
+    )
+
+
+def _with_values(name: str, module: nn.Module) -> Tensor:
+    weight = getattr(module, "weight", None)
+    where = f"layer {name!r} ({type(module).__name__})"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(f"report needs values, {where} is lazy: run a batch through the model")
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"report needs values, {where} has no weight")
+    if weight.is_meta:
+        raise ValueError(
+            f"report needs values, {where} is on the meta device: use to_empty() and load a state"
+        )
+    return weight.detach()
