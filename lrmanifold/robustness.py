@@ -27,12 +27,14 @@ from torch.nn import functional
 from ._arguments import (
     check_callable,
     check_choice,
+    check_device,
     check_flag,
     check_instance,
     check_integer,
     check_number,
     check_numbers,
     check_tensor,
+    shown,
 )
 from ._evaluation import evaluation_mode
 from ._local_condition import condition_number
@@ -178,9 +180,13 @@ def accuracy_under_attack(
     check_callable("model", model, "a module or a function of images")
     check_callable("attack", attack, "a function (model, x, y, eps, **options)")
     size = check_integer("batch_size", batch_size, low=1)
+    check_device("device", device)
     check_instance("strengths", strengths, Iterable, "numbers")  # type: ignore[type-abstract]
+    if isinstance(strengths, (str, bytes)):
+        raise TypeError(f"strengths must be numbers, got {shown(strengths)}")
     right, total = {check_number("strengths", eps, low=0): 0 for eps in strengths}, 0
-    check_instance("data", data, Iterable, "(x, y) or batches of it")  # type: ignore[type-abstract]
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
+        raise TypeError(f"data must be (x, y) or batches of it, got {shown(data)}")
     if device is None and isinstance(model, nn.Module):
         device = next((p.device for p in model.parameters()), None)
     if mean is not None or std is not None:
@@ -189,7 +195,10 @@ def accuracy_under_attack(
         _check_batch(*data)
         data = zip(data[0].split(size), data[1].split(size), strict=True)
     with evaluation_mode(model):
-        for x, y in data:
+        for batch in data:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise TypeError(f"data must give pairs (x, y), got {shown(batch)}")
+            x, y = batch
             _check_batch(x, y)
             x, y = x.to(device), y.to(device)
             f = _normalized(model, x, mean, std)

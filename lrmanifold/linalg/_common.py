@@ -7,11 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from .._arguments import shown
 from ..precision import compute_dtype
 
 
 def checked(A: Tensor, name: str) -> Tensor:
     """Validate a matrix argument and lift it to its compute dtype."""
+    if not isinstance(A, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {shown(A)}")
     if A.ndim < 2:
         raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(A.shape)}")
     if not A.is_floating_point():
@@ -33,5 +36,7 @@ def all_finite(A: Tensor) -> bool:
 
 def check_square(S: Tensor, name: str) -> None:
     """Raise unless the last two dimensions of `S` agree."""
+    if not isinstance(S, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {shown(S)}")
     if S.ndim < 2 or S.shape[-1] != S.shape[-2]:
         raise ValueError(f"{name} must be square, got shape {tuple(S.shape)}")

@@ -126,6 +126,8 @@ class FixedRank(geoopt.Manifold):
 
     def unpack(self, X: Tensor) -> Factors:
         """Views ``Factors(U, S, V)`` of a packed tensor (point or tangent vector)."""
+        if not isinstance(X, Tensor):
+            raise TypeError(f"X must be a tensor, got {shown(X)}")
         if tuple(X.shape[-2:]) != self.point_shape:
             raise ValueError(
                 f"X must have shape (..., {self.point_shape[0]}, {self.point_shape[1]}) for "
@@ -359,6 +361,9 @@ class FixedRank(geoopt.Manifold):
     def project_ambient(self, X: Tensor, Z: Tensor) -> Tensor:
         """Orthogonal projection P_W Z of a dense matrix (..., m, n) to a packed tangent vector."""
         U, _, V = self.unpack(X)
+        check_tensor("Z", Z)
+        if tuple(Z.shape[-2:]) != (self.m, self.n):
+            raise ValueError(f"Z must have shape (..., {self.m}, {self.n}), got {tuple(Z.shape)}")
         ZV, ZtU = Z @ V, Z.mT @ U
         M = U.mT @ ZV
         return pack(perp(U, ZV, M), M, perp(V, ZtU, M.mT))

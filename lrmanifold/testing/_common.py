@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import geoopt
 import torch
 from torch import Tensor
 
 from .. import linalg
+from .._arguments import check_device, check_dtype, check_instance, check_integer
 from ..manifolds import WellConditioned
 
 
@@ -59,6 +61,17 @@ def euclidean_gradient(
             return manifold.pack(G @ V, U.mT @ G @ V, G.mT @ U)
         leaf = x.clone().requires_grad_()
         return torch.autograd.grad(f(dense(manifold, leaf)), leaf)[0]
+
+
+def check_options(manifold: Any, dtype: Any, device: Any, seed: Any, trials: Any) -> None:
+    """Raise for options of a wrong type or out of range."""
+    check_instance("manifold", manifold, geoopt.Manifold, "a geoopt.Manifold")
+    if dtype is None or device is None:
+        raise TypeError(f"dtype and device must be given, got dtype={dtype}, device={device}")
+    check_dtype("dtype", dtype, (torch.float64, torch.float32, torch.float16, torch.bfloat16))
+    check_device("device", device)
+    check_integer("seed", seed, low=-(2**63), high=2**64 - 1)
+    check_integer("trials", trials, low=1)
 
 
 def point_size(manifold: geoopt.Manifold, size: Sequence[int] | None) -> tuple[int, ...]:

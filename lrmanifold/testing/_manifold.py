@@ -11,8 +11,9 @@ import geoopt
 import torch
 from torch import Tensor
 
+from .._arguments import check_number, check_patterns
 from ._checks import CHECKS, STATEMENTS, Case
-from ._common import CheckError, point_size
+from ._common import CheckError, check_options, point_size
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,11 @@ def check_manifold(
     -------
     Report
     """
-    chosen, left_out = list(CHECKS if checks is None else checks), set(skip)
+    check_options(manifold, dtype, device, seed, trials)
+    asked, skipped = check_patterns("checks", checks), check_patterns("skip", skip) or ()
+    chosen, left_out = list(CHECKS if asked is None else asked), set(skipped)
+    if tol is not None:
+        tol = check_number("tol", tol, low=0)
     unknown = sorted((set(chosen) | left_out) - set(CHECKS))
     if unknown:
         raise ValueError(f"checks and skip must be among {tuple(CHECKS)}, got {unknown}")

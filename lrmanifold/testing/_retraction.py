@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import retractions
+from .._arguments import check_integer
 from ._common import (
     CheckError,
+    check_options,
     dense,
     dense_vector,
     plain,
@@ -180,8 +182,8 @@ def check_retraction(
     -------
     RetractionReport
     """
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2, got {order}")
+    check_options(manifold, dtype, device, seed, trials)
+    order = check_integer("order", order, low=1, high=2)
     name, step = _step(manifold, retraction)
     eps = torch.finfo(dtype).eps
     t = torch.logspace(math.log10(eps) / 4, -1, 17, dtype=torch.float64)
