@@ -13,7 +13,9 @@ setup: $(STAMP)
 # torch comes first and alone, so that no other package chooses its build.
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
+	@echo "1 of 2: $(TORCH), the largest download"
 	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@echo "2 of 2: lrmanifold and the tools for its tests"
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $(STAMP)
 
@@ -60,6 +62,7 @@ docs-linkcheck: $(DOCS)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	.venv/bin/codespell
 
 types: $(STAMP)
 	$(PY) -m mypy

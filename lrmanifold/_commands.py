@@ -44,8 +44,19 @@ STRENGTHS = {
 }
 
 
+def print_version(wanted: bool) -> None:
+    """The version, and nothing else."""
+    if wanted:
+        typer.echo(f"lrmanifold {runs.versions()['lrmanifold']}")
+        raise typer.Exit
+
+
 @app.callback()
-def lrmanifold() -> None:
+def lrmanifold(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Robust low-rank training: well-conditioned fixed-rank weights on Riemannian manifolds."""
 
 
