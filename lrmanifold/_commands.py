@@ -10,6 +10,7 @@ import torch
 import typer
 
 from . import viz
+from ._certify import certify_command, parse_radii
 from ._failures import claim_folder, one_line_errors, write_somewhere
 from ._output import describe, print_demo, progress_bar
 from ._train import Job, run
@@ -66,7 +67,7 @@ def train_command(
     root: Annotated[
         Path | None, typer.Option(help="folder of the data; else the variable LRMANIFOLD_DATA")
     ] = None,
-    model: Annotated[str, typer.Option(help="mlp or lenet5")] = "mlp",
+    model: Annotated[str, typer.Option(help="mlp, mlp-maxmin or lenet5")] = "mlp",
     method: Annotated[
         str, typer.Option(help="condlr, dense, factors (A Bᵀ by SGD) or svd (dense, then cut)")
     ] = "condlr",
@@ -86,13 +87,20 @@ def train_command(
     ] = None,
     epochs: int = 10,
     batch_size: int = 128,
-    lr: Annotated[float, typer.Option(help="at the start; follows a cosine to 0")] = 0.1,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="at the start, 0.1 by default, 0.01 with --certified; a cosine to 0"),
+    ] = None,
     momentum: float = 0.3,
     seed: int = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     eps: Annotated[
-        str | None, typer.Option(help='strengths of FGSM (linf), as "0.02,0.04"')
+        list[str] | None,
+        typer.Option(help='strengths of FGSM (linf), as "0.02,0.04"; --certified: l2 radii'),
     ] = None,
+    certified: Annotated[
+        bool, typer.Option("--certified", help="train for proofs by Adam; tau is 0 by default")
+    ] = False,
     save_every: Annotated[
         int, typer.Option(min=0, help="steps between two checkpoints, 0 for none")
     ] = 100,
@@ -107,17 +115,31 @@ def train_command(
     with one_line_errors():
         check_word("data", data, STRENGTHS)
         check_word("model", model, models.NAMES)
-        how = parse_method(method, tau)
-        settings = Settings(epochs, batch_size, lr, momentum, seed)
+        how = parse_method(method, "0" if certified and tau is None and method == "condlr" else tau)
+        rate = (0.01 if certified else 0.1) if lr is None else lr
+        settings = Settings(epochs, batch_size, rate, momentum, seed)
         where = parse_device(device)
         images = load(data, root)
         network = models.build(model, images)
         ranks, dense_layers = parse_layers(how, network, rank, exclude)
-        strengths = STRENGTHS[data] if eps is None else parse_strengths(eps)
-        folder = out or Path("runs") / run_name(data, model, how, seed)
+        radii = parse_radii(eps or (), data) if certified else ()
+        given = None if certified or eps is None else ",".join(eps)
+        strengths = STRENGTHS[data] if given is None else parse_strengths(given)
+        name = run_name(data, model, how, seed) + ("-certified" if certified else "")
+        folder = out or Path("runs") / name
         viz.need_matplotlib()
     job = Job(
-        folder, model, how, images, settings, ranks, dense_layers, where, strengths, save_every
+        folder,
+        model,
+        how,
+        images,
+        settings,
+        ranks,
+        dense_layers,
+        where,
+        strengths,
+        save_every,
+        radii,
     )
     run(job, force=force)
 
@@ -130,6 +152,9 @@ def report_command(
     with one_line_errors():
         model = runs.load_model(path)
         typer.echo(str(make_report(model.network)))
+
+
+app.command("certify")(certify_command)
 
 
 @app.command("demo")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import typer
 
-from . import robustness, viz
+from . import _certify, robustness, viz
 from ._failures import claim_folder, one_line_errors, write_somewhere
 from ._output import accuracy_words, describe, progress_bar
 from .checkpoint import CheckpointError
@@ -46,6 +46,8 @@ class Job:
         Of FGSM.
     save_every : int
         Steps between two checkpoints, 0 for none.
+    radii : tuple of float
+        l2 radii to train for and to certify; empty for plain training.
     """
 
     folder: Path
@@ -58,6 +60,7 @@ class Job:
     device: torch.device
     strengths: tuple[float, ...]
     save_every: int
+    radii: tuple[float, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -81,6 +84,7 @@ class Job:
                 "exclude": self.exclude,
                 "device": str(self.device),
                 "eps": self.strengths,
+                **({"certified": self.radii} if self.radii else {}),
             },
             "data": describe(self.images),
         }
@@ -127,6 +131,7 @@ def _train(job: Job) -> Trained:
                 on_resume=resumed,
                 checkpoint=job.checkpoint if job.save_every else None,
                 save_every=job.save_every or 1,
+                certified=_certify.ROOM * max(job.radii) if job.radii else None,
             )
     except KeyboardInterrupt as error:
         typer.echo(f"stopped{_way_out(job, error)}", err=True)
@@ -173,6 +178,12 @@ def _finish(job: Job, trained: Trained, began: float) -> None:
         spectra = trained.history.spectra.items()
         named = {name.removeprefix("network."): s for name, s in spectra}
         figures["spectra.png"] = viz.spectra(named, tau=job.method.tau)
+    proof = ""
+    if job.radii:
+        certified, found = _certify.certificate(trained.model.cpu(), job.images, job.radii)
+        results["certificate"] = _certify.plain(certified, found)
+        figures["certificate.png"] = _certify.figure(found, job.images.name)
+        proof = f"{certified}\n{_certify.table(found)}"
 
     def write(folder: Path) -> None:
         for name, figure in figures.items():
@@ -186,6 +197,8 @@ def _finish(job: Job, trained: Trained, began: float) -> None:
     finally:
         typer.echo(str(summary))
         typer.echo(accuracy_words(results, job.images))
+        if proof:
+            typer.echo(proof)
     job.checkpoint.unlink(missing_ok=True)
     names = sorted([*figures, "model.pt", "results.json"])
     typer.echo(f"written: {', '.join(names)} in {job.folder}")

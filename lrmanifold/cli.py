@@ -1,4 +1,4 @@
-"""The console script ``lrmanifold``: ``demo``, ``train``, ``report``."""
+"""The console script ``lrmanifold``: ``demo``, ``train``, ``report``, ``certify``."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from . import approximation, conditioning, geometry, integrators, networks
+from . import approximation, certification, conditioning, geometry, integrators, networks
 from .core import Claim, Control, Evidence, Source
 
-_GROUPS = (geometry, conditioning, approximation, integrators, networks)
+_GROUPS = (geometry, conditioning, approximation, integrators, networks, certification)
 
 
 def claims() -> tuple[Claim, ...]:

@@ -132,7 +132,7 @@ def potential(seed: int, *, choice: bool = False, **changes: Any) -> Run:
     """MNIST at 1.58: convex potential layers of 512 units after one layer of twice the rank."""
     settings: dict[str, Any] = {
         "group": "mnist1.58", "data": "mnist", "method": "low rank", "network": "potential",
-        "widths": (512,) * 5, "rank": 64, "eps": 1.58, "eps_train": 1.74, "epochs": 20,
+        "widths": (512,) * 5, "rank": 64, "eps": 1.58, "eps_train": 1.74, "epochs": 12,
         "lr": 8e-3, "seed": seed, "choice": choice,
     }  # fmt: skip
     return Run(**{**settings, **changes})
@@ -159,7 +159,7 @@ def blocks(seeds: int = 5) -> Iterator[tuple[str, list[Any]]]:
     wide_fashion = {**MNIST, "data": "fashion-mnist", "eps": 0.25, "eps_train": 0.3}
     wide_fashion |= {"shift": 1.0, "rotate": 0.0, "zoom": 0.0}
     rates = [
-        potential(0, choice=True, epochs=5, lr=8e-3, kind=kind)
+        potential(0, choice=True, epochs=3, lr=8e-3, kind=kind)
         for kind in ("cross_entropy", "emma")
     ]
     yield "mnist1.58", [(rates, potential(0))]

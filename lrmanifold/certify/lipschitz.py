@@ -93,6 +93,10 @@ class LipschitzBound:
         if trial is not None:
             trial.check(self._live)
 
+    def forget(self) -> None:
+        """Drop the warm starts of power iterations: the next evaluation depends on weights only."""
+        self._memory.clear()
+
     def head(self) -> nn.Module | None:
         """The linear layer that gives the logits, or None if something comes after it."""
         node = self.output

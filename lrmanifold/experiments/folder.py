@@ -16,8 +16,16 @@ from .runs import RunError, load_results
 
 State = Literal["new", "unfinished", "finished"]
 
-RUN_FILES = ("results.json", "model.pt", "accuracy.png", "spectra.png", "checkpoint.pt")
-DEMO_FILES = RUN_FILES[:-1]
+RUN_FILES = (
+    "results.json",
+    "model.pt",
+    "accuracy.png",
+    "spectra.png",
+    "certificate.png",
+    "certificate.json",
+    "checkpoint.pt",
+)
+DEMO_FILES = RUN_FILES[:4]
 
 
 class FolderError(ValueError):

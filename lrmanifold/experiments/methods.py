@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .. import certify
 from ..nn import LowRankLayer, densify, factorize
-from ..optim import CondLR
+from ..optim import CondLR, CondLRAdam
 from .data import Dataset
 from .factors import Rank, two_factors
-from .training import History, Normalized, Settings, fit
+from .training import History, Normalized, Objective, Settings, fit
 
 __all__ = ["Method", "Rank", "Trained", "comparison", "train", "two_factors"]
 
@@ -85,6 +86,7 @@ def train(
     on_resume: Callable[[int], None] | None = None,
     checkpoint: Path | None = None,
     save_every: int = 1,
+    certified: float | None = None,
 ) -> Trained:
     """Train one network by one method.
 
@@ -105,6 +107,10 @@ def train(
         Called after every optimizer step.
     on_resume, checkpoint, save_every
         As in :func:`~lrmanifold.experiments.training.fit`.
+    certified : float, optional
+        An l2 radius, in the unit of the images, to train for: the worst case that the network's
+        Lipschitz bound allows, the radius growing over the first half, by
+        :class:`~lrmanifold.optim.CondLRAdam` (AdamW on ordinary parameters).
 
     Returns
     -------
@@ -123,7 +129,9 @@ def train(
     if method.kind == "svd":
         if dense is None:
             plain = Method("dense", "dense")
-            dense = train(plain, build, data, rank, settings, device=device, **loop)
+            dense = train(
+                plain, build, data, rank, settings, device=device, certified=certified, **loop
+            )
         model = copy.deepcopy(dense.model)
         factorize(model.network, rank=rank, tau=None, **layers)
         kept = _shares(model, size)
@@ -137,9 +145,29 @@ def train(
         raise ValueError(f"kind must be dense, svd, factors or condlr, got {method.kind!r}")
     model = Normalized(network, data).to(device)
     # The same class for all: on ordinary parameters CondLR is torch.optim.SGD.
-    optimizer = CondLR(model.parameters(), settings.lr, momentum=settings.momentum)
+    optimizer: torch.optim.Optimizer = CondLR(
+        model.parameters(), settings.lr, momentum=settings.momentum
+    )
+    if certified is not None:
+        optimizer = CondLRAdam(model.parameters(), settings.lr)
+        loop["objective"] = _objective(model, data, settings, certified)
     history = fit(model, optimizer, data, settings, **loop)
     return Trained(model, history, *_shares(model, size))
+
+
+def _objective(model: nn.Module, data: Dataset, settings: Settings, eps: float) -> Objective:
+    """The certified loss as a function of the step: a run that was cut off goes on alike."""
+    steps = settings.epochs * -(-len(data.train_y) // settings.batch_size)
+    bound = certify.LipschitzBound(model, data.image_shape)
+    done = [0]
+    loss = certify.CertifiedLoss(eps, lambda _: min(1.0, done[0] / max(1, steps // 2)))
+
+    def objective(z: Tensor, y: Tensor, step: int) -> Tensor:
+        done[0] = step
+        bound.forget()  # a checkpoint has no warm starts
+        return loss(bound, z, y)
+
+    return objective
 
 
 def _shares(model: nn.Module, size: int) -> tuple[float, float]:

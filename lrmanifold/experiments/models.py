@@ -7,17 +7,23 @@ initialisation: call ``torch.manual_seed`` first for the same network twice.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from ..nn import MaxMin
 from .data import Dataset
 
-NAMES = ("mlp", "lenet5")
+NAMES = ("mlp", "mlp-maxmin", "lenet5")
 
 
-def mlp(in_features: int, classes: int, hidden: Sequence[int] = (256, 256)) -> nn.Sequential:
-    """Fully connected network ``fc1, act1, fc2, act2, ...`` with LeakyReLU between the layers.
+def mlp(
+    in_features: int,
+    classes: int,
+    hidden: Sequence[int] = (256, 256),
+    activation: Callable[[], nn.Module] = nn.LeakyReLU,
+) -> nn.Sequential:
+    """Fully connected network ``fc1, act1, fc2, act2, ...``, LeakyReLU between the layers.
 
     Images are flattened first, so `in_features` is C * H * W. ``hidden=()`` is one linear layer.
     """
@@ -27,7 +33,7 @@ def mlp(in_features: int, classes: int, hidden: Sequence[int] = (256, 256)) -> n
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for i in range(1, len(sizes)):
         if i > 1:
-            layers[f"act{i - 1}"] = nn.LeakyReLU()
+            layers[f"act{i - 1}"] = activation()
         layers[f"fc{i}"] = nn.Linear(sizes[i - 1], sizes[i])
     return nn.Sequential(layers)
 
@@ -62,10 +68,12 @@ def lenet5(in_channels: int = 1, classes: int = 10, image_size: int = 28) -> nn.
 
 
 def build(name: str, dataset: Dataset) -> nn.Sequential:
-    """The named model ("mlp" or "lenet5") with the input and output sizes of `dataset`."""
+    """The named model, one of :data:`NAMES`, with the input and output sizes of `dataset`."""
     channels, height, width = dataset.image_shape
     if name == "mlp":
         return mlp(channels * height * width, dataset.classes)
+    if name == "mlp-maxmin":  # keeps lengths, for certificates
+        return mlp(channels * height * width, dataset.classes, activation=MaxMin)
     if name == "lenet5":
         if height != width:
             raise ValueError(f"lenet5 needs square images, got {height} x {width}: use the mlp")

@@ -17,6 +17,7 @@ from .data import Dataset, batches
 from .factors import spectrum
 from .resume import Keeper, Position, identity
 
+Objective = Callable[[Tensor, Tensor, int], Tensor]
 # What torch's generators take.
 SEEDS = (-(2**63), 2**64 - 1)
 
@@ -118,8 +119,9 @@ def fit(
     on_resume: Callable[[int], None] | None = None,
     checkpoint: Path | None = None,
     save_every: int = 1,
+    objective: Objective | None = None,
 ) -> History:
-    """Train with cross entropy; the loop that every comparison uses.
+    """Train, with cross entropy by default; the loop that every comparison uses.
 
     Parameters
     ----------
@@ -139,6 +141,8 @@ def fit(
         of a run that was never cut off. The file is kept; delete it after saving results.
     save_every : int
         With 1 a process that is killed loses the current step only.
+    objective : callable, optional
+        From logits, classes and the number of steps done to the loss, in place of cross entropy.
 
     Returns
     -------
@@ -176,7 +180,11 @@ def fit(
         order = batches(data.train_x, data.train_y, settings.batch_size, generator=generator)
         for x, y in itertools.islice(order, at.batch, None):
             x, y = x.to(device), y.to(device)
-            loss = F.cross_entropy(model(x), y)
+            z = model(x)
+            if objective is None:
+                loss = F.cross_entropy(z, y)
+            else:
+                loss = objective(z, y, schedule.last_epoch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
