@@ -256,7 +256,7 @@ WRONG = {
     "--method magic": "method must be one of condlr, dense, factors, svd, got 'magic'",
     "--method dense --rank 3": "method dense takes no rank",
     "--data digit": "data must be one of digits, mnist, fashion-mnist, cifar10, got 'digit'",
-    "--model lenet": "model must be one of mlp, lenet5, got 'lenet'",
+    "--model lenet": "model must be one of mlp, mlp-maxmin, lenet5, got 'lenet'",
     "--model lenet5": "lenet5 needs images of at least 16 x 16",
     "--data mnist --root nowhere": "root is no folder: nowhere",
     "--root .": "digits ships with scikit-learn: root must be None",
