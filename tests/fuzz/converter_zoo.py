@@ -10,8 +10,8 @@ right
 refused
     TypeError, ValueError or GeometryError, with the model as it was.
 
-Anything else is a finding: `different` (another function, without a word), `untied`, `unnamed`,
-`damaged` (refused, but changed) or `internal` (another error).
+Anything else is a finding: `different` (another function, without a word), `idle` (a new layer that
+nothing uses), `untied`, `unnamed`, `damaged` (refused, but changed) or `internal` (another error).
 
 ``python tests/fuzz/converter_zoo.py [COUNT] [SEED]`` prints the figures and the findings.
 """
@@ -367,6 +367,9 @@ def convert(model: nn.Module, conversion: str, oddities: tuple[str, ...], meta: 
             return outcome("untied", f"{len(ties)} ties before, {len(tied_names(new))} after")
         if any(p.requires_grad for p in new.parameters()):
             new(x).sum().backward()
+            idle = [n for n, m in new.named_modules() if _is_idle(m)]
+            if idle and "dynamically quantized" not in oddities:  # no gradient passes that
+                return outcome("idle", f"no gradient reaches {idle}")
         if not meta:
             new.load_state_dict(copy.deepcopy(new.state_dict()))
             if not _close(new(x), expected, meta):
@@ -374,6 +377,11 @@ def convert(model: nn.Module, conversion: str, oddities: tuple[str, ...], meta: 
     except Exception as error:
         return outcome("internal", f"afterwards {type(error).__name__}: {error}"[:150])
     return outcome("right")
+
+
+def _is_idle(module: nn.Module) -> bool:
+    low_rank = isinstance(module, LowRankLayer) and module.weight.requires_grad
+    return low_rank and module.weight.grad is None
 
 
 def _close(y: Tensor, expected: Tensor, meta: bool) -> bool:
