@@ -40,6 +40,9 @@ def test_the_version_has_one_place_and_the_others_follow():
     found = re.findall(r'^__version__ = "(.*)"$', text("lrmanifold/__init__.py"), re.M)
     assert found == [lrmanifold.__version__]
     assert f"\nversion: {found[0]}\n" in text("CITATION.cff")
+    assert f"version {found[0]}" in text("README.md")
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f"version {found[0]}" not in path.read_text(encoding="utf-8"), path
 
 
 def test_the_changelog_keeps_its_form():
