@@ -166,5 +166,5 @@ def test_models_are_built_for_their_data_and_refuse_what_does_not_fit():
         models.build("lenet5", data.dataclasses.replace(colour, train_x=colour.train_x[..., :3]))
     with pytest.raises(ValueError, match=r"\('mlp', 'mlp-maxmin', 'lenet5'\), got 'vgg'"):
         models.build("vgg", colour)
-    with pytest.raises(ValueError, match="layer sizes must be at least 1"):
+    with pytest.raises(ValueError, match=r"hidden\[0\] must be an integer >= 1, got 0"):
         models.mlp(4, 2, hidden=(0,))

@@ -28,7 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import check_integer, check_number
+from .._arguments import (
+    check_flag,
+    check_instance,
+    check_integer,
+    check_number,
+    check_path,
+    check_tensor,
+)
 from . import _hub
 from ._bounded import MOST_IMAGES, Column, DataError, decoded, read_idx, read_npz, read_parts
 
@@ -80,6 +87,11 @@ class Dataset:
         return channels, height, width
 
 
+def check_dataset(name: str, value: Any) -> Dataset:
+    """Refuse what is no :class:`Dataset`."""
+    return check_instance(name, value, Dataset, "a Dataset, as experiments.data.load gives")
+
+
 def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset:
     """Read a data set, or raise :class:`DataError`.
 
@@ -94,8 +106,10 @@ def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset:
         the Hugging Face hub, "hf:user/name" from that repository, "hf:/folder" reads a local one in
         its layout; with the package ``datasets`` (``pip install 'lrmanifold[hub]'``).
     """
-    if name not in _LOADERS:
+    if not isinstance(name, str) or name not in _LOADERS:
         raise DataError(f"name must be one of {', '.join(map(repr, _LOADERS))}, got {name!r}")
+    if root is not None:
+        root = check_path("root", root)
     named = os.environ.get(ENVIRONMENT_VARIABLE) if root is None and name != "digits" else root
     if isinstance(named, str) and named.startswith(_hub.PREFIX):
         source = named.removeprefix(_hub.PREFIX)
@@ -121,9 +135,16 @@ def batches(
     The order depends on the generator's state alone (None: torch's global one). Each pass draws a
     new permutation from it, so epochs differ and a run repeats when its generator is seeded alike.
     """
+    check_tensor("x", x, real=False)
+    check_tensor("y", y, real=False)
+    check_flag("shuffle", shuffle)
+    if x.ndim == 0 or y.ndim == 0:
+        raise ValueError("x and y must have a first dimension, of examples")
     if len(x) != len(y):
         raise ValueError(f"x and y must be equally long, got {len(x)} and {len(y)}")
-    check_integer("batch_size", batch_size, low=1)
+    batch_size = check_integer("batch_size", batch_size, low=1)
+    if generator is not None:
+        check_instance("generator", generator, torch.Generator, "a torch.Generator or None")
     if not shuffle:
         return zip(x.split(batch_size), y.split(batch_size), strict=True)
     device = None if generator is None else generator.device
@@ -137,6 +158,7 @@ def validation_split(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     For tuning without a look at the test images. The share is taken class by class (rounded, at
     least one image each way), at random by `seed`; mean and std are the remaining images'.
     """
+    check_dataset("dataset", dataset)
     limits: dict[str, Any] = {"low": 0.0, "high": 1.0, "open_low": True, "open_high": True}
     fraction = check_number("fraction", fraction, **limits)
     seed = check_integer("seed", seed, low=-(2**63), high=2**64 - 1)

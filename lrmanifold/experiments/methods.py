@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import certify
+from .._arguments import check_callable, check_instance
 from ..nn import LowRankLayer, densify, factorize
 from ..optim import CondLR, CondLRAdam
-from .data import Dataset
+from .data import Dataset, check_dataset
 from .factors import Rank, two_factors
-from .training import History, Normalized, Objective, Settings, fit
+from .training import History, Normalized, Objective, Settings, check_settings, fit
 
 __all__ = ["Method", "Rank", "Trained", "comparison", "train", "two_factors"]
 
@@ -116,6 +117,10 @@ def train(
     -------
     Trained
     """
+    check_instance("method", method, Method, "a Method, as those of comparison()")
+    check_callable("build", build, "a function that makes the dense network")
+    check_dataset("data", data)
+    check_settings(settings)
     layers: dict[str, Any] = {"exclude": exclude, "keep_larger": keep_larger}
     loop: dict[str, Any] = {
         "on_step": on_step,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from .._arguments import check_integer, shown
 from ..nn import MaxMin
 from .data import Dataset
 
@@ -27,9 +28,13 @@ def mlp(
 
     Images are flattened first, so `in_features` is C * H * W. ``hidden=()`` is one linear layer.
     """
-    sizes = [in_features, *hidden, classes]
-    if min(sizes) < 1:
-        raise ValueError(f"layer sizes must be at least 1, got {sizes}")
+    if isinstance(hidden, (str, bytes)) or not isinstance(hidden, Sequence):
+        raise TypeError(f"hidden must be a sequence of integers >= 1, got {shown(hidden)}")
+    sizes = [
+        check_integer("in_features", in_features, low=1),
+        *(check_integer(f"hidden[{i}]", size, low=1) for i, size in enumerate(hidden)),
+        check_integer("classes", classes, low=1),
+    ]
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for i in range(1, len(sizes)):
         if i > 1:
@@ -45,6 +50,9 @@ def lenet5(in_channels: int = 1, classes: int = 10, image_size: int = 28) -> nn.
     28 x 28 images ``fc1`` has 50 * 4 * 4 = 800 inputs and the network 431,080 parameters. Images
     below 16 x 16 leave no pixel for it: use :func:`mlp`.
     """
+    in_channels = check_integer("in_channels", in_channels, low=1)
+    classes = check_integer("classes", classes, low=1)
+    image_size = check_integer("image_size", image_size)
     side = ((image_size - 4) // 2 - 4) // 2
     if side < 1:
         raise ValueError(
@@ -69,6 +77,8 @@ def lenet5(in_channels: int = 1, classes: int = 10, image_size: int = 28) -> nn.
 
 def build(name: str, dataset: Dataset) -> nn.Sequential:
     """The named model, one of :data:`NAMES`, with the input and output sizes of `dataset`."""
+    if not hasattr(dataset, "image_shape") or not hasattr(dataset, "classes"):
+        raise TypeError(f"dataset must be a Dataset, got {shown(dataset)}")
     channels, height, width = dataset.image_shape
     if name == "mlp":
         return mlp(channels * height * width, dataset.classes)

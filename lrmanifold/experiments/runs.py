@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .._arguments import check_path
 from .._files import write_atomically
 from .._sealed import BLANK, SealError, check_seal, read_torch, set_seal, write_torch
 from ..errors import GeometryError
@@ -134,7 +135,7 @@ def load_model(path: str | os.PathLike[str]) -> Normalized:
     RunError
         If there is none, or the file is damaged or something else.
     """
-    path = Path(path)
+    path = Path(check_path("path", path))
     if path.is_dir():
         path = path / "model.pt"
     if not path.is_file():
@@ -167,7 +168,7 @@ def load_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
     RunError
         If there is none, or it is damaged, changed by hand, or something else.
     """
-    path = Path(folder) / "results.json"
+    path = Path(check_path("folder", folder)) / "results.json"
     try:
         data = path.read_bytes()
         sealed = check_seal(data)

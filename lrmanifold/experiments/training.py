@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._arguments import check_integer, check_number
+from .._arguments import check_instance, check_integer, check_module, check_number
 from ..checkpoint import CheckpointError
-from .data import Dataset, batches
+from .data import Dataset, batches, check_dataset
 from .factors import spectrum
 from .resume import Keeper, Position, identity
 
@@ -57,6 +57,11 @@ class Settings:
         }
         for name, value in checked.items():  # in Python's own types: they are written to files
             object.__setattr__(self, name, value)
+
+
+def check_settings(value: Settings) -> Settings:
+    """Refuse what are no :class:`Settings`."""
+    return check_instance("settings", value, Settings, "Settings of experiments.training")
 
 
 @dataclass
@@ -157,7 +162,10 @@ def fit(
     OSError
         If it cannot be written.
     """
-    device = next(model.parameters()).device
+    check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+    check_settings(settings)
+    check_dataset("data", data)
+    device = next(check_module("model", model).parameters()).device
     steps = settings.epochs * -(-len(data.train_y) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(settings.seed)

@@ -1,0 +1,78 @@
+"""Wrong arguments of the experiments' functions are refused by name."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn")
+
+from lrmanifold.experiments import data, methods, models, runs, training
+from lrmanifold.experiments.methods import Method
+from lrmanifold.experiments.training import Settings
+
+NAN = float("nan")
+WRONG = [None, 2.5, NAN, b"x", [], {}, object(), nn.Linear, torch.ones(2), lambda: 0, True]
+DIGITS = data.load("digits")
+SETTINGS = Settings(epochs=1)
+
+
+def dense() -> nn.Module:
+    return models.mlp(64, 10)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+CALLS = {
+    "name": data.load,
+    "root": lambda value: data.load("mnist", value),
+    "x": lambda value: data.batches(value, DIGITS.train_y, 2),
+    "batch_size": lambda value: data.batches(DIGITS.train_x, DIGITS.train_y, value),
+    "shuffle": lambda value: data.batches(DIGITS.train_x, DIGITS.train_y, 2, shuffle=value),
+    "dataset": lambda value: data.validation_split(value, 0.1, 0),
+    "fraction": lambda value: data.validation_split(DIGITS, value, 0),
+    "seed": lambda value: data.validation_split(DIGITS, 0.1, value),
+    "in_features": lambda value: models.mlp(value, 10),
+    "hidden": lambda value: models.mlp(4, 10, value),
+    "image_size": lambda value: models.lenet5(1, 10, value),
+    "path": runs.load_model,
+    "folder": runs.load_results,
+    "epochs": lambda value: Settings(epochs=value),
+    "lr": lambda value: Settings(lr=value),
+    "momentum": lambda value: Settings(momentum=value),
+    "method": lambda value: methods.train(value, dense, DIGITS, 4, SETTINGS),
+    "build": lambda value: methods.train(Method("d", "dense"), value, DIGITS, 4, SETTINGS),
+    "model": lambda value: training.fit(value, sgd(dense()), DIGITS, SETTINGS),
+    "optimizer": lambda value: training.fit(dense(), value, DIGITS, SETTINGS),
+    "data": lambda value: training.fit(dense(), sgd(dense()), value, SETTINGS),
+    "settings": lambda value: training.fit(dense(), sgd(dense()), DIGITS, value),
+}
+# What is right after all.
+RIGHT = {
+    "shuffle": (bool,),
+    "hidden": (list,),
+    "lr": (float,),
+    "build": (type, type(lambda: 0)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_wrong_value_is_refused_by_the_name_of_its_argument(name):
+    for value in WRONG:
+        if value is None and name == "root":
+            continue
+        if isinstance(value, RIGHT.get(name, ())) and value is not NAN:
+            continue
+        with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b.* must be"):
+            CALLS[name](value)
+
+
+def test_numbers_of_numpy_are_taken_and_kept_as_pythons_own():
+    settings = Settings(np.int64(2), np.int32(4), np.float32(0.5), np.float64(0.25), np.uint8(3))
+    assert settings == Settings(2, 4, 0.5, 0.25, 3)
+    assert [type(x) for x in vars(settings).values()] == [int, int, float, float, int]
+    assert len(list(data.batches(torch.ones(4), torch.ones(4), np.int64(2)))) == 2
