@@ -399,3 +399,20 @@ def test_a_terminal_without_greek_letters_is_no_error(finished):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "LowRankLinear" in result.stdout
+
+
+# -- certified runs
+
+
+def test_a_certified_run_goes_on_with_its_own_radius_only(tmp_path, monkeypatch):
+    options = ("--certified", "--model", "mlp-maxmin", "--eps", "0.1", "--rank", 8)
+    cut_off(tmp_path, monkeypatch, *options)
+    monkeypatch.setattr("lrmanifold._commands.load", lambda name, root: few_digits())
+    other = (*options[:4], "0.3", *options[5:])
+    assert_refused(train(tmp_path, *other), "with objective certified loss, eps 0.12 instead of")
+    result = train(tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    assert f"resumes after step {STEPS} of {STEPS}" in result.stderr
+    assert names(tmp_path) == sorted([*FILES, "certificate.png"])
+    assert train(tmp_path, "--force").exit_code == 0
+    assert names(tmp_path) == FILES  # no picture of the other run stays

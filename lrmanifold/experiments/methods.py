@@ -156,6 +156,7 @@ def train(
     if certified is not None:
         optimizer = CondLRAdam(model.parameters(), settings.lr)
         loop["objective"] = _objective(model, data, settings, certified)
+        loop["about"] = f"certified loss, eps {certified!r}"
     history = fit(model, optimizer, data, settings, **loop)
     return Trained(model, history, *_shares(model, size))
 

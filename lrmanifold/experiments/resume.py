@@ -152,7 +152,11 @@ def steps_done(path: Path) -> int | None:
 
 
 def identity(
-    settings: Any, data: Dataset, model: nn.Module, optimizer: torch.optim.Optimizer
+    settings: Any,
+    data: Dataset,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    objective: str,
 ) -> dict[str, Any]:
     """What two runs must have in common for one to go on where the other stopped."""
     return {
@@ -161,9 +165,18 @@ def identity(
         "training images": len(data.train_y),
         "images (CRC-32)": checksum(data.train_x),
         "labels (CRC-32)": checksum(data.train_y),
+        "objective": objective,
         "optimizer": type(optimizer).__name__,
+        "options of the optimizer": [_options(group) for group in optimizer.param_groups],
         "network": str(model),
     }
+
+
+def _options(group: dict[str, Any]) -> str:
+    """What does not change in training: all but the parameters and the scheduled rate."""
+    plain = (bool, int, float, str, tuple, type(None))
+    kept = {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
+    return ", ".join(f"{k} {v}" for k, v in sorted(kept.items()) if isinstance(v, plain))
 
 
 def differing(mine: Any, other: Any, width: int = 60) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._arguments import check_instance, check_integer, check_module, check_number
+from .._arguments import check_instance, check_integer, check_module, check_number, check_text
 from ..checkpoint import CheckpointError
 from .data import Dataset, batches, check_dataset
 from .factors import spectrum
@@ -125,6 +125,7 @@ def fit(
     checkpoint: Path | None = None,
     save_every: int = 1,
     objective: Objective | None = None,
+    about: str | None = None,
 ) -> History:
     """Train, with cross entropy by default; the loop that every comparison uses.
 
@@ -148,6 +149,9 @@ def fit(
         With 1 a process that is killed loses the current step only.
     objective : callable, optional
         From logits, classes and the number of steps done to the loss, in place of cross entropy.
+    about : str
+        The objective in words, its name by default: a checkpoint of a run with another one is
+        refused.
 
     Returns
     -------
@@ -165,13 +169,16 @@ def fit(
     check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     check_settings(settings)
     check_dataset("data", data)
+    if about is None:
+        about = "cross entropy" if objective is None else _name(objective)
+    check_text("about", about)
     device = next(check_module("model", model).parameters()).device
     steps = settings.epochs * -(-len(data.train_y) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(settings.seed)
     history, keeper, at = History(), None, None
     if checkpoint is not None:
-        same = identity(settings, data, model, optimizer)
+        same = identity(settings, data, model, optimizer, about)
         keeper = Keeper(checkpoint, save_every, model, optimizer, schedule, same)
         at = keeper.resume(history)
     if at is None:
@@ -212,6 +219,11 @@ def fit(
     if keeper is not None:
         _save(keeper, at, history, settings)
     return history
+
+
+def _name(objective: Objective) -> str:
+    kind = objective if hasattr(objective, "__qualname__") else type(objective)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _save(keeper: Keeper, at: Position, history: History, settings: Settings) -> None:

@@ -46,6 +46,10 @@ def build(rank: int = 3, tau: float = 0.1):
     return model, optimizer
 
 
+def squared(z, y, step):
+    return (z - nn.functional.one_hot(y, 2)).square().mean()
+
+
 def run(path, settings=SETTINGS, result=None, **options):
     torch.set_num_threads(1)
     model, optimizer = build()
@@ -162,6 +166,13 @@ def test_the_file_of_another_run_is_refused_and_named(tmp_path):
     words = r"with network \.\.\..*rank=3.* instead of .*rank=4"
     with pytest.raises(CheckpointError, match=words):
         fit(wide, wide_optimizer, few_images(), SETTINGS, checkpoint=path)
+    with pytest.raises(CheckpointError, match="objective cross entropy instead of certified"):
+        fit(model, optimizer, few_images(), SETTINGS, checkpoint=path, about="certified")
+    with pytest.raises(CheckpointError, match=r"objective cross entropy instead of .*squared"):
+        fit(model, optimizer, few_images(), SETTINGS, checkpoint=path, objective=squared)
+    other = lrm.optim.CondLR(model.parameters(), SETTINGS.lr, momentum=0.25)
+    with pytest.raises(CheckpointError, match=r"options of the optimizer .*0\.5.* instead .*0\.25"):
+        fit(model, other, few_images(), SETTINGS, checkpoint=path)
     lrm.checkpoint.save(path, model)
     with pytest.raises(CheckpointError, match="is not the checkpoint of a training run"):
         fit(model, optimizer, few_images(), SETTINGS, checkpoint=path)
