@@ -9,24 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrmanifold.manifolds import FixedRank
-from lrmanifold.optim import adam
+from lrmanifold.optim.coordinates import Ambient
 
-_library = adam.block_moments
+_library = Ambient.block_moments
 
 
-def _block(manifold: Any, X: Tensor, xi: Tensor) -> Tensor:
+def _block(M: Any, X: Any, v: Any) -> Tensor:
     """The mean square of each block's entries."""
-    if not isinstance(manifold, FixedRank):
-        return _library(manifold, X, xi)
-    return torch.stack([b.square().mean((-2, -1)) for b in manifold.unpack(xi)], -1)
+    if not M.low_rank:
+        return _library(M, X, v)
+    return torch.stack([b.square().mean((-2, -1)) for b in v], -1)
 
 
-def _point(manifold: Any, X: Tensor, xi: Tensor) -> Tensor:
+def _point(M: Any, X: Any, v: Any) -> Tensor:
     """The mean square of all entries, three times."""
-    if not isinstance(manifold, FixedRank):
-        return _library(manifold, X, xi)
-    return xi.square().mean((-2, -1))[..., None].expand(*xi.shape[:-2], 3)
+    if not M.low_rank:
+        return _library(M, X, v)
+    squares = torch.cat([b.square() for b in v], -2)
+    return squares.mean((-2, -1))[..., None].expand(*squares.shape[:-2], 3)
 
 
 class _Unlimited:
@@ -35,9 +35,9 @@ class _Unlimited:
     def __init__(self) -> None:
         self.limit = False
 
-    def __call__(self, manifold: Any, X: Tensor, xi: Tensor) -> Tensor:
-        moments, limit = _block(manifold, X, xi), self.limit
-        if isinstance(manifold, FixedRank):
+    def __call__(self, M: Any, X: Any, v: Any) -> Tensor:
+        moments, limit = _block(M, X, v), self.limit
+        if M.low_rank:
             self.limit = not limit
         return torch.zeros_like(moments) if limit else moments
 
@@ -53,8 +53,9 @@ RULES: dict[str, Callable[[], Callable[..., Tensor]]] = {
 @contextlib.contextmanager
 def moment_rule(name: str) -> Iterator[None]:
     """Inside, CondLRAdam takes its second moments by the rule of that name."""
-    adam.block_moments = RULES[name]()  # type: ignore[assignment]
+    rule = RULES[name]()
+    Ambient.block_moments = lambda M, X, v: rule(M, X, v)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        adam.block_moments = _library
+        Ambient.block_moments = _library  # type: ignore[method-assign]

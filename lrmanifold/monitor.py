@@ -12,7 +12,7 @@ from ._arguments import check_callable, check_integer, check_module
 from ._flow_certificate import FlowCertificate, check_flow
 from ._wrappers import names_without_wrappers, unwrapped
 from .nn import LowRankLayer
-from .optim._base import GeometricOptimizer
+from .optim import GeometricOptimizer
 
 
 class Monitor:

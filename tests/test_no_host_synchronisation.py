@@ -7,6 +7,7 @@ on the CPU. What would wait inside a kernel is refused by name.
 
 from __future__ import annotations
 
+import geoopt
 import pytest
 import torch
 from oracles import ForbidHostSynchronisation
@@ -14,14 +15,6 @@ from oracles import ForbidHostSynchronisation
 import lrmanifold as lrm
 from lrmanifold import linalg
 from lrmanifold.optim import CondLR, CondLRAdam
-from lrmanifold.optim._factored import (
-    MOMENTUM_STATE,
-    Momentum,
-    Options,
-    Workspace,
-    factored_step,
-)
-from lrmanifold.optim._together import step_together
 
 BATCHES = [(), (4,)]
 MANIFOLDS = {
@@ -91,58 +84,44 @@ def test_a_training_step_on_low_rank_manifolds_does_not_wait(name, batch):
 
 
 STEPS = {
-    "plain": {},
-    "scalar metric": {"metric": "scalar"},
-    "nesterov": {"nesterov": True},
-    "decay and penalty": {"weight_decay": 0.1, "penalty": 0.1},
-    "margin": {"clip_margin": 0.5, "orthonormality_tol": 1e-5},
+    "plain": (CondLR, {"lr": 0.1, "momentum": 0.9}),
+    "scalar metric": (CondLR, {"lr": 0.1, "metric": "scalar"}),
+    "nesterov": (CondLR, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "decay and penalty": (CondLR, {"lr": 0.1, "weight_decay": 0.1, "penalty": 0.1}),
+    "margin": (CondLR, {"lr": 0.1, "clip_margin": 0.5}),
+    "not skipping": (CondLR, {"lr": 0.1, "skip_nonfinite": False}),
+    "Adam": (CondLRAdam, {"penalty": 0.1, "weight_decay": 0.1}),
 }
 
 
-@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
-@pytest.mark.parametrize("tau", [None, 0.0, 0.1])
-@pytest.mark.parametrize("together", [False, True])
-def test_a_step_in_velocities_does_not_wait(together, tau, options):
-    if tau is None:
-        M = lrm.FixedRank(9, 7, 3, retraction="factored")
-    else:
-        M = lrm.WellConditioned(9, 7, 3, tau=tau)
-    defaults = CondLR([torch.nn.Parameter(torch.ones(1))], 0.1, momentum=0.9).defaults
-    settings = Options(**{k: {**defaults, **options}[k] for k in Options._fields})
-    lead = (2,) if together else ()
-    X, G, velocity = (meta(*lead, *M.point_shape) for _ in range(3))
-    momentum = Momentum(velocity, meta(*lead, 2, 3, 3))
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("retraction", ["factored", "orthographic"])
+def test_steps_do_not_wait(name, dtype, retraction):
+    """Of weights of several sizes, a batch, a frame, and ordinary parameters."""
+    kind, options = STEPS[name]
+    sets: list = [
+        lrm.FixedRank(9, 7, 3, retraction=retraction),
+        lrm.WellConditioned(9, 7, 3, tau=0.1, retraction=retraction),
+        lrm.WellConditioned(4, 7, 4, tau=0.0, retraction=retraction),
+        lrm.WellConditioned(9, 7, 1, tau=0.1, retraction=retraction, gradient="probe"),
+    ]
+    shapes = [M.point_shape for M in sets] + [(2, *sets[1].point_shape), (7,), (3, 4)]
+    owners = [*sets, sets[1], None, None]
+    if not (options.get("weight_decay") or options.get("penalty")):
+        shapes, owners = [*shapes, (9, 4)], [*owners, lrm.Stiefel()]
+    params = []
+    for shape, M in zip(shapes, owners, strict=True):
+        x = meta(*shape, dtype=dtype)
+        params.append(
+            torch.nn.Parameter(x) if M is None else geoopt.ManifoldParameter(x, manifold=M)
+        )
+    optimizer = kind(params, **options)
+    for p in params:
+        p.grad = torch.empty_like(p).as_subclass(torch.Tensor)
+    optimizer.step()
     with ForbidHostSynchronisation():
-        for before in (None, momentum):
-            step = factored_step(M, M.unpack(X), M.unpack(G), before, settings, Workspace())
-            assert step.packed().shape == X.shape
-            assert step.momentum.overlap.shape == momentum.overlap.shape
-        if together:
-            pairs = zip(momentum.velocity, momentum.overlap, strict=True)
-            states = [dict(zip(MOMENTUM_STATE, pair, strict=False)) for pair in pairs]
-            ok = meta(2, dtype=torch.bool)
-            assert step_together(M, list(X), G, states, settings, ok).shape == (2,)
-
-
-@pytest.mark.parametrize("tau", [None, 0.0, 0.1])
-def test_steps_of_adam_do_not_wait(tau):
-    if tau is None:
-        M = lrm.FixedRank(9, 7, 3, retraction="factored")
-    else:
-        M = lrm.WellConditioned(9, 7, 3, tau=tau)
-    optimizer = CondLRAdam([torch.nn.Parameter(torch.ones(1))], penalty=0.1, weight_decay=0.1)
-    X, G, first = (meta(2, *M.point_shape) for _ in range(3))
-    for known in (False, True):
-        states = [{"step": meta(dtype=torch.int64)} for _ in range(2)]
-        if known:
-            for state, moment in zip(states, first, strict=True):
-                state.update(exp_avg=moment, exp_avg_sq=meta(3))
-        ok = meta(2, dtype=torch.bool)
-        with ForbidHostSynchronisation():
-            found = optimizer._step_together(M, list(X), G, optimizer.param_groups[0], states, ok)
-        assert found.shape == (2,)
-        assert states[0]["exp_avg"].shape == X[0].shape
-        assert states[0]["exp_avg_sq"].shape == (3,)
+        optimizer.step()
 
 
 @pytest.mark.parametrize("retraction", ["polar", "qr", "cayley"])

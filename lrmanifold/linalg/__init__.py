@@ -10,7 +10,6 @@ are untouched.
 
 from ..precision import compute_dtype
 from ._certificate import condition_bound
-from ._clip_memory import ClipMemory
 from ._common import all_finite
 from ._conditioning import (
     Centre,
@@ -26,8 +25,9 @@ from ._convolution_norms import (
     convolution_singular_range,
     overlaps,
 )
-from ._newton_schulz import inverse_square_root, inverse_square_root_and_image
+from ._newton_schulz import inverse_square_root
 from ._orthonormal import gram, inverse, orthonormalize, polar, qr, solve_right
+from ._products import SERIES_LIMIT, clip_by_products, constant, inverse_grams, polar_pair
 from ._spectral_bound import (
     gram_norm,
     orthonormality_defect_bound,
@@ -37,28 +37,31 @@ from ._spectral_bound import (
 from ._svd import SVD, svd, svdvals
 
 __all__ = [
+    "SERIES_LIMIT",
     "SVD",
     "Centre",
-    "ClipMemory",
     "all_finite",
+    "clip_by_products",
     "clip_values",
     "compute_dtype",
     "condition_bound",
     "condition_number",
     "conditioning_penalty",
     "conditioning_penalty_grad",
+    "constant",
     "convolution_norm",
     "convolution_norm_estimate",
     "convolution_singular_range",
     "gram",
     "gram_norm",
     "inverse",
+    "inverse_grams",
     "inverse_square_root",
-    "inverse_square_root_and_image",
     "orthonormality_defect_bound",
     "orthonormalize",
     "overlaps",
     "polar",
+    "polar_pair",
     "qr",
     "rounding_of_products",
     "solve_right",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ._certificate import certified, condition_bound, relative_defect
 from ._common import check_square, checked, compute_dtype
-from ._newton_schulz import clip_by_sign, inverse_square_root
+from ._newton_schulz import inverse_square_root
+from ._products import clip_by_products
 from ._svd import svd, svdvals
 
 Centre = Literal["metric", "mean"]
@@ -140,7 +141,7 @@ def spectral_clip(
     moves points of the set, and repeated it drifts (mathematics 5).
 
     An r x r SVD on the CPU, 20 to 25 r³ flops (for `tau` = 0 the polar factor, about 10 r³); on an
-    accelerator products only, see `lrmanifold/linalg/_newton_schulz.py`.
+    accelerator products only, see `lrmanifold/linalg/_products.py`.
 
     Parameters
     ----------
@@ -184,9 +185,10 @@ def spectral_clip(
             clipped = torch.where(fine[..., None, None], S, clipped)
         return clipped.to(dtype)
     if not (S.requires_grad and torch.is_grad_enabled()):
-        found = clip_near(S, tau, centre, margin, certify=True)
+        small = S.ndim == 2 and S.shape[-1] < _SMALL
+        found = (_clip_small if small else _clip_near)(S, tau, centre, margin)
         if found is not None:
-            return found.S.to(dtype)
+            return found.to(dtype)
     U, s, Vh = svd(S)
     feasible = _feasible(s, tau)
     if centre == "metric" and bool(feasible.all()):
@@ -210,24 +212,7 @@ def _feasible(s: Tensor, tau: float) -> Tensor:
     return s[..., 0] <= (1.0 + tau) * slack * s[..., -1]
 
 
-class Clipped(NamedTuple):
-    """A clipped core, and of a single one its smallest and largest singular value if known."""
-
-    S: Tensor
-    low: float | None = None
-    high: float | None = None
-
-
-def clip_near(
-    S: Tensor, tau: float, centre: Centre, margin: float, *, certify: bool
-) -> Clipped | None:
-    """The clip on the CPU by the cheapest means; None where these are not accurate."""
-    if S.ndim == 2 and S.shape[-1] < _SMALL:
-        return _clip_small(S, tau, centre, margin)
-    return _clip_by_products(S, tau, centre, margin, certify)
-
-
-def _clip_small(S: Tensor, tau: float, centre: Centre, margin: float) -> Clipped | None:
+def _clip_small(S: Tensor, tau: float, centre: Centre, margin: float) -> Tensor | None:
     """The clip of one small core by its SVD in as few calls as possible; None where it is hard."""
     try:
         U, s, Vh = torch.linalg.svd(S)
@@ -238,15 +223,12 @@ def _clip_small(S: Tensor, tau: float, centre: Centre, margin: float) -> Clipped
         return None
     slack = 1.0 + _SLACK * torch.finfo(S.dtype).eps
     if centre == "metric" and row[0] <= (1.0 + tau) * slack * row[-1]:
-        return Clipped(S, row[-1], row[0])
+        return S
     values = clip_values(s, (1.0 - margin) * tau, centre=centre)
-    high, low = float(values[0]), float(values[-1])
-    return Clipped(S + (U * (values - s)) @ Vh, low, high) if row[0] <= 2.0 * high else None
+    return S + (U * (values - s)) @ Vh if row[0] <= 2.0 * float(values[0]) else None
 
 
-def _clip_by_products(
-    S: Tensor, tau: float, centre: Centre, margin: float, certify: bool
-) -> Clipped | None:
+def _clip_near(S: Tensor, tau: float, centre: Centre, margin: float) -> Tensor | None:
     """The clip without an SVD: near the set, from SᵀS alone. None where that is not accurate.
 
     The usual case of a training step. A core that is certified to be feasible stays as it is;
@@ -256,8 +238,8 @@ def _clip_by_products(
     """
     kappa = 1.0 + tau
     E, c = relative_defect(S)
-    if certify and centre == "metric" and tau > 0 and certified(E, kappa):
-        return Clipped(S)
+    if centre == "metric" and tau > 0 and certified(E, kappa):
+        return S
     if tau == 0:
         size = torch.linalg.matrix_norm(E)
         worst = float(size.max())
@@ -266,7 +248,7 @@ def _clip_by_products(
         Q = S @ inverse_square_root(E, worst) / c.sqrt()
         mean = (Q * S).sum((-2, -1), keepdim=True) / S.shape[-1]
         small = size <= _SLACK * torch.finfo(S.dtype).eps
-        return Clipped(torch.where(small[..., None, None], S, mean * Q))
+        return torch.where(small[..., None, None], S, mean * Q)
     try:
         squares, Q = torch.linalg.eigh(E)
     except torch.linalg.LinAlgError:
@@ -280,25 +262,19 @@ def _clip_by_products(
     s = (c[..., 0] * (1.0 + squares)).sqrt().flip(-1)
     feasible = _feasible(s, tau)
     if centre == "metric" and S.ndim == 2 and bool(feasible):
-        return Clipped(S, float(s[-1]), float(s[0]))
+        return S
     values = clip_values(s, (1.0 - margin) * tau, centre=centre)
     change = (values / s - 1.0).flip(-1)
     clipped = S + ((S @ Q) * change[..., None, :]) @ Q.mT
-    if S.ndim == 2:
-        return Clipped(clipped, float(values[-1]), float(values[0]))
     if centre == "metric":
         clipped = torch.where(feasible[..., None, None], S, clipped)
-    return Clipped(clipped)
+    return clipped
 
 
 def _clip_unchecked(S: Tensor, tau: float, centre: Centre) -> Tensor:
     """The clip for accelerators: a fixed number of products, no host synchronisation."""
-    # In float64, so that the float32 result keeps to the band to its last digit.
-    wide = S.double()
-    norm = torch.linalg.matrix_norm(wide, keepdim=True)
-    resolution = 0.1 * torch.finfo(S.dtype).eps
-    change = clip_by_sign(wide / norm, tau, mean=centre == "mean", resolution=resolution)
-    return S + (change * norm).to(S.dtype)
+    flat = S.reshape(-1, *S.shape[-2:])
+    return clip_by_products(flat, tau, mean=centre == "mean").reshape(S.shape)
 
 
 def conditioning_penalty(S: Tensor, *, squared: bool = False) -> Tensor:

@@ -1,8 +1,7 @@
-"""Polar factors, matrix signs and a spectral clip from matrix products alone.
+"""Polar factors and inverse square roots from matrix products alone.
 
 On an accelerator a LAPACK-style decomposition waits for the host twice: once to run, once to report
 whether it converged. The iterations here have a *fixed* number of products, so that nothing waits.
-They are also the reference for what :func:`lrmanifold.linalg.spectral_clip` computes by an SVD.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def scaled_newton_schulz(X: Tensor, *, lower: float | None = None) -> Tensor:
     ----------
     X : Tensor, shape (..., m, n)
         Singular values at most 1. Those below `lower` come out smaller than 1 instead of failing,
-        which is what :func:`clip_by_sign` needs.
+        which is what a matrix sign needs.
     lower : float, optional
         A lower bound for the singular values that matter; a tenth of the unit roundoff by default.
 
@@ -85,7 +84,7 @@ def inverse_square_root(E: Tensor, size: float) -> Tensor:
     differentiated = E.requires_grad and torch.is_grad_enabled()
     degree = None if differentiated else _series_degree(E, size)
     if degree is not None:
-        return _series(_powers(E, degree), offset=0)
+        return _series(_powers(E, degree))
     eps = torch.finfo(E.dtype).eps
     # Differentiated, two more: the value converges before its first and second derivative.
     steps = 2 if differentiated else 0
@@ -101,19 +100,6 @@ def inverse_square_root(E: Tensor, size: float) -> Tensor:
             R = D + F + D @ F
         D = D - 0.5 * (R + D @ R if k else R)
     return D + torch.eye(E.shape[-1], dtype=E.dtype, device=E.device)
-
-
-def inverse_square_root_and_image(E: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    """K = ``(I + E)^(-1/2)`` and K E, which the series has as a by-product; both to rounding of I.
-
-    Not differentiable; arguments as :func:`inverse_square_root`.
-    """
-    degree = _series_degree(E, size)
-    if degree is None:
-        K = inverse_square_root(E, size)
-        return K, K @ E
-    powers = _powers(E, degree)
-    return _series(powers, offset=0), _series(powers, offset=1)
 
 
 def _series_degree(E: Tensor, size: float) -> int | None:
@@ -133,14 +119,13 @@ def _powers(E: Tensor, degree: int) -> list[Tensor]:
     return powers
 
 
-def _series(powers: list[Tensor], *, offset: int) -> Tensor:
-    """Σ c_k E^(k + offset) over the powers at hand; without an offset c_0 is that of I."""
+def _series(powers: list[Tensor]) -> Tensor:
+    """I + Σ c_k E^k over the powers at hand."""
     # From the smallest term on, or rounding would add up.
-    total = _SERIES[len(powers) - offset] * powers[-1]
+    total = _SERIES[len(powers)] * powers[-1]
     for k in range(len(powers) - 1, 0, -1):
-        total = torch.add(total, powers[k - 1], alpha=_SERIES[k - offset])
-    if not offset:
-        total.diagonal(dim1=-2, dim2=-1).add_(1.0)
+        total = torch.add(total, powers[k - 1], alpha=_SERIES[k])
+    total.diagonal(dim1=-2, dim2=-1).add_(1.0)
     return total
 
 
@@ -151,74 +136,3 @@ def polar_square(R: Tensor, *, lower: float | None = None) -> Tensor:
     """
     norm = torch.linalg.matrix_norm(R, keepdim=True).clamp_min(torch.finfo(R.dtype).tiny)
     return scaled_newton_schulz(R / norm, lower=lower)
-
-
-def _signs(low: Tensor, high: Tensor, lower: float) -> tuple[Tensor, Tensor]:
-    """Sign functions of two symmetric matrices in one batch (a sign is a polar factor)."""
-    sign = polar_square(torch.stack((low, high)), lower=lower)
-    sign = 0.5 * (sign + sign.mT)
-    return sign[0], sign[1]
-
-
-def _trace(A: Tensor) -> Tensor:
-    return A.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-def clip_by_sign(S: Tensor, tau: float, *, mean: bool = False, resolution: float = 1e-8) -> Tensor:
-    r"""What must be added to `S` to bring its spectrum into a band of ratio ``1 + tau``.
-
-    With the polar decomposition :math:`S = QH` the clip is :math:`Q\,\mathrm{clip}(H; a, b)`, and
-    :math:`\mathrm{clip}(H; a, b) - H = \tfrac12(|H - a| + (a - H)) - \tfrac12(|H - b| + (H - b))`
-    with :math:`|A| = A\,\mathrm{sign}(A)`. An eigenvalue too near to a threshold for its sign to be
-    resolved contributes no more than its distance from the threshold.
-
-    For the exact projection the threshold `t` of mathematics 5 (a = t, b = κt) is found by Newton's
-    method on the piecewise linear f', whose counts and sums are traces of spectral projectors:
-    a few coarse steps, then fine ones.
-
-    Parameters
-    ----------
-    S : Tensor, shape (..., r, r)
-        Non-singular, of Frobenius norm 1 or so.
-    tau : float
-        At least 0.
-    mean : bool
-        The published clamp about the mean singular value instead of the projection.
-    resolution : float
-        Distances from a threshold below this, relative to ‖S‖, need not be resolved.
-
-    Returns
-    -------
-    Tensor, shape (..., r, r)
-    """
-    r, kappa = S.shape[-1], 1.0 + tau
-    Q = polar_square(S)
-    H = Q.mT @ S
-    H = 0.5 * (H + H.mT)
-    identity = torch.eye(r, dtype=S.dtype, device=S.device)
-    trace = _trace(H)
-    average = trace / r
-    if mean:
-        half = tau / (2.0 + tau)
-        a, b = (1.0 - half) * average, (1.0 + half) * average
-    else:
-        t = average * (2.0 / (1.0 + kappa))
-        for lower in () if tau == 0 else (1e-3,) * 6 + (resolution,) * 4:
-            low, high = _signs(
-                t[..., None, None] * identity - H,
-                H - (kappa * t)[..., None, None] * identity,
-                lower,
-            )
-            q, p = 0.5 * (r + _trace(low)), 0.5 * (r + _trace(high))
-            small = 0.5 * (trace + (low * H).sum((-2, -1)))
-            big = 0.5 * (trace + (high * H).sum((-2, -1)))
-            weight = kappa * kappa * p + q
-            # Nothing outside the band: any t of an interval is right, so keep the present one.
-            t = torch.where(weight > 0.25, (kappa * big + small) / weight.clamp_min(0.25), t)
-        a, b = t, kappa * t
-    if tau == 0:
-        return Q @ (average[..., None, None] * identity - H)
-    below, above = a[..., None, None] * identity - H, H - b[..., None, None] * identity
-    low, high = _signs(below, above, resolution)
-    change = 0.5 * (below + low @ below) - 0.5 * (above + high @ above)
-    return Q @ (0.5 * (change + change.mT))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Literal
 
 import geoopt
@@ -188,6 +188,23 @@ class FixedRank(geoopt.Manifold):
                 f"W must have rank at least {self.rank}, got numerical rank {found} in {dtype}"
             )
 
+    @property
+    def retraction_map(self) -> Callable[..., Tensor]:
+        """The function behind :attr:`retraction`, ``(manifold, X, xi) -> Y``."""
+        return self._retract
+
+    @property
+    def bundle_key(self) -> Hashable:
+        """What sets have in common whose weights an optimizer may move as one batch.
+
+        Everything but the sizes that decides how a point moves. A subclass moves alone, as its
+        object may differ in ways that only it knows, unless it declares a key of its own.
+        """
+        return (type(self), *self._kind()) if type(self) is FixedRank else id(self)
+
+    def _kind(self) -> tuple[Hashable, ...]:
+        return self._retract, self.gradient
+
     def project_core(self, S: Tensor, *, margin: float = 0.0) -> Tensor:
         """Project the core S (..., r, r) onto the set; every invertible core is in it here.
 
@@ -246,7 +263,7 @@ class FixedRank(geoopt.Manifold):
     @staticmethod
     def _orthonormality_defect(Q: Tensor) -> Tensor:
         eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        return (Q.mT @ Q - eye).abs().amax((-2, -1))
+        return (linalg.gram(Q) - eye).abs().amax((-2, -1))
 
     # -- measurements
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Literal
 
 import torch
@@ -76,6 +76,13 @@ class WellConditioned(FixedRank):
     def extra_repr(self) -> str:
         scale = "" if self.scale == "free" else f", scale={self.scale:g}"
         return f"{super().extra_repr()}, tau={self.tau:g}, centre={self.centre!r}{scale}"
+
+    @property
+    def bundle_key(self) -> Hashable:
+        """As :attr:`FixedRank.bundle_key`; bound, centre and scale count too."""
+        if type(self) is not WellConditioned:
+            return id(self)
+        return (type(self), *self._kind(), self.tau, self.centre, self.scale)
 
     def project_core(self, S: Tensor, *, margin: float = 0.0) -> Tensor:
         """The core with its spectrum clipped to a band of ratio 1 + tau, below `scale` if fixed.

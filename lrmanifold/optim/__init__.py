@@ -1,28 +1,50 @@
 """Riemannian optimizers for low-rank weights."""
 
-from ._rank import resize
-from .adam import CondLRAdam, adam_update
+from typing import Any
+
+from .accelerator import force_accelerator
+from .adam import CondLRAdam
+from .adam_step import adam_update
 from .averaging import RetractingAverage, average_points, retracting_average
-from .condlr import CondLR, condlr_update
+from .condlr import CondLR
 from .dlrt import DLRT
+from .engine import Rule
 from .groups import param_groups
-from .rank_scheduler import RankScheduler
+from .optimizer import GeometricOptimizer
+from .rank import augment, nearest_rank, rank_for_tolerance, resize, truncate
 from .recipes import capped_dlrt, robust_dlrt
 from .schedule import OptionScheduler
+from .step import condlr_update
 
 __all__ = [
     "DLRT",
     "CondLR",
     "CondLRAdam",
+    "GeometricOptimizer",
     "OptionScheduler",
     "RankScheduler",
     "RetractingAverage",
+    "Rule",
     "adam_update",
+    "augment",
     "average_points",
     "capped_dlrt",
     "condlr_update",
+    "force_accelerator",
+    "nearest_rank",
     "param_groups",
+    "rank_for_tolerance",
     "resize",
     "retracting_average",
     "robust_dlrt",
+    "truncate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # It stands above nn and optim, and is still found here.
+    if name == "RankScheduler":
+        from ..adaptive import RankScheduler
+
+        return RankScheduler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from ..errors import GeometryError
 from ..factors import pack, unpack
 from ..manifolds import Factors, FixedRank
 from ..parameter import manifold_of
-from ._rank import resize
+from .rank import resize
 
 
 def average_points(manifold: FixedRank, X: Tensor, Y: Tensor, weight: float) -> Tensor:

@@ -2,104 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import geoopt
-import torch
-from torch import Tensor
-
-from .. import linalg
-from ..factors import unpack
-from ..manifolds import Factors, FixedRank
-from ..parameter import gathered, is_sharded, manifold_of
-from ..precision import storage_tolerance
-from ._base import GeometricOptimizer, Item, Ok, and_finite, commit, store
-from ._distributed import sharded_like
-from ._factored import (
-    MOMENTUM_STATE,
-    Metric,
-    Momentum,
-    Options,
-    factored_step,
-    factored_transport,
-    is_factored,
-    tangent_momentum,
-)
-from ._together import bundle_key, step_together
-
-# Options that have no meaning for other retractions.
-_FACTORED_ONLY = ("clip_margin", "orthonormality_tol")
-
-
-def add_to_core(manifold: FixedRank, xi: Tensor, term: Tensor) -> Tensor:
-    """Add a matrix to the block M of a packed tangent vector."""
-    U_p, M, V_p = manifold.unpack(xi)
-    return manifold.pack(U_p, M + term, V_p)
-
-
-def _scaled(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
-    """The Riemannian gradient in the scalar metric: U_p SᵀS r/‖S‖² and V_p SSᵀ r/‖S‖²."""
-    S, (U_p, M, V_p) = manifold.unpack(X).S, manifold.unpack(xi)
-    c = manifold.rank / S.square().sum((-2, -1), keepdim=True)
-    return manifold.pack(U_p @ (c * S.mT @ S), M, V_p @ (c * S @ S.mT))
-
-
-def condlr_update(
-    manifold: geoopt.Manifold,
-    X: Tensor,
-    G: Tensor,
-    buffer: Tensor | None,
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-    penalty: float,
-    penalty_squared: bool = False,
-    metric: Metric = "exact",
-) -> tuple[Tensor, Tensor | None]:
-    """One CondLR step as a pure function.
-
-    ξ = P_W G + wd·S (on the block M); b ← momentum·b + ξ; the point moves along -lr (b + β∇R(S))
-    (Nesterov: ξ + momentum·b for b) by the manifold's retraction, and b is transported with it.
-    Decay and penalty depend on the singular values alone, so their Riemannian gradients have only
-    the block M. The penalty does not enter the momentum: it is a force of the present core.
-
-    Parameters
-    ----------
-    manifold : geoopt.Manifold
-    X : Tensor
-        Point; for low-rank weights packed, (..., m + r + n, r).
-    G : Tensor
-        Euclidean gradient with respect to `X`, as autograd returns it.
-    buffer : Tensor or None
-        Momentum, a tangent vector at `X`; None before the first step.
-
-    Returns
-    -------
-    Y, buffer : Tensor, Tensor or None
-        New point, and the momentum as a tangent vector there (None without momentum).
-    """
-    low_rank = isinstance(manifold, FixedRank)
-    xi = manifold.egrad2rgrad(X, G)
-    if low_rank and metric == "scalar":
-        xi = _scaled(manifold, X, xi)
-    if low_rank and weight_decay:
-        xi = add_to_core(manifold, xi, weight_decay * manifold.unpack(X).S)
-    direction = xi
-    if momentum:
-        buffer = xi if buffer is None else momentum * buffer + xi
-        direction = xi + momentum * buffer if nesterov else buffer
-    if low_rank and penalty:
-        force = linalg.conditioning_penalty_grad(manifold.unpack(X).S, squared=penalty_squared)
-        direction = add_to_core(manifold, direction, penalty * force)
-    Y = manifold.retr(X, -lr * direction)
-    if not momentum or buffer is None:
-        return Y, None
-    if is_factored(manifold):
-        return Y, factored_transport(manifold, X, Y, buffer)
-    return Y, manifold.transp(X, Y, buffer)
+from .._arguments import check_choice, check_flag, check_number
+from .engine import Rule
+from .optimizer import GeometricOptimizer
+from .step import Metric, condlr, sgd
 
 
 class CondLR(GeometricOptimizer):
@@ -118,7 +26,7 @@ class CondLR(GeometricOptimizer):
     ----------
     params : iterable
         Parameters, named parameters, or groups (see :func:`lrmanifold.optim.param_groups`).
-    lr : float
+    lr : float or Tensor
         Learning rate.
     momentum : float
         In [0, 1).
@@ -144,18 +52,15 @@ class CondLR(GeometricOptimizer):
     clip_margin : float
         In [0, 1). A core that leaves the band of ratio 1 + τ is brought back to it by the exact
         projection if 0, and further, to the ratio 1 + (1 - margin) τ, otherwise. Then fewer steps
-        change the core, and those near the last core that was decomposed need no decomposition
-        (Weyl's inequality; :class:`lrmanifold.linalg.ClipMemory`).
-    orthonormality_tol : float
-        If positive, bases are retracted only when ‖UᵀU - I‖_F, which every step measures, exceeds
-        it; the condition number is then off by that much too. At most what counts as rounding of
-        storage: 1e-4 in float32, 1e-6 in float64. Saves one product of four; accelerators retract
-        always, as to decide they would have to be waited for.
+        change the core.
     maximize : bool
         Ascend instead. Decay and penalty still pull inwards.
     skip_nonfinite : bool
         Leave a parameter and its momentum bit for bit as they are when its gradient holds NaN or
         Inf, and count it in ``state[p]["skipped"]``. If False, the CPU raises FloatingPointError.
+    capturable : bool
+        For CUDA graphs: the rate is kept in a tensor, which schedulers write into. Steps on an
+        accelerator can be captured in any case, after one that was not.
     distribute : bool
         For replicas with equal gradients (DistributedDataParallel): each rank of the default
         process group computes the steps of its share of the low-rank weights, and sends weights and
@@ -174,8 +79,7 @@ class CondLR(GeometricOptimizer):
     With FSDP2 build the optimizer after ``fully_shard``. A step gathers one weight after the other,
     every process moves it, and each keeps its rows; momentum is sharded like the weight.
 
-    torch's flags `foreach`, `fused`, `capturable`, `differentiable` and `dampening` do not exist
-    here; passing one is a TypeError.
+    torch's flags `foreach`, `fused`, `differentiable` and `dampening` do not exist here.
 
     References
     ----------
@@ -188,10 +92,12 @@ class CondLR(GeometricOptimizer):
     >>> optimizer = lrmanifold.optim.CondLR(model.parameters(), lr=0.1, momentum=0.3)
     """
 
+    rule = Rule(condlr, sgd, vectors=("momentum_buffer",), switch="momentum")
+
     def __init__(
         self,
         params: Any,
-        lr: float,
+        lr: Any,
         *,
         momentum: float = 0.0,
         nesterov: bool = False,
@@ -200,9 +106,9 @@ class CondLR(GeometricOptimizer):
         penalty_squared: bool = False,
         metric: Metric = "exact",
         clip_margin: float = 0.0,
-        orthonormality_tol: float = 0.0,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        capturable: bool = False,
         distribute: bool = False,
     ) -> None:
         defaults = {
@@ -214,167 +120,18 @@ class CondLR(GeometricOptimizer):
             "penalty_squared": penalty_squared,
             "metric": metric,
             "clip_margin": clip_margin,
-            "orthonormality_tol": orthonormality_tol,
             "maximize": maximize,
             "skip_nonfinite": skip_nonfinite,
+            "capturable": capturable,
         }
-        super().__init__(params, defaults)
-        self._distribute = bool(distribute)
+        super().__init__(params, defaults, distribute=distribute)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        if not 0.0 <= group["momentum"] < 1.0:
-            raise ValueError(f"momentum must be in [0, 1), got {group['momentum']!r}")
-        if not 0.0 <= group["clip_margin"] < 1.0:
-            raise ValueError(f"clip_margin must be in [0, 1), got {group['clip_margin']!r}")
-        for p in group["params"]:
-            limit = storage_tolerance(p.dtype)
-            if not 0.0 <= group["orthonormality_tol"] <= limit:
-                raise ValueError(
-                    f"orthonormality_tol must be in [0, {limit:g}] for {p.dtype}, "
-                    f"got {group['orthonormality_tol']!r}"
-                )
-        if group["metric"] not in ("exact", "scalar"):
-            raise ValueError(f"metric must be 'exact' or 'scalar', got {group['metric']!r}")
+        group["momentum"] = check_number(
+            "momentum", group["momentum"], low=0.0, high=1.0, open_high=True
+        )
+        check_choice("metric", group["metric"], ("exact", "scalar"))
+        group["nesterov"] = check_flag("nesterov", group["nesterov"])
         if group["nesterov"] and not group["momentum"]:
             raise ValueError("nesterov=True needs momentum > 0, got momentum = 0")
-
-    def _update(
-        self,
-        p: Tensor,
-        grad: Tensor,
-        manifold: geoopt.Manifold | None,
-        group: dict[str, Any],
-        state: dict[str, Any],
-        ok: Ok,
-    ) -> Ok:
-        if manifold is None:
-            self._euclidean_step(p, grad, group, state, ok)
-            return ok
-        if isinstance(manifold, FixedRank) and is_factored(manifold):
-            return self._factored_step(p, grad, manifold, group, state, ok)
-        Y, moved = condlr_update(
-            manifold,
-            p,
-            grad,
-            state.get("momentum_buffer"),
-            **{key: group[key] for key in Options._fields if key not in _FACTORED_ONLY},
-        )
-        ok = and_finite(ok, Y)
-        commit(p, Y, ok)
-        if moved is not None:
-            store(state, "momentum_buffer", moved, ok)
-        else:
-            # Not transported, it would be no tangent vector when momentum is switched on again.
-            state.pop("momentum_buffer", None)
-        return ok
-
-    def _factored_step(
-        self,
-        p: Tensor,
-        grad: Tensor,
-        manifold: FixedRank,
-        group: dict[str, Any],
-        state: dict[str, Any],
-        ok: Ok,
-    ) -> Ok:
-        """The step in velocities, without a copy of the weight where nobody has to be asked."""
-        wide = linalg.compute_dtype(p.dtype)
-        X = unpack(p.detach(), manifold.m, manifold.n)
-        G = unpack(grad.to(wide), manifold.m, manifold.n)
-        options = Options(**{key: group[key] for key in Options._fields})
-        before = None
-        if group["momentum"] and "momentum_buffer" in state:
-            before = Momentum(
-                **{
-                    name: state[key].to(wide)
-                    for name, key in zip(Momentum._fields, MOMENTUM_STATE, strict=True)
-                    if key in state
-                }
-            )
-        wide_X = Factors(*(x.to(wide) for x in X))
-        cores = self._cores.setdefault(p, linalg.ClipMemory())
-        step = factored_step(manifold, wide_X, G, before, options, self._workspace, cores)
-        if isinstance(ok, bool):
-            and_finite(ok, step.S)  # the bases have been measured
-            step.write_(X)
-        else:
-            Y = step.packed()
-            ok = and_finite(ok, Y)
-            commit(p, Y, ok)
-        if step.momentum is not None and isinstance(ok, bool) and p.dtype == wide:
-            self._workspace.swap("velocity", step.momentum.velocity, state.get("momentum_buffer"))
-        for key, value in zip(MOMENTUM_STATE, step.momentum or (None,) * 3, strict=True):
-            if value is None:
-                # Not transported, it would be of no use when momentum is switched on again.
-                state.pop(key, None)
-            elif isinstance(ok, bool):
-                state[key] = value.to(p.dtype)
-            else:
-                store(state, key, value.to(p.dtype), ok)
-        return ok
-
-    def _shared_state(self, item: Item) -> dict[str, tuple[int, ...] | None]:
-        group, p, manifold, _ = item
-        shape, momentum = tuple(p.shape), bool(group["momentum"])
-        factored = momentum and is_factored(manifold)
-        overlap = (*shape[:-2], 2, shape[-1], shape[-1]) if factored else None
-        waits = overlap if group["orthonormality_tol"] else None
-        shapes = shape if momentum else None, overlap, waits
-        return dict(zip(MOMENTUM_STATE, shapes, strict=True))
-
-    def _bundle_key(
-        self, group: dict[str, Any], p: Tensor, manifold: geoopt.Manifold | None
-    ) -> Any:
-        key = bundle_key(manifold, p, self.state.get(p, {}))
-        return p if key is None else (id(group), key)
-
-    def _step_together(
-        self,
-        manifold: FixedRank,
-        params: Sequence[Tensor],
-        grads: Tensor,
-        group: dict[str, Any],
-        states: Sequence[dict[str, Any]],
-        ok: Tensor | None,
-    ) -> Tensor | None:
-        options = Options(**{key: group[key] for key in Options._fields})
-        return step_together(manifold, params, grads, states, options, ok)
-
-    def momentum(self, p: Tensor) -> Tensor:
-        """The momentum of a parameter: a tangent vector at its present point, 0 before a step.
-
-        The state keeps it in coordinates that suit the step: on a low-rank weight with the
-        retraction "factored" ``state[p]["momentum_buffer"]`` holds the velocities (U̇, Ṡ, V̇) of the
-        factors, packed, and ``state[p]["momentum_overlap"]`` what is still to be subtracted from
-        them, see `lrmanifold/optim/_factored.py`.
-
-        Returns
-        -------
-        Tensor, shape of `p`
-            Packed for low-rank weights. Of a sharded parameter sharded like it; all its processes
-            have to ask together.
-        """
-        state, manifold = self.state.get(p, {}), manifold_of(p)
-        buffer = state.get("momentum_buffer")
-        if buffer is None:
-            return torch.zeros_like(p.detach())
-        if isinstance(manifold, FixedRank) and "momentum_overlap" in state:
-            X, velocity = gathered(p.detach()), gathered(buffer)
-            found = tangent_momentum(manifold, X, Momentum(velocity, state["momentum_overlap"]))
-            return sharded_like(p, found) if is_sharded(p) else found
-        return buffer.clone()
-
-    def _euclidean_step(
-        self, p: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Any], ok: Ok
-    ) -> None:
-        """The step of torch.optim.SGD."""
-        momentum = group["momentum"]
-        if group["weight_decay"]:
-            grad = grad + group["weight_decay"] * p
-        if momentum:
-            buffer = state.get("momentum_buffer")
-            buffer = grad if buffer is None else momentum * buffer + grad
-            store(state, "momentum_buffer", buffer, ok)
-            grad = grad + momentum * buffer if group["nesterov"] else buffer
-        commit(p, p - group["lr"] * grad, ok)

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..factors import pack, unpack
-from ..manifolds import Factors, FixedRank
+from ..factors import Factors, pack, unpack
+from ..manifolds import FixedRank
 from ..parameter import manifold_of, replace_data
-from ._base import GeometricOptimizer, Ok, _mark, commit
-from ._rank import augment, nearest_rank, rank_for_tolerance, resize, truncate
+from .arithmetic import PlainArithmetic
+from .engine import Rule
+from .optimizer import GeometricOptimizer
+from .rank import augment, nearest_rank, rank_for_tolerance, resize, truncate
+from .step import core_force, sgd
 
 Integrator = Literal["bug", "augmented_bug", "ksl"]
 _INTEGRATORS = ("bug", "augmented_bug", "ksl")
@@ -74,7 +77,8 @@ class DLRT(GeometricOptimizer):
     integrator for dynamical low-rank approximation*, 2022.
     """
 
-    _non_negative = ("lr", "weight_decay", "penalty")
+    # Ordinary parameters move by it; low-rank ones have several gradients a step.
+    rule = Rule(sgd, sgd)
 
     def __init__(
         self,
@@ -140,39 +144,29 @@ class DLRT(GeometricOptimizer):
 
     # -- the step
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def _advance(self, closure: Callable[[], Any] | None, arithmetic: PlainArithmetic) -> Any:
         """One step of the integrator on all parameters together.
 
-        Parameters
-        ----------
-        closure : callable
-            Clears the gradients, evaluates the loss, calls ``backward`` and returns the loss. On
-            the same data at each call for the integrator of mathematics 7; a closure that draws
-            the next mini-batch each time is its stochastic form, at the price of plain SGD per
-            batch.
-
-        Returns
-        -------
-        The loss at the start of the step.
+        The closure clears the gradients, evaluates the loss, calls ``backward`` and returns the
+        loss. On the same data at each call for the integrator of mathematics 7; a closure that
+        draws the next mini-batch each time is its stochastic form, at the price of plain SGD per
+        batch. The loss at the start of the step is returned.
         """
         if closure is None:
             raise ValueError("DLRT.step needs a closure: it evaluates the gradient several times")
-        entries = list(self._parameters())
+        entries = list(self._memory.entries(self.param_groups))
         low = [(g, p, M) for g, p, M, _ in entries if isinstance(M, FixedRank) and p.requires_grad]
         for _, p, M, label in entries:
-            state = self.state[p]
-            if "skipped" not in state:
-                state["skipped"] = torch.zeros((), dtype=torch.int64, device=p.device)
-                state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
+            state = self._state_of(p)
             if M is not None:
-                self._ensure_on_manifold(p, M, state, label)
+                self._memory.ensure_on_manifold(p, p.detach(), M, state["step"], label)
         start = {p: (M.rank, p.data.clone()) for _, p, M in low}
-        self._losses: list[Any] = []
-        self._used: set[Tensor] = set()
+        run = _Run(closure, arithmetic, [p for _, p, _, _ in entries])
         try:
             integrate = self._ksl if self.param_groups[0]["integrator"] == "ksl" else self._bug
-            integrate(closure, low, [p for _, p, _, _ in entries])
+            integrate(run, low)
+            dense = [item for item in self._items() if item.manifold is None]
+            commits = self._engine.compute(dense)
         except _NonFiniteError as error:
             self._restore(low, start)
             if not all(group["skip_nonfinite"] for group in self.param_groups):
@@ -180,25 +174,20 @@ class DLRT(GeometricOptimizer):
                 raise FloatingPointError(f"the gradient of {label} holds NaN or Inf") from None
             for _, p, _, _ in entries:
                 self.state[p]["skipped"] += 1
-            return self._losses[0]
+            return run.losses[0]
         except BaseException:
             # Also when the closure itself fails: nothing is left half-moved.
             self._restore(low, start)
             raise
-        # A weight that no evaluation used is to stay as it is, whatever decay and truncation say.
-        self._restore([entry for entry in low if entry[1] not in self._used], start)
-        for group, p, M, _ in entries:
-            self.state[p]["step"] += int(p in self._used)
-            if M is None and p.grad is not None:
-                sign = -1.0 if group["maximize"] else 1.0
-                step = sign * p.grad + group["weight_decay"] * p
-                commit(p, p - group["lr"] * step, True)
+        for commit in commits:
+            commit()
+        # Weights without a gradient do not move, not even by decay.
+        self._restore([entry for entry in low if entry[1] not in run.used], start)
+        for _, p, M, _ in entries:
             if M is not None:
-                self._marks[p] = _mark(p)
-        return self._losses[0]
-
-    def _update(self, p, grad, manifold, group, state, ok: Ok) -> Ok:
-        raise AssertionError("DLRT moves all parameters together, in step")
+                self.state[p]["step"] += int(p in run.used)
+                self._memory.settle(p, p.detach())
+        return run.losses[0]
 
     @staticmethod
     def _restore(low: list, start: dict) -> None:
@@ -206,15 +195,6 @@ class DLRT(GeometricOptimizer):
             rank, data = start[p]
             M.set_rank_(rank)
             replace_data(p, data)
-
-    def _evaluate(self, closure: Callable[[], Any], params: list[Tensor]) -> None:
-        with torch.enable_grad():
-            self._losses.append(closure())
-        for p in params:
-            if p.grad is not None:
-                self._used.add(p)
-                if not bool(torch.isfinite(p.grad).all()):
-                    raise _NonFiniteError(p)
 
     @staticmethod
     def _gradient(group: dict[str, Any], p: Tensor, M: FixedRank) -> Factors:
@@ -231,29 +211,29 @@ class DLRT(GeometricOptimizer):
         M.set_rank_(U.shape[-1])
         replace_data(p, pack(U, S, V).to(p.dtype))
 
-    def _kl_gradients(self, closure, low, params) -> dict[Tensor, tuple[Tensor, Tensor]]:
+    def _kl_gradients(self, run: _Run, low: list) -> dict[Tensor, tuple[Tensor, Tensor]]:
         """GV and GᵀU at the start, without dividing by S."""
         points = {p: _factors(p, M) for _, p, M in low}
         if all(M.gradient == "probe" for _, _, M in low):
-            self._evaluate(closure, params)
+            run.evaluate()
             blocks = {p: self._gradient(g, p, M) for g, p, M in low}
             return {p: (b.U, b.V) for p, b in blocks.items()}
         # With the weight written as K I Vᵀ, its gradient with respect to the first factor is GV.
         for _, p, M in low:
             U, S, V = points[p]
             self._place(p, M, U @ S, None, V)
-        self._evaluate(closure, params)
+        run.evaluate()
         GV = {p: self._gradient(g, p, M).U.clone() for g, p, M in low}
         for _, p, M in low:
             U, S, V = points[p]
             self._place(p, M, U, None, V @ S.mT)
-        self._evaluate(closure, params)
+        run.evaluate()
         return {p: (GV[p], self._gradient(g, p, M).V.clone()) for g, p, M in low}
 
-    def _bug(self, closure, low, params) -> None:
+    def _bug(self, run: _Run, low: list) -> None:
         """BUG, augmented or not."""
         points = {p: _factors(p, M) for _, p, M in low}
-        gradients = self._kl_gradients(closure, low, params)
+        gradients = self._kl_gradients(run, low)
         cores: dict[Tensor, Factors] = {}
         for group, p, M in low:
             U, S, V = points[p]
@@ -272,49 +252,42 @@ class DLRT(GeometricOptimizer):
         for i in range(max((g["s_steps"] for g, _, _ in low), default=1)):
             for _, p, M in low:
                 self._place(p, M, *cores[p])
-            self._evaluate(closure, params)
+            run.evaluate()
             for group, p, M in low:
                 if i < group["s_steps"]:
                     U, S, V = cores[p]
-                    slope = self._gradient(group, p, M).S + self._core_force(group, S)
+                    slope = _forced(self._gradient(group, p, M).S, cores[p], group)
                     cores[p] = Factors(U, S - group["lr"] * slope, V)
         for group, p, M in low:
             self._settle(group, p, M, cores[p], points[p].S.shape[-1])
 
-    def _ksl(self, closure, low, params) -> None:
+    def _ksl(self, run: _Run, low: list) -> None:
         """Projector splitting: every substep at the point that the one before has reached."""
         points = {p: _factors(p, M) for _, p, M in low}
         for _, p, M in low:
             U, S, V = points[p]
             self._place(p, M, U @ S, None, V)
-        self._evaluate(closure, params)
+        run.evaluate()
         for group, p, M in low:
             U, S, V = points[p]
             K = U @ S - group["lr"] * self._gradient(group, p, M).U
             U, S = linalg.qr(K, rank_deficient=True)
             points[p] = Factors(U, S, V)
             self._place(p, M, U, S, V)
-        self._evaluate(closure, params)
+        run.evaluate()
         for group, p, M in low:
             U, S, V = points[p]
             S = S + group["lr"] * self._gradient(group, p, M).S
             points[p] = Factors(U, S, V)
             self._place(p, M, U, None, V @ S.mT)
-        self._evaluate(closure, params)
+        run.evaluate()
         for group, p, M in low:
             U, S, V = points[p]
             L = V @ S.mT - group["lr"] * self._gradient(group, p, M).V
             V, R = linalg.qr(L, rank_deficient=True)
-            S = R.mT - group["lr"] * self._core_force(group, R.mT)
+            X = Factors(U, R.mT, V)
+            S = R.mT - group["lr"] * _forced(torch.zeros_like(R), X, group)
             self._settle(group, p, M, Factors(U, S, V), S.shape[-1])
-
-    @staticmethod
-    def _core_force(group: dict[str, Any], S: Tensor) -> Tensor:
-        force = group["weight_decay"] * S
-        if group["penalty"]:
-            slope = linalg.conditioning_penalty_grad(S, squared=group["penalty_squared"])
-            force = force + group["penalty"] * slope
-        return force
 
     def _settle(
         self, group: dict[str, Any], p: Tensor, M: FixedRank, X: Factors, rank: int
@@ -331,6 +304,32 @@ class DLRT(GeometricOptimizer):
         if rank < X.S.shape[-1]:
             X = truncate(X, rank)
         resize(p, Factors(X.U, M.project_core(X.S), X.V))
+
+
+class _Run:
+    """The evaluations of one step."""
+
+    def __init__(
+        self, closure: Callable[[], Any], arithmetic: PlainArithmetic, params: list[Tensor]
+    ) -> None:
+        self._closure, self._arithmetic, self._params = closure, arithmetic, params
+        self.losses: list[Any] = []
+        self.used: set[Tensor] = set()
+
+    def evaluate(self) -> None:
+        """Call the closure; note which weights it used, and that their gradients are finite."""
+        self.losses.append(self._arithmetic.evaluate(self._closure))
+        for p in self._params:
+            if p.grad is not None:
+                self.used.add(p)
+                if not bool(torch.isfinite(p.grad).all()):
+                    raise _NonFiniteError(p)
+
+
+def _forced(slope: Tensor, X: Factors, group: dict[str, Any]) -> Tensor:
+    """The slope of the core with decay and penalty."""
+    force = core_force(X, group)
+    return slope if force is None else slope + force
 
 
 class _NonFiniteError(Exception):

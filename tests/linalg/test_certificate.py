@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, cores, dtypes, gaussian, matrix, seeds, spectra, spectrum, taus
 
+import lrmanifold as lrm
 from lrmanifold import linalg
 from lrmanifold.linalg._certificate import certified, relative_defect
 
@@ -123,6 +124,20 @@ def test_gram_matrices_by_blocks_are_those_of_one_product(m, batch, dtype, seed)
             assert oracles.relative(G, A.double().mT @ A.double()) <= 40 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("rows", [8192, 8193, 50257, 200_000])
+def test_gram_matrices_of_tall_float32_factors_do_not_lose_digits_with_rows(rows):
+    """Plain sums are off by 4e-7 at 50,257 rows and 8e-6 at a million."""
+    A = linalg.orthonormalize(gaussian(rows, 3, seed=0)).float()
+    exact = A.double().mT @ A.double()
+    assert float((linalg.gram(A).double() - exact).abs().max()) <= 1.5e-7
+    assert float((linalg.gram(A[None]).double() - exact).abs().max()) <= 1.5e-7
+    M = lrm.FixedRank(rows, 3, 3)
+    U = 1.001 * A
+    exact = U.double().mT @ U.double() - torch.eye(3)
+    found = M.drift(M.pack(U, torch.eye(3), torch.eye(3)))
+    assert abs(float(found) - float(exact.abs().max())) <= 1.5e-7
+
+
 @given(
     size=st.sampled_from((0.0, 1e-9, 1e-5, 1e-3, 1e-2, 0.1, 0.5, 0.75)),
     r=st.sampled_from((1, 12, 100)),
@@ -139,9 +154,6 @@ def test_inverse_square_roots_near_the_identity(size, r, dtype, batch, seed):
     D = root - torch.eye(r, dtype=torch.float64)
     F = D + E.double() + E.double() @ D
     assert float((F + D + D @ F).abs().max()) <= 3 * torch.finfo(dtype).eps
-    again, image = (x.double() for x in linalg.inverse_square_root_and_image(E, size))
-    assert torch.equal(again, root)
-    assert float((image - root @ E.double()).abs().max()) <= 30 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("size", [0.8, float("nan")])

@@ -35,13 +35,17 @@ def pull(params: list, targets: Tensor, left_out: int | None = None) -> None:
 def together(params: list, **options) -> tuple[CondLRAdam, list[int]]:
     """An optimizer, and a list of the sizes of the batches that it moves."""
     optimizer, sizes = CondLRAdam(params, **options), []
-    whole = optimizer._step_together
+    engine = optimizer._engine
 
-    def counted(manifold, params, *rest):
-        sizes.append(len(params))
-        return whole(manifold, params, *rest)
+    def counting(move):
+        def counted(M, items):
+            sizes.append(len(items))
+            return move(M, items)
 
-    optimizer._step_together = counted
+        return counted
+
+    for name in ("_moves", "_move_masked"):
+        setattr(engine, name, counting(getattr(engine, name)))
     return optimizer, sizes
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 import lrmanifold as lrm
 from lrmanifold.nn import LowRankLinear
-from lrmanifold.optim import CondLR
-from lrmanifold.optim._base import _mark
+from lrmanifold.optim import CondLR, force_accelerator
 
 BAD = [float("nan"), float("inf"), float("-inf")]
 
@@ -128,24 +127,31 @@ def test_steps_on_an_accelerator_do_not_wait_for_it(momentum, skip_nonfinite):
     )
     for p in params:
         p.grad = torch.randn_like(p)
-    # The first step measures the points, which waits once ...
-    with pytest.raises(RuntimeError, match="meta tensors"):
-        optimizer.step()
-    for p in params:
-        optimizer._marks[p] = _mark(p)
-    # ... and the others do not, not even those at which the CPU would measure again.
+    optimizer.step()
+    # Not even at the step at which the CPU would measure again.
     with ForbidHostSynchronisation():
         optimizer.step()
         for p in params:
             optimizer.state[p]["step"].fill_(100)
         optimizer.step()
-    # Nor is a write by somebody else overlooked, whichever way it is made.
-    for write in (lambda p: p.mul_(2.0), lambda p: setattr(p, "data", p.data + 1.0)):
-        with torch.no_grad():
-            write(params[0])
-        with pytest.raises(RuntimeError, match="meta tensors"):
+    assert optimizer.state[params[0]]["step"].is_meta
+
+
+def test_points_are_measured_once_and_after_every_counted_write(monkeypatch):
+    """What tells that on an accelerator: version, storage and shape."""
+    layer, calls = LowRankLinear(6, 7, 3), []
+    check = type(layer.manifold).check_point_on_manifold
+    counted = lambda self, *a, **k: calls.append(1) or check(self, *a, **k)  # noqa: E731
+    optimizer = CondLR(layer.parameters(), lr=0.1, momentum=0.9)
+    monkeypatch.setattr(type(layer.manifold), "check_point_on_manifold", counted)
+    for write in (None, None, lambda p: p.mul_(1.0), lambda p: setattr(p, "data", p.data.clone())):
+        fill_gradients(layer)
+        if write is not None:
+            with torch.no_grad():
+                write(layer.weight)
+        with force_accelerator():
             optimizer.step()
-        optimizer._marks[params[0]] = _mark(params[0])
+    assert len(calls) == 3
 
 
 def test_a_step_that_overflows_on_an_accelerator_is_left_out(device):

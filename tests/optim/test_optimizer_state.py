@@ -173,7 +173,9 @@ def test_options_out_of_range_raise_with_name_and_value(key, value):
 
 @pytest.mark.parametrize("value", [1.0, 1.5])
 def test_momentum_of_one_or_more_raises(value):
-    with pytest.raises(ValueError, match=rf"momentum must be in \[0, 1\), got {value}"):
+    with pytest.raises(
+        ValueError, match=rf"momentum must be a finite number in \[0, 1\), got {value}"
+    ):
         CondLR([nn.Parameter(torch.ones(2))], lr=0.1, momentum=value)
 
 
@@ -184,13 +186,11 @@ def test_nesterov_without_momentum_raises():
 
 @pytest.mark.parametrize("value", ["0.1", None])
 def test_a_rate_that_is_no_number_raises(value):
-    with pytest.raises(ValueError, match="lr must be a finite number"):
+    with pytest.raises(TypeError, match="lr must be a finite number"):
         CondLR([nn.Parameter(torch.ones(2))], lr=value)
 
 
-@pytest.mark.parametrize(
-    "flag", ["foreach", "fused", "capturable", "differentiable", "dampening", "betas"]
-)
+@pytest.mark.parametrize("flag", ["foreach", "fused", "differentiable", "dampening", "betas"])
 def test_flags_that_do_not_exist_raise(flag):
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(TypeError, match=flag):

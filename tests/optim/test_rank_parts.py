@@ -12,7 +12,7 @@ from strategies import generator, seeds
 import lrmanifold as lrm
 from lrmanifold.nn import LowRankLinear
 from lrmanifold.optim import CondLR, CondLRAdam, resize
-from lrmanifold.optim._rank import augment, nearest_rank, rank_for_tolerance, truncate
+from lrmanifold.optim.rank import augment, nearest_rank, rank_for_tolerance, truncate
 
 OPTIMIZERS = {
     "CondLR": lambda p: CondLR(p, 0.3, momentum=0.5),

@@ -1,9 +1,8 @@
-"""Adam's step by fewer products against the plain one, and where it must give way to it."""
+"""Adam's step by velocities of the factors against the one by the manifold's own methods."""
 
 from __future__ import annotations
 
 import copy
-from unittest import mock
 
 import pytest
 import torch
@@ -11,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 from test_adam import step_options
-from test_factored_step import SIZES, pull, taus, weight
+from test_velocities import SIZES, pull, taus, weight
 from torch import Tensor
 
-import lrmanifold as lrm
-from lrmanifold.optim import CondLRAdam, adam, adam_update
+from lrmanifold.optim import CondLRAdam, adam_update
 
 
 def plain_step(p, state, step, options) -> None:
@@ -55,32 +53,6 @@ def test_steps_are_those_of_the_plain_formulas(size, tau, gradient, edited, data
         kept = optimizer.state[p]
         torch.testing.assert_close(kept["exp_avg"], state[0], rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(kept["exp_avg_sq"], state[1], rtol=1e-9, atol=1e-12)
-
-
-def count_plain_steps(model: Tensor, **options) -> int:
-    calls = []
-
-    def counted(*args, **kwargs):
-        calls.append(1)
-        return adam_update(*args, **kwargs)
-
-    optimizer = CondLRAdam([model], **options)
-    with mock.patch.object(adam, "adam_update", counted):
-        pull(model, torch.ones(model.manifold.m, model.manifold.n, dtype=model.dtype)).backward()
-        before = model.detach().clone()
-        optimizer.step()
-    assert not torch.equal(before, model)
-    return len(calls)
-
-
-def test_a_long_step_and_a_batch_take_the_plain_one():
-    torch.manual_seed(0)
-    assert count_plain_steps(weight(9, 6, 3, 0.1), lr=1e-3) == 0
-    assert count_plain_steps(weight(9, 6, 3, 0.1), lr=10.0) == 1
-    other = lrm.WellConditioned(9, 6, 3, tau=0.1, retraction="svd")
-    p = weight(9, 6, 3, 0.1)
-    p.manifold = other
-    assert count_plain_steps(p, lr=1e-3) == 1
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.1])
@@ -124,7 +96,6 @@ def test_a_step_that_cannot_be_made_changes_nothing():
 
 
 def test_equal_weights_do_not_share_their_moments():
-    """They share the memory in which a step is computed, those that are too large for a batch."""
     torch.manual_seed(0)
     pair = [weight(120, 100, 40, 0.1) for _ in range(2)]
     alone = copy.deepcopy(pair)

@@ -15,8 +15,8 @@ from .. import linalg
 from ..factors import unpack
 from ..manifolds import Factors, WellConditioned
 from ..nn.layer import LowRankLayer
+from ..optim.rank import augment, nearest_rank, rank_for_tolerance, resize, truncate
 from ..parameter import replace_data
-from ._rank import augment, nearest_rank, rank_for_tolerance, resize, truncate
 
 Rule = float | Mapping[str, float]
 

@@ -11,7 +11,7 @@ from .. import linalg
 from ..factors import change_of_base, pack, unpack
 from ..manifolds import Factors, FixedRank, WellConditioned
 from ..parameter import replace_data
-from ._factored import Momentum, momentum_from_tangent, tangent_momentum
+from .coordinates import is_factored, tangent_of_velocity, velocity_of_tangent
 
 # State tensors that are tangent vectors at the parameter's point.
 _TANGENT_STATE = ("momentum_buffer", "exp_avg")
@@ -134,20 +134,18 @@ def resize(p: Tensor, X: Factors, state: dict[str, Any] | None = None) -> None:
     with torch.no_grad():
         before = unpack(p.to(wide), manifold.m, manifold.n)
         state = {} if state is None else state
-        velocities = "momentum_overlap" in state
+        # Ours keeps velocities where the retraction suits; geoopt's optimizers tangent vectors.
+        velocities = is_factored(manifold) and {"skipped", "momentum_buffer"} <= state.keys()
         if velocities:
-            momentum = Momentum(state["momentum_buffer"], state["momentum_overlap"])
-            state["momentum_buffer"] = tangent_momentum(manifold, p.detach(), momentum)
+            old = state["momentum_buffer"]
+            state["momentum_buffer"] = tangent_of_velocity(manifold, p.detach(), old)
         for key in _TANGENT_STATE:
             if key in state:
                 xi = unpack(state[key].to(wide), manifold.m, manifold.n)
-                state[key] = pack(*change_of_base(before, xi, X)).to(p.dtype)
-        if velocities:
-            xi = unpack(state["momentum_buffer"].to(wide), manifold.m, manifold.n)
-            momentum = momentum_from_tangent(X, xi)
-            state["momentum_buffer"] = momentum.velocity.to(p.dtype)
-            state["momentum_overlap"] = momentum.overlap.to(p.dtype)
-            state.pop("momentum_drift", None)
+                moved = change_of_base(before, xi, X)
+                if velocities and key == "momentum_buffer":
+                    moved = velocity_of_tangent(X, moved)
+                state[key] = pack(*moved).to(p.dtype)
         for key in _SECOND_MOMENTS:
             if key in state and state[key].shape == p.shape:
                 pairs = zip(unpack(state[key], manifold.m, manifold.n), X, strict=True)

@@ -1,0 +1,283 @@
+"""Kernels for accelerators: matrix products alone, a fixed number, many matrices in one batch.
+
+No host synchronisation, no decomposition, nothing that a CUDA graph cannot capture. Matrices come
+as one batch (k, r, r) or (k, n, r). What a kernel cannot answer comes back as NaN for that matrix
+alone, never as a wrong result: the optimizers leave such a weight as it is.
+
+A batch may hold cores of several ranks, each continued by a multiple of the identity (see
+:mod:`lrmanifold.optim.accelerator`); `valid` (k, r) is then 1 for the columns that are real.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ._orthonormal import gram
+
+# Copies of 3/2 mu I laid out at once, so that "3/2 mu I - mu³/2 XᵀX" is one product.
+_CHUNK = 8
+# Singular values below this share of ‖S‖ count as zero: such a core has no polar factor here.
+_SMALLEST = 1e-8
+# Resolutions of the signs in Newton's steps for the threshold t. With one fine step feasible
+# cores move by 3e-4 of their size; with two they stay to rounding.
+_NEWTON = (3e-2, 1e-2, 1e-2, 1e-5, 1e-5)
+_FINAL = 1e-5
+# A clipped value below this many ulp of ‖S‖ would be lost in the rounding of the dominant ones.
+_LOST = 2e4
+# Longest step of a basis for which the root of its Gram matrix converges: ‖lr W‖₂² + 1.
+_FAR = 1e4
+# How far the first pass for a polar factor may be off for one correction to reach the rounding.
+_CLOSE = 1e-2
+# Above this condition number the series for an inverse is longer than a factorisation.
+SERIES_LIMIT = 3.0
+
+
+def _norm(A: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True)
+
+
+@functools.lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor that is sent to the device once."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def identity(r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The identity of size r, made once; not to be written to."""
+    return torch.eye(r, dtype=dtype, device=device)
+
+
+def _eye_like(A: Tensor) -> Tensor:
+    return identity(A.shape[-1], A.dtype, A.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _schedule(lower: float, tidy: int) -> tuple[float, ...]:
+    """Scalings that take singular values in [lower, 1] to within 1e-3 of 1, then plain steps.
+
+    mu² = 3/(1 + l + l²) is optimal for singular values in [l, 1]. It is capped, or 1 would go to
+    about l and lose its sign to rounding there (Chen and Chow 2014).
+    """
+    scalings, low = [], lower
+    while low < 1.0 - 1e-3:
+        mu = min(math.sqrt(3.0 / (1.0 + low + low * low)), 1.69770248526)
+        scalings.append(mu)
+        low = min(0.5 * mu * x * (3.0 - mu * mu * x * x) for x in (low, 1.0))
+    return (*scalings, *(1.0,) * tidy)
+
+
+@functools.lru_cache(maxsize=256)
+def _identities(
+    scalings: tuple[float, ...], r: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The matrices 3/2 mu I of some steps, (steps, r, r)."""
+    eye = torch.eye(r, dtype=dtype, device=device)
+    return torch.stack([eye * (1.5 * mu) for mu in scalings])
+
+
+def _steps(X: Tensor, scalings: tuple[float, ...]) -> Iterator[tuple[float, Tensor]]:
+    """Each scaling with a copy of its 3/2 mu I to write over, (k, r, r)."""
+    for i in range(0, len(scalings), _CHUNK):
+        part = scalings[i : i + _CHUNK]
+        eyes = _identities(part, X.shape[-1], X.dtype, X.device)
+        copies = eyes[:, None].expand(-1, X.shape[0], -1, -1).clone()
+        yield from zip(part, copies.unbind(), strict=True)
+
+
+def _tidy(A: Tensor) -> int:
+    # The error 1 - sigma is squared by each plain step: 1e-3 ends below the unit roundoff.
+    return 2 if A.dtype == torch.float32 else 3
+
+
+def newton_schulz(X: Tensor, lower: float, tidy: int | None = None) -> Tensor:
+    """Polar factors (of symmetric matrices: signs) of X, (k, r, r), ‖X‖₂ <= 1, two launches a step.
+
+    Singular values below `lower` come out smaller than 1.
+    """
+    scalings = _schedule(lower, _tidy(X) if tidy is None else tidy)
+    if X.requires_grad and torch.is_grad_enabled():
+        eye = _eye_like(X)
+        for mu in scalings:
+            X = X @ (1.5 * mu * eye - (0.5 * mu**3) * (X.mT @ X))
+        return X
+    for mu, P in _steps(X, scalings):
+        X = torch.bmm(X, P.baddbmm_(X.mT, X, alpha=-0.5 * mu**3))
+    return X
+
+
+def clip_by_products(
+    S: Tensor,
+    tau: float,
+    *,
+    mean: bool = False,
+    band: tuple[float, float] | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    r"""The projection of cores onto cond <= 1 + tau, (k, r, r), by products alone.
+
+    With :math:`S = QH` the clip is :math:`Q\,\mathrm{clip}(H; a, b)`, and
+    :math:`\mathrm{clip}(H; a, b) - H = \tfrac12(|a - H| + (a - H)) - \tfrac12(|H - b| + (H - b))`
+    with :math:`|A| = A\,\mathrm{sign}(A)`. The threshold a = t, b = (1 + τ)t of the exact
+    projection is the root of a piecewise linear function (mathematics 5), found by Newton's method:
+    its counts and sums are traces of signs. An eigenvalue too near to a threshold for its sign to
+    be resolved contributes no more than its distance from it.
+
+    In float32 cond exceeds 1 + tau by at most 1e-5 of it. NaN where a singular value is below
+    1e-8 ‖S‖, or where a few dominate so much that the others would be lost in their rounding.
+
+    Parameters
+    ----------
+    S : Tensor, shape (k, r, r)
+    tau : float
+    mean : bool
+        The published clamp about the mean singular value.
+    band : (float, float), optional
+        Clip to these singular values instead; `tau` only tells how far they are apart.
+    valid : Tensor, shape (k, r), optional
+        Of a padded batch.
+
+    Returns
+    -------
+    Tensor, shape (k, r, r)
+    """
+    k, r, _ = S.shape
+    kappa, eye = 1.0 + tau, _eye_like(S)
+    norm = _norm(S)
+    X = S / norm
+    Q = newton_schulz(X, _SMALLEST)
+    H = torch.bmm(Q.mT, X)
+    H = torch.add(H, H.mT).mul_(0.5)
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    if valid is None:
+        count = constant((float(r),), S.dtype, S.device)
+        average = diagonal.sum(-1) / count
+    else:
+        count = valid.sum(-1)
+        average = (diagonal * valid).sum(-1) / count
+    if tau == 0:
+        # The mean is at least 1/r of the norm: nothing drowns. But Q must be orthogonal.
+        defect = torch.sub(eye, torch.bmm(Q.mT, Q)).abs().amax((-2, -1), keepdim=True)
+        size = torch.where(defect < 1e-3, norm * average[:, None, None], math.nan)
+        return Q * size
+    minus = torch.addcmul(-H, average[:, None, None], eye)
+    # From here on in units in which every shifted matrix has norm <= 1 or so.
+    reach, raw = tau * average, None
+    if band is not None:
+        raw = constant(band, S.dtype, S.device) / norm.view(k, 1)
+        reach = (raw - average[:, None]).abs().amax(-1)
+    unit = torch.add(_norm(minus), reach[:, None, None])
+    minus, centre = minus / unit, average / unit.view(k)
+    ratio = constant((1.0, kappa), S.dtype, S.device)
+
+    def shifted(ends: Tensor) -> Tensor:
+        """a - H and b - H, (k, 2, r, r)."""
+        return torch.addcmul(minus[:, None], (ends - centre[:, None])[..., None, None], eye)
+
+    if raw is not None:
+        ends = raw / unit.view(k, 1)
+    elif mean:
+        half = tau / (2.0 + tau)
+        ends = centre[:, None] * constant((1.0 - half, 1.0 + half), S.dtype, S.device)
+    else:
+        t = _threshold(shifted, minus, centre, count, kappa, valid)
+        ends = t[:, None] * ratio
+    A = shifted(ends)
+    flat = A.flatten(0, 1)
+    M = torch.bmm(newton_schulz(flat, _FINAL), flat).view_as(A)
+    D = M[:, 0] + A[:, 0] - M[:, 1] + A[:, 1]
+    lost = ends[:, :1, None] * unit <= _LOST * torch.finfo(S.dtype).eps
+    size = norm * torch.where(lost, math.nan, unit)
+    return torch.addcmul(S, size, torch.bmm(Q, D + D.mT), value=0.25)
+
+
+def _threshold(shifted, minus: Tensor, centre: Tensor, count, kappa: float, valid) -> Tensor:
+    """t of the exact projection, (k,), by Newton's method on f' from traces of signs.
+
+    f' = weight t - top, both linear in four traces: with the sign Z of t - H there are
+    q = (n + tr Z)/2 values below, of sum (n mean + tr ZH)/2; with Z' of κt - H, p above.
+    """
+    k, r, _ = minus.shape
+    eye = _eye_like(minus)
+    real = eye.expand_as(minus) if valid is None else torch.diag_embed(valid)
+    inside = minus if valid is None else valid[..., None] * minus
+    basis = torch.stack((real, inside), 1).view(k, 2, r * r).mT
+    a, b = 0.5 * kappa, 0.5 * kappa**2
+
+    def small(*rows: tuple[float, ...]) -> Tensor:
+        flat = constant(tuple(x for row in rows for x in row), minus.dtype, minus.device)
+        return flat.view(len(rows), -1)
+
+    mix = small((0.5, 0.5, 0.0), (0.0, 0.0, -0.5), (-a, -b, 0.0), (0.0, 0.0, a))
+    base = (small((0.5 + a, 0.5 + b, 0.0)) * count[:, None]).expand(k, 3)
+    ratio = constant((1.0, kappa), minus.dtype, minus.device)
+    t = centre * (2.0 / (1.0 + kappa))
+    for tolerance in _NEWTON:
+        A = shifted(t[:, None] * ratio).flatten(0, 1)
+        Z = newton_schulz(A, tolerance, 0 if tolerance > 1e-4 else None)
+        traces = torch.bmm(Z.view(k, 2, r * r), basis).view(k, 4)
+        shares, weight, rest = torch.addmm(base, traces, mix).unbind(-1)
+        top = torch.addcmul(rest, shares, centre)
+        # Nothing outside of the band: weight and slope vanish, and t stays.
+        slope = torch.addcmul(top, weight, t, value=-1.0)
+        t = torch.addcdiv(t, slope, weight.clamp_min(0.25))
+    return t
+
+
+def inverse_grams(S: Tensor, kappa: float) -> Tensor:
+    """(SSᵀ)⁻¹ and (SᵀS)⁻¹ of cores with cond <= kappa, (2, k, r, r).
+
+    1/c (I + E)(I + E²)(I + E⁴)... with E = I - SSᵀ/c, whose norm is below (κ⁴-1)/(κ⁴+1).
+    """
+    B = torch.stack((S.mT, S))
+    G = torch.matmul(B.mT, B)
+    # Eigenvalues over their mean lie in [1/κ², κ²], more exactly in some interval of that ratio.
+    square = kappa * kappa * 1.001
+    middle = 0.5 * (square + 1.0 / square)
+    c = G.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * middle
+    eye, size = _eye_like(S), 1.0 - 1.0 / (square * middle)
+    E = torch.sub(eye, G / c)
+    X = E + eye
+    while size * size > torch.finfo(S.dtype).eps:
+        E, size = torch.matmul(E, E), size * size
+        X = X + torch.matmul(X, E)
+    return X / c
+
+
+def _inverse_root(G: Tensor, far: float) -> Tensor:
+    """G^(-1/2) for eigenvalues in [1, far], (k, r, r): coupled Newton-Schulz."""
+    r, eye = G.shape[-1], _eye_like(G)
+    beta = _norm(G - eye) + 1.0
+    YZ = torch.cat((G / beta, eye.expand_as(G)), -1)
+    for mu, P in _steps(G, _schedule(far**-0.5, _tidy(G))):
+        Y, Z = YZ.split(r, -1)
+        YZ = torch.bmm(P.baddbmm_(Z, Y, alpha=-0.5 * mu**3), YZ)
+    return YZ[..., r:] * beta.rsqrt()
+
+
+def polar_pair(Y_u: Tensor, Y_v: Tensor) -> tuple[Tensor, Tensor]:
+    """Polar factors of two batches (k, m, r) and (k, n, r) with YᵀY >= I.
+
+    That holds for every step Y = Q - lr W of an orthonormal Q with QᵀW = 0. The roots of all Gram
+    matrices in one batch, then one correction with the true Gram matrix of the result, so that
+    drift does not add up. NaN where the step was too long for the first pass: in float32 from
+    ‖lr W‖₂ of about 10 on, if its singular values differ much, always beyond 100.
+    """
+    k = Y_u.shape[0]
+    for last in (False, True):
+        G = torch.cat((gram(Y_u), gram(Y_v)))
+        eye = _eye_like(G)
+        if last:
+            E = torch.sub(G, eye)
+            E = torch.where(_norm(E) < _CLOSE, E, math.nan)
+            # (I + E)^(-1/2) up to 5/16 E³, which is below the rounding.
+            K = torch.baddbmm(torch.sub(eye, E, alpha=0.5), E, E, alpha=0.375)
+        else:
+            K = _inverse_root(G, _FAR)
+        Y_u, Y_v = torch.bmm(Y_u, K[:k]), torch.bmm(Y_v, K[k:])
+    return Y_u, Y_v

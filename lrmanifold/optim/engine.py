@@ -1,0 +1,335 @@
+"""One engine for every rule: bundle, gather, guard, move, commit.
+
+A weight, a bundle of equal small ones on the CPU, a padded batch of a whole network on an
+accelerator and a vector of all biases take the same way; what differs is the coordinates `M` that
+the rule is given. On the CPU a step is made whole or not at all: it raises before anything is
+written. An accelerator is not waited for: a mask leaves out what cannot be moved, state included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import geoopt
+import torch
+from torch import Tensor
+
+from ..linalg import all_finite
+from ..manifolds import FixedRank
+from ..precision import compute_dtype
+from .accelerator import Flat, Padded, is_accelerated, may_be_padded, partition, real_view
+from .coordinates import Ambient, Velocities, is_factored
+
+# Flops of a step below which its calls take longer than its work: on the CPU such weights of equal
+# shape are copied into one tensor and back, which large ones pay for (benchmarks/speed, `step`).
+_SMALL = 1_000_000
+# Entries from which an ordinary parameter on an accelerator is moved without being copied.
+_LARGE = 1_000_000
+
+
+class Rule(NamedTuple):
+    """What an optimizer does, and the names of what it remembers.
+
+    Attributes
+    ----------
+    move : callable
+        ``(M, X, G, state, options) -> (Y, state)`` for parameters on manifolds; see
+        :mod:`lrmanifold.optim.step`.
+    move_dense : callable
+        The same for ordinary parameters, entry by entry.
+    vectors : tuple of str
+        Names of the state's vectors, which have the parameter's shape and dtype.
+    moments : tuple of str
+        Names of second moments: one number a block (an entry of an ordinary parameter), in the
+        compute dtype.
+    switch : str, optional
+        Option without which there are no vectors, such as "momentum".
+    """
+
+    move: Callable[..., tuple]
+    move_dense: Callable[..., tuple]
+    vectors: tuple[str, ...] = ()
+    moments: tuple[str, ...] = ()
+    switch: str | None = None
+
+    def used_vectors(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The vectors that a step with these options needs."""
+        return self.vectors if self.switch is None or options.get(self.switch) else ()
+
+    def names(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """All that a step with these options needs to remember."""
+        return (*self.used_vectors(options), *self.moments)
+
+
+@dataclass
+class Item:
+    """One parameter in one step; `point` is what is written to, `key` whom it belongs to."""
+
+    group: dict[str, Any]
+    key: Tensor
+    point: Tensor
+    grad: Tensor
+    manifold: geoopt.Manifold | None
+    label: str
+    state: dict[str, Any]
+
+    def moment_shape(self) -> tuple[int, ...]:
+        """Shape of a second moment: three blocks, or what the manifold's metric sums over."""
+        if self.manifold is None:
+            return tuple(self.point.shape)
+        if isinstance(self.manifold, FixedRank):
+            return (*self.point.shape[:-2], 3)
+        return tuple(self.manifold.inner(self.point, self.point, keepdim=True).shape)
+
+    def remembered(self, name: str, rule: Rule) -> Any:
+        """An entry of the state; zero before the first step."""
+        if name in self.state:
+            return self.state[name]
+        if name not in rule.moments:
+            return torch.zeros_like(self.point)
+        wide = compute_dtype(self.point.dtype)
+        return self.point.new_zeros(self.moment_shape(), dtype=wide)
+
+
+def blocks_of(x: Any) -> tuple[Tensor, ...]:
+    """The tensors of a point or vector in blocks; a tensor is one."""
+    return (x,) if isinstance(x, Tensor) else tuple(x)
+
+
+class Engine:
+    """Moves parameters by a rule."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self._plans: dict[Hashable, Any] = {}
+
+    def move(self, items: Sequence[Item]) -> None:
+        """Move all of these, or on the CPU none.
+
+        Raises
+        ------
+        FloatingPointError
+            On the CPU, if a gradient is not finite and its group does not skip, or if a step
+            overflows or loses rank. Nothing is written then.
+        """
+        for commit in self.compute(items):
+            commit()
+
+    def compute(self, items: Sequence[Item]) -> list[Callable[[], Any]]:
+        """The moves of these items, to be written by calling them; on accelerators made already."""
+        commits: list[Callable[[], Any]] = []
+        there: list[Item] = []
+        for item in items:
+            if not item.point.numel():
+                commits.append(partial(self._move_nothing, item))
+                continue
+            if is_accelerated(item.point) or all_finite(real_view(item.grad)):
+                there.append(item)
+            elif item.group.get("skip_nonfinite", True):
+                commits.append(partial(item.state["skipped"].add_, 1))
+            else:
+                raise FloatingPointError(f"the gradient of {item.label} holds NaN or Inf")
+        for M, bundle in self._bundles(there):
+            if is_accelerated(bundle[0].point):
+                self._move_masked(M, bundle)
+            else:
+                commits += self._moves(M, bundle)
+        return commits
+
+    def _move_nothing(self, item: Item) -> None:
+        """Of a parameter without entries (rows that another process has) only the state is kept."""
+        for name in self.rule.names(item.group):
+            item.state[name] = item.remembered(name, self.rule)
+        item.state["step"] += 1
+
+    # -- bundles
+
+    def _bundles(self, items: Iterable[Item]) -> Iterable[tuple[Any, list[Item]]]:
+        """What moves together, and in which coordinates."""
+        bundles: dict[Hashable, list[Item]] = {}
+        for item in items:
+            bundles.setdefault(self._key(item), []).append(item)
+        for bundle in bundles.values():
+            first = bundle[0]
+            M, margin = first.manifold, first.group.get("clip_margin", 0.0)
+            if M is None:
+                yield self._flat(bundle), bundle
+            elif not is_factored(M):
+                yield Ambient(M), bundle
+            elif is_accelerated(first.point) and may_be_padded(M):
+                for part in partition([item.manifold for item in bundle]):  # type: ignore[misc]
+                    chosen = [bundle[i] for i in part]
+                    yield self._padding(chosen, margin), chosen
+            else:
+                yield Velocities(M, margin), bundle
+
+    @staticmethod
+    def _key(item: Item) -> Hashable:
+        """What parameters must share to move as one batch."""
+        p, M, accelerated = item.point, item.manifold, is_accelerated(item.point)
+        alike = id(item.group), p.dtype, p.device
+        if M is None:
+            return alike if accelerated and p.numel() < _LARGE else id(item)
+        if not is_factored(M):
+            return id(item)
+        assert isinstance(M, FixedRank)
+        if accelerated and may_be_padded(M):
+            return M.bundle_key, *alike
+        # Half precision is computed in float32 copies anyway, grouped kernels are batches.
+        alone = p.ndim > 2 or p.dtype != compute_dtype(p.dtype)
+        small = accelerated or 8 * p.shape[0] * p.shape[1] ** 2 <= _SMALL
+        return id(item) if alone or not small else (M.bundle_key, M.m, M.n, M.rank, *alike)
+
+    def _flat(self, items: Sequence[Item]) -> Flat:
+        points = [item.point for item in items]
+        if len(points) == 1:
+            return Flat(points)
+        return self._kept((*(p.numel() for p in points), points[0].dtype, points[0].device),
+                          lambda: Flat(points))  # fmt: skip
+
+    def _kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Index tensors are sent to the device once."""
+        if key not in self._plans:
+            if len(self._plans) > 64:
+                self._plans.clear()  # of ranks that have changed
+            self._plans[key] = make()
+        return self._plans[key]
+
+    def _padding(self, items: Sequence[Item], margin: float) -> Padded:
+        sets: list[Any] = [item.manifold for item in items]
+        sizes = tuple(
+            (M.m, M.n, M.rank, *item.point.shape[:-2]) for M, item in zip(sets, items, strict=True)
+        )
+        first = items[0].point
+        key = sizes, sets[0].bundle_key, first.dtype, first.device, margin
+        return self._kept(key, lambda: Padded(sets, [item.point for item in items], margin))
+
+    # -- the step
+
+    def _apply(self, M: Any, items: Sequence[Item], X: Tensor, G: Tensor) -> tuple:
+        """The rule on gathered points and gradients; returns the old state, new point and state."""
+        group, old = items[0].group, {}
+        for name in self.rule.used_vectors(group):
+            vectors = [item.remembered(name, self.rule) for item in items]
+            old[name] = M.gather(vectors).to(X.dtype)
+        for name in self.rule.moments:
+            moments = [item.remembered(name, self.rule) for item in items]
+            old[name] = M.gather_moments(moments)
+        state = {k: M.split(v) if k not in self.rule.moments else v for k, v in old.items()}
+        state["step"] = self._count(M, items)
+        move = self.rule.move_dense if isinstance(M, Flat) else self.rule.move
+        Y, new = move(M, M.split(X), M.split(G), state, group)
+        return old, Y, new
+
+    def _count(self, M: Any, items: Sequence[Item]) -> Any:
+        """The number of this step, from 1; a tensor where weights differ or live elsewhere."""
+        if len(items) == 1 and not is_accelerated(items[0].point):
+            return float(items[0].state["step"]) + 1.0
+        if not self.rule.moments:
+            return None  # nobody asks
+        steps = torch.stack([item.state["step"] for item in items])
+        dtype = compute_dtype(real_view(items[0].point).dtype)
+        return M.each_moment(steps.to(dtype) + 1.0)
+
+    def _moves(self, M: Any, items: Sequence[Item]) -> list[Callable[[], Any]]:
+        """On the CPU: compute, look whether it is finite, and leave the writing for later."""
+        wide = compute_dtype(real_view(items[0].point).dtype)
+        try:
+            X = M.gather([item.point for item in items], point=True).to(wide)
+            G = M.gather([item.grad for item in items]).to(wide)
+            G = -G if items[0].group.get("maximize") else G
+            _, Y, new = self._apply(M, items, X, G)
+            parts = [Y, *new.values()]
+            if not all(
+                all_finite(t) for x in parts for t in ((x,) if isinstance(x, Tensor) else x)
+            ):
+                raise ValueError("it overflows")
+        except (ValueError, RuntimeError) as error:
+            # LinAlgError is a RuntimeError, as is a rate beyond the range of the dtype.
+            known = isinstance(error, (ValueError, torch.linalg.LinAlgError))
+            if not known and "overflow" not in str(error):
+                raise
+            if len(items) > 1:  # one of them is at fault: alone, it is named
+                return [c for x in items for c in self._moves(type(M)(x.manifold, M.margin), [x])]
+            group = items[0].group
+            raise FloatingPointError(
+                f"the step of {items[0].label} cannot be made, lower lr or penalty: {error} "
+                f"(lr = {group['lr']}; nothing has moved)"
+            ) from error
+
+        return [partial(self._write, M, items, Y, new)]
+
+    def _write(self, M: Any, items: Sequence[Item], Y: Any, new: dict[str, Any]) -> None:
+        """Put a computed step into parameters and state; block by block where it is one weight."""
+        for item in items:
+            item.state["step"] += 1
+            for name in set(self.rule.vectors) - set(new):
+                item.state.pop(name, None)  # not transported, it would be no vector at the point
+        for name in (None, *new):
+            value = Y if name is None else new[name]
+            targets = [self._target(item, name) for item in items]
+            if len(items) == 1 and len(blocks := blocks_of(value)) > 1:
+                for old, part in zip(M.split(targets[0]), blocks, strict=True):
+                    old.copy_(part)
+                continue
+            moment = name in self.rule.moments
+            parts = (
+                M.scatter_moments(value, len(items))
+                if moment
+                else M.scatter(M.join(value), len(items))
+            )
+            for old, part in zip(targets, parts, strict=True):
+                old.copy_(part.view(old.shape))
+
+    def _target(self, item: Item, name: str | None) -> Tensor:
+        """Where to write: the point, or an entry of the state, made when it is first needed."""
+        if name is None:
+            return real_view(item.point)
+        if name not in item.state:
+            item.state[name] = item.remembered(name, self.rule)
+        return real_view(item.state[name])
+
+    def _move_masked(self, M: Any, items: Sequence[Item]) -> None:
+        """On an accelerator: compute everywhere, then keep the old values where not finite."""
+        group, count = items[0].group, len(items)
+        points = [real_view(item.point) for item in items]
+        wide = compute_dtype(points[0].dtype)
+        X = M.gather(points, point=True).to(wide)
+        G = M.gather([item.grad for item in items]).to(wide)
+        G = -G if group.get("maximize") else G
+        ok = None
+        if group.get("skip_nonfinite", True):
+            ok = M.finite(G, count)
+            G = torch.where(M.mask(ok, G), G, 0.0)
+        old, Y, new = self._apply(M, items, X, G)
+        Y, new = M.join(Y), {k: v if k in self.rule.moments else M.join(v) for k, v in new.items()}
+        if ok is not None:
+            for value in (Y, *(new[k] for k in self.rule.vectors if k in new)):
+                ok = ok & M.finite(value, count)
+            Y = torch.where(M.mask(ok, Y), Y, X)
+        parts = M.scatter(Y, count)
+        torch._foreach_copy_(points, [y.view(x.shape) for x, y in zip(points, parts, strict=True)])
+        for name, value in new.items():
+            if ok is not None:
+                value = torch.where(M.mask(ok, value), value, old[name])
+            moment = name in self.rule.moments
+            parts = (M.scatter_moments if moment else M.scatter)(value, count)
+            # Written in place, so that a captured graph goes on from where it was.
+            kept = []
+            for item, part in zip(items, parts, strict=True):
+                if name not in item.state:
+                    zero = item.remembered(name, self.rule)
+                    item.state[name] = torch.zeros_like(part) if isinstance(zero, float) else zero
+                kept.append(real_view(item.state[name]))
+            torch._foreach_copy_(
+                kept, [y.reshape(x.shape) for x, y in zip(kept, parts, strict=True)]
+            )
+        steps, skipped = ([item.state[k] for item in items] for k in ("step", "skipped"))
+        if ok is None:
+            torch._foreach_add_(steps, 1)
+        else:
+            torch._foreach_add_(steps, list(ok.to(torch.int64).unbind()))
+            torch._foreach_add_(skipped, list((~ok).to(torch.int64).unbind()))

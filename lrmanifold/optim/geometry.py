@@ -1,0 +1,123 @@
+"""What an optimizer remembers of each parameter's geometry, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor
+
+from ..errors import GeometryError
+from ..parameter import manifold_of
+from ..precision import compute_dtype, storage_tolerance
+
+# Rounding that a projection repairs without changing what the network computes by more than this.
+_REPAIRABLE = 0.05
+# On the CPU the geometry is measured this often, for manifolds whose retraction lets points drift.
+_CHECK_EVERY = 100
+
+Entry = tuple[dict[str, Any], Tensor, geoopt.Manifold | None, str]
+
+
+class GeometryMemory:
+    """The manifold that each parameter had when it was added, and who wrote to it last."""
+
+    def __init__(self) -> None:
+        self.manifolds: list[list[geoopt.Manifold | None]] = []
+        self.marks: dict[Tensor, tuple] = {}
+
+    def add_group(self, params: Sequence[Tensor]) -> None:
+        """Remember the manifolds of a new group."""
+        self.manifolds.append([manifold_of(p) for p in params])
+
+    def entries(self, groups: Sequence[dict[str, Any]]) -> Iterator[Entry]:
+        """Every parameter with its group, its manifold and a label for messages.
+
+        Raises
+        ------
+        GeometryError
+            If a manifold was lost, or the groups were edited by hand.
+        """
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != [len(known) for known in self.manifolds]:
+            raise GeometryError(
+                f"the parameter groups were edited by hand and now hold {sizes} parameters: use "
+                "add_param_group, which remembers manifolds, or build a new optimizer"
+            )
+        for g, (group, manifolds) in enumerate(zip(groups, self.manifolds, strict=True)):
+            for i, p in enumerate(group["params"]):
+                label, known, now = label_of(group, g, i), manifolds[i], manifold_of(p)
+                if known is None and now is not None:
+                    manifolds[i] = now
+                elif known is not None and not _same_kind(known, now):
+                    raise GeometryError(
+                        f"{label} was on {known.name} and now is "
+                        f"{'an ordinary tensor' if now is None else 'on ' + str(now.name)}, shape "
+                        f"{tuple(p.shape)}: its manifold was lost; wrap it again in "
+                        "geoopt.ManifoldParameter(p, manifold=...) or build a new optimizer"
+                    )
+                yield group, p, now, label
+
+    def ensure_on_manifold(
+        self, key: Tensor, X: Tensor, manifold: geoopt.Manifold, step: Any, label: str
+    ) -> None:
+        """Measure the point `X` when somebody else wrote to it; repair rounding, refuse the rest.
+
+        `key` is the parameter that `X` belongs to, itself unless that is sharded.
+        """
+        if X.is_meta:
+            return
+        untouched = self.marks.get(key) == mark(X)
+        periodic = X.device.type == "cpu" and int(step) % _CHECK_EVERY == 0
+        if untouched and not periodic:
+            return
+        tolerance = storage_tolerance(X.dtype)
+        ok, _ = manifold.check_point_on_manifold(X, explain=True, atol=tolerance, rtol=tolerance)
+        if ok:
+            return
+        repair = max(_REPAIRABLE, tolerance)
+        ok, reason = manifold.check_point_on_manifold(X, explain=True, atol=repair, rtol=repair)
+        if not ok:
+            raise GeometryError(
+                f"{label} is not on its manifold {manifold.name}: {reason}. If it was written to "
+                "on purpose, bring it back first: p.copy_(p.manifold.projx(p))"
+            )
+        X.copy_(manifold.projx(X))
+
+    def settle(self, key: Tensor, X: Tensor) -> None:
+        """Note that the present value is the optimizer's own."""
+        self.marks[key] = mark(X)
+
+
+def label_of(group: dict[str, Any], g: int, i: int) -> str:
+    """A parameter's name in messages."""
+    names = group.get("param_names")
+    return repr(names[i]) if names else f"parameter {i} of group {g}"
+
+
+def mark(p: Tensor) -> tuple:
+    """What changes when somebody writes to `p`; an accelerator is not waited for.
+
+    torch counts ``p.copy_``, but neither ``p.data = x`` (another storage) nor ``p.data.copy_``: on
+    the CPU the sum of the entries tells that one.
+    """
+    storage: Any = p.untyped_storage()
+    total = 0.0
+    if p.device.type == "cpu":
+        total = float(p.detach().sum(dtype=compute_dtype(p.dtype)))
+    return p._version, storage._cdata, p.storage_offset(), tuple(p.shape), p.stride(), total
+
+
+def content_mark(X: Tensor) -> tuple:
+    """As :func:`mark`, of the values alone: the same on every process that has the same tensor."""
+    return (float(X.detach().sum(dtype=torch.float64)),)
+
+
+def _same_kind(known: geoopt.Manifold, now: geoopt.Manifold | None) -> bool:
+    if now is known:
+        return True
+    return type(now) is type(known) and getattr(now, "point_shape", None) == getattr(
+        known, "point_shape", None
+    )

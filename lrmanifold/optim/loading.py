@@ -1,0 +1,124 @@
+"""State of an optimizer from a file: brought over from other versions, and checked before use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._arguments import shown
+from ..manifolds import FixedRank
+from ..parameter import is_sharded, manifold_of
+from ..precision import compute_dtype
+from .geometry import label_of
+
+if TYPE_CHECKING:
+    from .optimizer import GeometricOptimizer
+
+_COUNTERS = ("step", "skipped")
+# What version 0.1 kept beside a velocity; the projection at the next step makes them needless.
+_OLD_STATE = ("momentum_overlap", "momentum_drift")
+_OLD_OPTIONS = ("orthonormality_tol",)
+
+
+def brought_over(state_dict: Any) -> dict[str, Any]:
+    """A state dict of an earlier version in the present form; a shallow copy."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a dict, got {shown(state_dict)}")
+    for key, kind in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(state_dict.get(key), kind):
+            raise ValueError(
+                f"state_dict must hold a {kind.__name__.lower()} under {key!r}, as "
+                f"optimizer.state_dict() returns it, got {shown(state_dict.get(key))}"
+            )
+    groups = [
+        {k: v for k, v in g.items() if k not in _OLD_OPTIONS} for g in state_dict["param_groups"]
+    ]
+    states = {}
+    for key, state in state_dict["state"].items():
+        if not isinstance(state, Mapping):
+            raise ValueError(f"the state of parameter {key} must be a dict, got {shown(state)}")
+        states[key] = {k: v for k, v in state.items() if k not in _OLD_STATE and v is not None}
+    return {**state_dict, "param_groups": groups, "state": states}
+
+
+def checked_state(
+    optimizer: GeometricOptimizer, state_dict: Mapping[str, Any]
+) -> dict[Tensor, dict[str, Any]]:
+    """The state of each parameter, in copies on its device.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what :meth:`GeometricOptimizer.load_state_dict` refuses; nothing has changed then.
+    """
+    saved, groups = state_dict["param_groups"], optimizer.param_groups
+    sizes, wanted = ([len(g["params"]) for g in gs] for gs in (saved, groups))
+    if sizes != wanted:
+        raise ValueError(
+            f"state_dict must have groups of {wanted} parameters, as the optimizer has, got {sizes}"
+        )
+    found: dict[Tensor, dict[str, Any]] = {}
+    for g, (old, group) in enumerate(zip(saved, groups, strict=True)):
+        options = {**optimizer.defaults, **old, "params": group["params"]}
+        optimizer._check_options(options)
+        if old.get("decoupled_weight_decay") is False and old.get("weight_decay"):
+            raise ValueError(
+                "state_dict must come from AdamW where weight_decay is set, got one of Adam, whose "
+                "decay is part of the gradient"
+            )
+        for i, (key, p) in enumerate(zip(old["params"], group["params"], strict=True)):
+            if key in state_dict["state"]:
+                label = label_of(group, g, i)
+                found[p] = _entry(optimizer, options, p, state_dict["state"][key], label)
+    return found
+
+
+def _entry(
+    optimizer: GeometricOptimizer, options: Any, p: Tensor, state: Mapping[str, Any], label: str
+) -> dict[str, Any]:
+    rule, M, name = optimizer.rule, manifold_of(p), type(optimizer).__name__
+    if not state:
+        return {}
+    if M is not None and "skipped" not in state:
+        raise ValueError(
+            f"the state of {label} must come from an optimizer of lrmanifold, as it is on "
+            f"{M.name}, got entries {sorted(state)}: start {name} without it"
+        )
+    known = {*_COUNTERS, *rule.vectors, *rule.moments}
+    if not set(state) <= known:
+        raise ValueError(
+            f"the state of {label} must have entries of {name}, {sorted(known)}, "
+            f"got {sorted(state)}"
+        )
+    used = [k for k in (*rule.used_vectors(options), *rule.moments) if k in state]
+    if used and len(used) < len((*rule.used_vectors(options), *rule.moments)):
+        raise ValueError(f"the state of {label} must have all entries of {name}, got only {used}")
+    entry: dict[str, Any] = {}
+    for key in _COUNTERS:
+        count = torch.as_tensor(state.get(key, 0))
+        if count.ndim or count.is_complex() or not (count.is_meta or 0 <= float(count) < 2**53):
+            raise ValueError(f"{key} of {label} must be a whole number >= 0, got {shown(count)}")
+        entry[key] = count.to(device=p.device, dtype=torch.int64, copy=True)
+    for key in used:
+        entry[key] = _tensor(p, M, key, state[key], key in rule.moments, label)
+    return entry
+
+
+def _tensor(p: Tensor, M: Any, key: str, value: Any, moment: bool, label: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{key} of {label} must be a tensor, got {shown(value)}")
+    if not moment or M is None:
+        shape: Any = p.shape
+    else:
+        shape = (*p.shape[:-2], 3) if isinstance(M, FixedRank) else value.shape
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            f"{key} of {label} must have shape {tuple(shape)}, got {tuple(value.shape)}"
+        )
+    if not (is_sharded(value) or value.is_meta or bool(torch.isfinite(value).all())):
+        raise ValueError(f"{key} of {label} must be finite, got NaN or Inf")
+    dtype = compute_dtype(p.dtype) if moment else p.dtype
+    return value.detach().to(device=p.device, dtype=dtype, copy=True)

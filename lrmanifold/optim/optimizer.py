@@ -1,0 +1,276 @@
+"""What every optimizer here is: options that are checked, geometry that is remembered, a rule."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._arguments import check_flag, check_number, check_rate
+from ..manifolds import FixedRank
+from ..parameter import gathered, is_sharded, manifold_of, sharded_like
+from .accelerator import is_accelerated
+from .arithmetic import PlainArithmetic
+from .coordinates import is_factored, tangent_of_velocity
+from .distributed import move_sharded, move_shared_out
+from .engine import Engine, Item, Rule
+from .geometry import GeometryMemory
+from .loading import brought_over, checked_state
+
+# Options of torch's optimizers that do not exist here: in a group they would be ignored in silence.
+_UNSUPPORTED = frozenset({"foreach", "fused", "differentiable", "dampening", "amsgrad"})
+
+
+class GeometricOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers: moves each parameter, on the manifold that it is on, by a rule.
+
+    A new optimizer is a subclass with a :attr:`rule` and, in `defaults`, at least ``lr``; see
+    ``docs/extending.md``. Everything else is here: options are checked, lost manifolds refused,
+    NaN and Inf skipped and counted, equal weights bundled, accelerators never waited for.
+
+    Parameters
+    ----------
+    params : iterable
+        Parameters, named parameters, or groups.
+    defaults : dict
+        Options with their values.
+    distribute : bool
+        Share the steps of low-rank weights out over the ranks of the default process group.
+    """
+
+    rule: Rule
+    # Options that must be finite and non-negative; those that must be True or False.
+    _numbers: tuple[str, ...] = ("lr", "weight_decay", "penalty")
+    _flags: tuple[str, ...] = ("maximize", "skip_nonfinite", "penalty_squared", "capturable")
+
+    def __init__(self, params: Any, defaults: dict[str, Any], *, distribute: bool = False) -> None:
+        self._distribute = check_flag("distribute", distribute)
+        self._start()
+        super().__init__(params, defaults)
+
+    def _start(self) -> None:
+        # Caches: results do not depend on them.
+        self._memory, self._engine = GeometryMemory(), Engine(self.rule)
+
+    # -- groups and options
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; remembers the manifold of each of its parameters."""
+        super().add_param_group(param_group)
+        try:
+            self._check_options(self.param_groups[-1])
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+        self._memory.add_group(self.param_groups[-1]["params"])
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        """Raise for options out of range; numbers become Python's own."""
+        for key in sorted(_UNSUPPORTED):
+            if group.get(key):
+                name = type(self).__name__
+                raise TypeError(f"{key} is not an option of {name}, got {group[key]!r}")
+        for key in self._numbers:
+            if key in group:
+                group[key] = check_rate(key, group[key], low=0.0)
+        for key in self._flags:
+            if key in group:
+                group[key] = check_flag(key, group[key])
+        margin = group.get("clip_margin", 0.0)
+        check_number("clip_margin", margin, low=0.0, high=1.0, open_high=True)
+        for p in group["params"]:
+            self._check_parameter(group, p, manifold_of(p))
+        if group.get("capturable") and not isinstance(group["lr"], Tensor):
+            # In a captured graph a number is a constant: schedulers write into a tensor.
+            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+
+    def _check_parameter(self, group: dict[str, Any], p: Tensor, manifold: Any) -> None:
+        if group.get("capturable") and not is_accelerated(p):
+            raise ValueError(
+                f"capturable must be False for parameters on {p.device}: only steps on an "
+                "accelerator can be captured"
+            )
+        if manifold is None:
+            return
+        if group.get("clip_margin") and not takes_margin(manifold):
+            raise ValueError(
+                f"clip_margin must be 0 for parameters on {manifold.name}, whose project_core "
+                f"takes no margin, got {group['clip_margin']}"
+            )
+        if p.is_complex():
+            raise TypeError(
+                f"params must be real where they are on a manifold, got one of {p.dtype} on "
+                f"{manifold.name}"
+            )
+        if not isinstance(manifold, FixedRank) and (
+            group.get("weight_decay") or group.get("penalty")
+        ):
+            raise ValueError(
+                f"weight_decay and penalty must be 0 for parameters on {manifold.name}: they act "
+                "on the core of a low-rank weight; put the parameter in a group of its own"
+            )
+
+    # -- copies and files
+
+    def __getstate__(self) -> dict[str, Any]:
+        # With the memory of manifolds: a copy must still notice one that was lost before copying.
+        geometry = self._memory.manifolds
+        return {**super().__getstate__(), "_geometry": geometry, "_distribute": self._distribute}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        geometry = state.pop("_geometry", None)
+        known = self.__dict__.get("_memory")
+        super().__setstate__(state)
+        if known is None or geometry is not None:
+            self._start()
+            self._memory.manifolds = geometry or []
+        self._memory.marks = {}
+        # A state saved by torch.optim.SGD, or by an older version, lacks some options.
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state; continues bit for bit where the saved optimizer stopped.
+
+        State of ``torch.optim.AdamW`` (or SGD) of ordinary parameters is taken up by
+        :class:`CondLRAdam` (:class:`CondLR`). Files of earlier versions are brought over.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Before anything changes: for options out of range, entries that are missing, have
+            another shape or hold NaN, or belong to another optimizer.
+        """
+        # Hooks may replace the dict: torch's own would run after we have looked at it.
+        for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            found = hook(self, state_dict)
+            state_dict = state_dict if found is None else found
+        state_dict = brought_over(state_dict)
+        entries = checked_state(self, state_dict)
+        before = self._optimizer_load_state_dict_pre_hooks
+        after = self._optimizer_load_state_dict_post_hooks
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self._optimizer_load_state_dict_pre_hooks = before
+            self._optimizer_load_state_dict_post_hooks = after
+        # torch casts all state to the parameter's dtype, and may alias what it was given.
+        for p, state in entries.items():
+            self.state[p] = state
+        for group in self.param_groups:
+            self._check_options(group)
+        for notify in after.values():
+            notify(self)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of parameter updates left out for NaN or Inf (waits for the device)."""
+        return sum(int(s["skipped"]) for s in self.state.values() if "skipped" in s)
+
+    # -- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step from the gradients present; parameters without a gradient stay as they are.
+
+        On the CPU it is made whole or not at all. A point is measured at its first step and after
+        somebody else wrote to it; on an accelerator only then does the host wait for the device.
+        There, a write through ``p.data`` that keeps the storage goes unseen; on the CPU none does.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Re-evaluates the model and returns the loss; called once, with gradients enabled.
+
+        Raises
+        ------
+        GeometryError
+            If a parameter lost its manifold, or is off it by more than rounding.
+        FloatingPointError
+            On the CPU, if a step is so long that it overflows or loses rank.
+        """
+        arithmetic = PlainArithmetic(p.device.type for g in self.param_groups for p in g["params"])
+        with arithmetic.plain():
+            return self._advance(closure, arithmetic)
+
+    def _advance(self, closure: Callable[[], Any] | None, arithmetic: PlainArithmetic) -> Any:
+        loss = None if closure is None else arithmetic.evaluate(closure)
+        self._move()
+        return loss
+
+    # Eager also within torch.compile: size-dependent branches and write tracking break the graph.
+    # Compiled, 12 layers took 119 graphs with 129 breaks and minutes.
+    @torch.compiler.disable
+    def _move(self) -> None:
+        """Move every parameter that has a gradient."""
+        items = list(self._items())
+        sharded = [item for item in items if is_sharded(item.key)]
+        whole = [item for item in items if not is_sharded(item.key)]
+        if self._distribute:
+            move_shared_out(self._engine, whole, self._ensure)
+        else:
+            for item in whole:
+                self._ensure(item)
+            self._engine.move(whole)
+        for item in whole:
+            if item.manifold is not None:
+                self._memory.settle(item.key, item.point)
+        move_sharded(self._engine, self._memory, sharded)
+
+    def _items(self) -> Iterator[Item]:
+        for group, p, manifold, label in list(self._memory.entries(self.param_groups)):
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError(f"sparse gradients are not supported, got one for {label}")
+            state = self._state_of(p)
+            yield Item(group, p, p.detach(), p.grad.detach(), manifold, label, state)
+
+    def _ensure(self, item: Item) -> None:
+        if item.manifold is not None:
+            self._memory.ensure_on_manifold(
+                item.key, item.point, item.manifold, item.state["step"], item.label
+            )
+
+    def _state_of(self, p: Tensor) -> dict[str, Any]:
+        state = self.state[p]
+        for key in ("step", "skipped"):
+            if key not in state:
+                state[key] = torch.zeros((), dtype=torch.int64, device=p.device)
+        return state
+
+    def momentum(self, p: Tensor) -> Tensor:
+        """The momentum of a parameter: a tangent vector at its present point, 0 before a step.
+
+        The state keeps it in coordinates that suit the step: on a low-rank weight with the
+        retraction "factored" ``state[p]["momentum_buffer"]`` holds velocities of the factors,
+        packed, as they were at the point before.
+
+        Returns
+        -------
+        Tensor, shape of `p`
+            Packed for low-rank weights. Of a sharded parameter sharded like it; all its processes
+            have to ask together.
+        """
+        state: dict[str, Any] = self.state.get(p, {})
+        manifold: Any = manifold_of(p)
+        buffer = state.get("momentum_buffer")
+        if buffer is None:
+            return torch.zeros_like(p.detach())
+        if not is_factored(manifold):
+            return buffer.clone()
+        found = tangent_of_velocity(manifold, gathered(p.detach()), gathered(buffer))
+        return sharded_like(p, found) if is_sharded(p) else found
+
+
+def takes_margin(manifold: Any) -> bool:
+    """Whether the projection of cores of `manifold` can be asked for a point further inside."""
+    project = getattr(manifold, "project_core", None)
+    return project is None or "margin" in inspect.signature(project).parameters
