@@ -54,7 +54,7 @@ RULES: dict[str, Callable[[], Callable[..., Tensor]]] = {
 def moment_rule(name: str) -> Iterator[None]:
     """Inside, CondLRAdam takes its second moments by the rule of that name."""
     rule = RULES[name]()
-    Ambient.block_moments = lambda M, X, v: rule(M, X, v)  # type: ignore[method-assign]
+    Ambient.block_moments = lambda M, X, v: rule(M, X, v)  # type: ignore
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ Point = dict[str, Tensor]
 
 # Options of CondLR under which its steps do not follow the flow, or leave the bound unseen.
 _NOT_THE_FLOW = (
-    "momentum", "weight_decay", "penalty", "clip_margin", "orthonormality_tol", "maximize"
+    "momentum", "weight_decay", "penalty", "clip_margin", "maximize"
 )  # fmt: skip
 # A condition number within this of its bound counts as held there by the constraint.
 _AT_THE_BOUND = 1e-3

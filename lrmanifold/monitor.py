@@ -160,7 +160,7 @@ def monitor(
     ValueError
         If the model has no low-rank layer, for an `every` below 1, for a `reference` without `loss`
         or of other shapes, and if the optimizer does not follow the gradient flow (it needs
-        momentum, decay, penalty, clip_margin and orthonormality_tol 0, the exact metric, one rate).
+        momentum, decay, penalty, clip_margin 0, the exact metric, one rate).
     TypeError
         If `optimizer` is none of this library's or, with `reference`, not a CondLR.
 

@@ -21,6 +21,8 @@ Centre = Literal["metric", "mean"]
 _NEAR = 3.0
 # A single core below this size has its SVD sooner than a certificate.
 _SMALL = 24
+# Entries beyond this, or below its inverse, are scaled first.
+_RANGE = 1e12
 # Rounding leaves a clipped spectrum a few ulp outside; so many count as feasible.
 _SLACK = 16
 
@@ -184,6 +186,14 @@ def spectral_clip(
             fine = condition_bound(S) <= 1.0 + tau
             clipped = torch.where(fine[..., None, None], S, clipped)
         return clipped.to(dtype)
+    largest = float(S.detach().abs().max())
+    if not 1.0 / _RANGE < largest < _RANGE or S.ndim > 2:
+        # Products with entries near the ends of the exponent range lose digits, or overflow; a
+        # power of two loses none.
+        sizes = S.detach().abs().amax((-2, -1), keepdim=True)
+        power = torch.ldexp(torch.ones_like(sizes), torch.frexp(sizes).exponent - 1)
+        if not bool(((sizes < _RANGE) & (sizes > 1.0 / _RANGE)).all()):
+            return (spectral_clip(S / power, tau, centre=centre, margin=margin) * power).to(dtype)
     if not (S.requires_grad and torch.is_grad_enabled()):
         small = S.ndim == 2 and S.shape[-1] < _SMALL
         found = (_clip_small if small else _clip_near)(S, tau, centre, margin)
@@ -300,14 +310,15 @@ def conditioning_penalty(S: Tensor, *, squared: bool = False) -> Tensor:
     robustness under adversarial attacks*, arXiv 2505.08022. mathematics 5.
     """
     dtype = S.dtype
-    E = _penalty_defect(S.to(compute_dtype(dtype)))
+    S, size = _unit_size(S.to(compute_dtype(dtype)))
+    E, size = _penalty_defect(S), size[..., 0, 0]
     value = E.square().sum((-2, -1))
-    if not squared:
-        # where twice: the square root's infinite slope at 0 would turn the subgradient into NaN.
-        zero = value == 0
-        root = torch.where(zero, torch.ones_like(value), value).sqrt()
-        value = torch.where(zero, torch.zeros_like(value), root)
-    return value.to(dtype)
+    if squared:
+        return (value * size**2 * size**2).to(dtype)
+    # where twice: the square root's infinite slope at 0 would turn the subgradient into NaN.
+    zero = value == 0
+    root = torch.where(zero, torch.ones_like(value), value).sqrt()
+    return (torch.where(zero, torch.zeros_like(value), root) * size**2).to(dtype)
 
 
 def conditioning_penalty_grad(S: Tensor, *, squared: bool = False) -> Tensor:
@@ -325,20 +336,26 @@ def conditioning_penalty_grad(S: Tensor, *, squared: bool = False) -> Tensor:
         0 where R = 0 (a subgradient). At most 2 ‖S‖₂ in norm when not squared.
     """
     dtype = S.dtype
-    S = S.to(compute_dtype(dtype))
+    S, size = _unit_size(S.to(compute_dtype(dtype)))
     E = _penalty_defect(S)
     if squared:
-        return (4.0 * (S @ E)).to(dtype)
+        return (4.0 * (S @ E) * size * size**2).to(dtype)
     R = torch.linalg.matrix_norm(E, keepdim=True)
     # Below roundoff (of SᵀS, and of the clip that made S) E is noise of unit size, no gradient.
     floor = 16 * torch.finfo(S.dtype).eps * S.square().sum((-2, -1), keepdim=True)
     direction = torch.where(floor < R, E / R.clamp_min(torch.finfo(S.dtype).tiny), 0.0 * E)
-    return (2.0 * (S @ direction)).to(dtype)
+    return (2.0 * (S @ direction) * size).to(dtype)
+
+
+def _unit_size(S: Tensor) -> tuple[Tensor, Tensor]:
+    """S over its largest entry, and that: squares of S would leave the exponent range."""
+    check_square(S, "S")
+    size = S.detach().abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(S.dtype).tiny)
+    return S / size, size
 
 
 def _penalty_defect(S: Tensor) -> Tensor:
     """SᵀS - α²I."""
-    check_square(S, "S")
     gram = S.mT @ S
     identity = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     alpha2 = gram.diagonal(dim1=-2, dim2=-1).mean(-1)

@@ -11,7 +11,7 @@ from .dlrt import DLRT
 from .engine import Rule
 from .groups import param_groups
 from .optimizer import GeometricOptimizer
-from .rank import augment, nearest_rank, rank_for_tolerance, resize, truncate
+from .rank import resize
 from .recipes import capped_dlrt, robust_dlrt
 from .schedule import OptionScheduler
 from .step import condlr_update
@@ -26,18 +26,14 @@ __all__ = [
     "RetractingAverage",
     "Rule",
     "adam_update",
-    "augment",
     "average_points",
     "capped_dlrt",
     "condlr_update",
     "force_accelerator",
-    "nearest_rank",
     "param_groups",
-    "rank_for_tolerance",
     "resize",
     "retracting_average",
     "robust_dlrt",
-    "truncate",
 ]
 
 

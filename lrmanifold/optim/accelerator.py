@@ -165,7 +165,8 @@ class Padded(Velocities):
         return None if tau is None else (1.0 + tau) * self.slack
 
     def project_core(self, S: Tensor) -> Tensor:
-        tau, scale = (getattr(self.manifold, key, None) for key in ("tau", "scale"))
+        tau: Any = getattr(self.manifold, "tau", None)
+        scale: Any = getattr(self.manifold, "scale", None)
         if tau is None:
             return S
         mean, inner = self.manifold.centre == "mean", (1.0 - self.margin) * tau

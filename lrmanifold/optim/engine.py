@@ -266,8 +266,8 @@ class Engine:
         """Put a computed step into parameters and state; block by block where it is one weight."""
         for item in items:
             item.state["step"] += 1
-            for name in set(self.rule.vectors) - set(new):
-                item.state.pop(name, None)  # not transported, it would be no vector at the point
+            for gone in set(self.rule.vectors) - set(new):
+                item.state.pop(gone, None)  # not transported, it would be no vector at the point
         for name in (None, *new):
             value = Y if name is None else new[name]
             targets = [self._target(item, name) for item in items]
