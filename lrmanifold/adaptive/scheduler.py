@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
+from .._arguments import check_instance, check_integer, check_module, check_number
 from ..factors import unpack
 from ..manifolds import Factors, WellConditioned
 from ..nn.layer import LowRankLayer
@@ -63,8 +63,10 @@ class RankScheduler:
     coefficient_steps : int
         For layers with a bound.
     coefficient_lr : float, optional
-        Rate of those steps; the optimizer's present one by default. Give it beside Adam, whose rate
-        is not one of plain gradient steps.
+        Rate of those steps; the optimizer's present one by default. Set it with Adam, whose lr is
+        not a gradient-descent rate.
+    grad_scaler : torch.amp.GradScaler, optional
+        The one by which the closure scales its loss: gradients are divided by its factor.
 
     Raises
     ------
@@ -86,21 +88,22 @@ class RankScheduler:
         target_compression: float | None = None,
         coefficient_steps: int = 10,
         coefficient_lr: float | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        if every < 1 or coefficient_steps < 1:
-            raise ValueError(
-                f"every and coefficient_steps must be at least 1, got {every}, {coefficient_steps}"
-            )
-        if augment is not None and augment < 0:
-            raise ValueError(f"augment must be at least 0, got {augment}")
-        if target_compression is not None and not 0.0 < target_compression < 1.0:
-            raise ValueError(f"target_compression must be in (0, 1), got {target_compression}")
-        if coefficient_lr is not None and not 0.0 < coefficient_lr < math.inf:
-            raise ValueError(f"coefficient_lr must be positive and finite, got {coefficient_lr}")
+        check_module("model", model)
+        check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
         self.model, self.optimizer = model, optimizer
+        self.every = check_integer("every", every, low=1)
+        self.coefficient_steps = check_integer("coefficient_steps", coefficient_steps, low=1)
+        self.augment = None if augment is None else check_integer("augment", augment, low=0)
+        ends: dict[str, Any] = {"low": 0.0, "open_low": True, "open_high": True}
+        if target_compression is not None:
+            check_number("target_compression", target_compression, high=1.0, **ends)
+        if coefficient_lr is not None:
+            check_number("coefficient_lr", coefficient_lr, **ends)
         self.tol, self.min_rank, self.max_rank = tol, min_rank, max_rank
-        self.every, self.augment, self.coefficient_steps = every, augment, coefficient_steps
         self.target_compression, self.coefficient_lr = target_compression, coefficient_lr
+        self.grad_scaler = grad_scaler
         self.count = 0
         self._layers: dict[str, LowRankLayer] = {}
         for name, layer in model.named_modules():
@@ -112,14 +115,12 @@ class RankScheduler:
         if not self._layers:
             raise ValueError("model must have low-rank layers that tol applies to, got none")
         for name, layer in self._layers.items():
-            value = _rule(tol, name)
-            if value is None or not 0.0 <= value < 1.0:
-                raise ValueError(f"tol must be in [0, 1), got {value!r} for {name}")
-            low, high = _rule(min_rank, name) or 1, _rule(max_rank, name)
-            if low < 1 or (high is not None and high < low):
-                raise ValueError(
-                    f"min_rank, max_rank must be 1 <= min <= max, got {low}, {high} for {name}"
-                )
+            check_number(f"tol of {name}", _rule(tol, name), low=0.0, high=1.0, open_high=True)
+            low, high = _rule(min_rank, name), _rule(max_rank, name)
+            low = 1 if low is None else check_integer(f"min_rank of {name}", low, low=1)
+            if high is not None:
+                hint = f"min_rank is {low}"
+                check_integer(f"max_rank of {name}", high, low=int(low), hint=hint)
             if not self._capped(layer) and layer.manifold.gradient != "probe":
                 raise ValueError(
                     f"{name} has no bound on its condition number and gradients that divide by S; "
@@ -170,6 +171,18 @@ class RankScheduler:
         saved = [(x, x.rank, x.weight.data.clone(), dict(self._state(x))) for x in layers.values()]
         try:
             directions = {k: _directions(v) for k, v in layers.items() if k not in capped}
+            if (
+                directions
+                and self.augment != 0
+                and not any(layers[k].weight.grad is not None for k in directions)
+            ):
+                warnings.warn(
+                    f"{next(iter(directions))} and the other layers without a bound have no "
+                    "gradients, so that no rank can grow: call the scheduler's step after "
+                    "optimizer.step() and before zero_grad()",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
             if capped:
                 assert closure is not None
                 self._try_out(capped, closure)
@@ -286,6 +299,7 @@ class RankScheduler:
             for g in self.optimizer.param_groups
             for p in g["params"]
         }
+        scale = 1.0 if self.grad_scaler is None else 1.0 / self.grad_scaler.get_scale()
         with torch.enable_grad():
             closure()
         for name, layer in layers.items():
@@ -297,7 +311,8 @@ class RankScheduler:
                 p, M = layer.weight, layer.manifold
                 if p.grad is None:
                     continue
-                unpack(p.data, M.m, M.n).S.sub_(rates.get(p, 0.0) * unpack(p.grad, M.m, M.n).S)
+                rate = rates.get(p, 0.0) * scale
+                unpack(p.data, M.m, M.n).S.sub_(rate * unpack(p.grad, M.m, M.n).S)
                 if not bool(torch.isfinite(p.data).all()):
                     raise _NonFiniteError(name)
         for layer in layers.values():

@@ -437,7 +437,9 @@ def test_forwards_replaced_on_the_object_and_compiled_layers_stay():
 
 
 @pytest.mark.parametrize(
-    "convert", [lambda m: lrm.factorize(m, rank=2), lrm.densify, lrm.fold], ids=str
+    "convert",
+    [lambda m: lrm.factorize(m, rank=2), lrm.densify, lrm.fold],
+    ids=["factorize", "densify", "fold"],
 )
 def test_scripted_models_are_refused(convert):
     with pytest.raises(ValueError, match="model must be an ordinary module, got a Recursive"):
