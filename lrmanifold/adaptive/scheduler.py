@@ -17,6 +17,7 @@ from ..manifolds import Factors, WellConditioned
 from ..nn.layer import LowRankLayer
 from ..optim.rank import augment, nearest_rank, rank_for_tolerance, resize, truncate
 from ..parameter import replace_data
+from .budget import excess, meet_budget
 
 Rule = float | Mapping[str, float]
 
@@ -128,7 +129,7 @@ class RankScheduler:
                 )
         if target_compression is not None:
             least = {name: self._limits(name, layer)[0] for name, layer in self._layers.items()}
-            if self._excess(least) > 0:
+            if excess(self._layers, least, target_compression) > 0:
                 raise ValueError(
                     f"target_compression = {target_compression} needs ranks below min_rank, {least}"
                 )
@@ -212,7 +213,8 @@ class RankScheduler:
         spectra = {name: linalg.svdvals(X.S) for name, X in points.items()}
         ranks = {name: self._tolerated(name, s) for name, s in spectra.items()}
         if self.target_compression is not None:
-            self._meet_budget(spectra, ranks)
+            least = {name: self._limits(name, layer)[0] for name, layer in layers.items()}
+            meet_budget(layers, spectra, ranks, least, self.target_compression)
         for name, layer in layers.items():
             X = points[name]
             if ranks[name] < X.S.shape[-1]:
@@ -257,39 +259,6 @@ class RankScheduler:
         assert tol is not None
         rank = min(max(rank_for_tolerance(s, tol), low), high)
         return nearest_rank(self._layers[name].manifold, s, low, rank)
-
-    def _cost(self, name: str, rank: int) -> int:
-        """Parameters of a layer's weight at a rank; all groups of a grouped convolution."""
-        M = self._layers[name].manifold
-        return self._layers[name].weight[..., 0, 0].numel() * (M.m + rank + M.n) * rank
-
-    def _excess(self, ranks: Mapping[str, int]) -> float:
-        """Parameters above the budget."""
-        dense = sum(
-            layer.weight[..., 0, 0].numel() * layer.manifold.m * layer.manifold.n
-            for layer in (self._layers[name] for name in ranks)
-        )
-        budget = (1.0 - (self.target_compression or 0.0)) * dense
-        return sum(self._cost(name, rank) for name, rank in ranks.items()) - budget
-
-    def _meet_budget(self, spectra: Mapping[str, Tensor], ranks: dict[str, int]) -> None:
-        """Drop directions, cheapest in relative energy per parameter first, until it fits."""
-        energy = {
-            k: (s.double().square() / s.double().square().sum(-1, keepdim=True))
-            .reshape(-1, s.shape[-1])
-            .mean(0)
-            .tolist()
-            for k, s in spectra.items()
-        }
-        while self._excess(ranks) > 0:
-            loss = {
-                k: energy[k][r - 1] / (self._cost(k, r) - self._cost(k, r - 1))
-                for k, r in ranks.items()
-                if r > self._limits(k, self._layers[k])[0]
-            }
-            if not loss:
-                return
-            ranks[min(loss, key=loss.__getitem__)] -= 1
 
     def _try_out(self, layers: Mapping[str, LowRankLayer], closure: Callable[[], Any]) -> None:
         """Augment layers with a bound and let their cores alone follow the gradient."""

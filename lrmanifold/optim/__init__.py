@@ -8,8 +8,8 @@ from .adam_step import adam_update
 from .averaging import RetractingAverage, average_points, retracting_average
 from .condlr import CondLR
 from .dlrt import DLRT
-from .engine import Rule
 from .groups import param_groups
+from .items import Rule
 from .optimizer import GeometricOptimizer
 from .rank import resize
 from .recipes import capped_dlrt, robust_dlrt

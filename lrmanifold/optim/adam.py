@@ -6,7 +6,7 @@ from typing import Any
 
 from .._arguments import check_numbers
 from .adam_step import adam, adamw
-from .engine import Rule
+from .items import Rule
 from .optimizer import GeometricOptimizer
 
 

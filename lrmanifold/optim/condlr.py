@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .._arguments import check_choice, check_flag, check_number
-from .engine import Rule
+from .items import Rule
 from .optimizer import GeometricOptimizer
 from .step import Metric, condlr, sgd
 

@@ -26,8 +26,9 @@ from ..linalg import all_finite
 from ..manifolds import FixedRank
 from ..parameter import gathered, is_sharded, local_part, rows_of, sharded_from_local, sharded_like
 from ..precision import compute_dtype
-from .engine import Engine, Item
+from .engine import Engine
 from .geometry import GeometryMemory, content_mark
+from .items import Item
 
 _COUNTERS = ("step", "skipped")
 # Steps between two comparisons of the weights of all ranks.

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from .. import linalg
+from .._arguments import check_choice, check_integer, check_number
 from ..factors import Factors, pack, unpack
 from ..manifolds import FixedRank
 from ..parameter import manifold_of, replace_data
 from .arithmetic import PlainArithmetic
-from .engine import Rule
+from .evaluations import Evaluations, NonFiniteError, factors_of, forced
+from .items import Rule
 from .optimizer import GeometricOptimizer
 from .rank import augment, nearest_rank, rank_for_tolerance, resize, truncate
-from .step import core_force, sgd
+from .step import sgd
 
 Integrator = Literal["bug", "augmented_bug", "ksl"]
 _INTEGRATORS = ("bug", "augmented_bug", "ksl")
@@ -113,24 +115,20 @@ class DLRT(GeometricOptimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        if group["integrator"] not in _INTEGRATORS:
-            raise ValueError(
-                f"integrator must be one of {_INTEGRATORS}, got {group['integrator']!r}"
-            )
+        check_choice("integrator", group["integrator"], _INTEGRATORS)
         if any(g["integrator"] != group["integrator"] for g in self.param_groups):
             raise ValueError("integrator must be the same for all groups: they step together")
-        tol = group["tol"]
-        if tol is not None and not 0.0 <= tol < 1.0:
-            raise ValueError(f"tol must be in [0, 1), got {tol!r}")
+        tol, low, high = group["tol"], group["min_rank"], group["max_rank"]
+        if tol is not None:
+            tol = check_number("tol", tol, low=0.0, high=1.0, open_high=True)
         if tol is not None and group["integrator"] != "augmented_bug":
             raise ValueError(f"tol needs integrator='augmented_bug', got {group['integrator']!r}")
-        low, high = group["min_rank"], group["max_rank"]
-        if low < 1 or (high is not None and high < low):
-            raise ValueError(f"min_rank, max_rank must be 1 <= min <= max, got {low}, {high}")
+        low = check_integer("min_rank", low, low=1)
+        if high is not None:
+            high = check_integer("max_rank", high, low=low, hint=f"min_rank is {low}")
         if tol is None and (low > 1 or high is not None):
             raise ValueError(f"min_rank and max_rank need tol, got {low}, {high} and tol=None")
-        if group["s_steps"] < 1:
-            raise ValueError(f"s_steps must be at least 1, got {group['s_steps']}")
+        check_integer("s_steps", group["s_steps"], low=1)
         if group["s_steps"] > 1 and group["integrator"] == "ksl":
             raise ValueError(f"s_steps must be 1 for integrator='ksl', got {group['s_steps']}")
         for p in group["params"]:
@@ -161,13 +159,13 @@ class DLRT(GeometricOptimizer):
             if M is not None:
                 self._memory.ensure_on_manifold(p, p.detach(), M, state["step"], label)
         start = {p: (M.rank, p.data.clone()) for _, p, M in low}
-        run = _Run(closure, arithmetic, [p for _, p, _, _ in entries])
+        run = Evaluations(closure, arithmetic, [p for _, p, _, _ in entries])
         try:
             integrate = self._ksl if self.param_groups[0]["integrator"] == "ksl" else self._bug
             integrate(run, low)
             dense = [item for item in self._items() if item.manifold is None]
             commits = self._engine.compute(dense)
-        except _NonFiniteError as error:
+        except NonFiniteError as error:
             self._restore(low, start)
             if not all(group["skip_nonfinite"] for group in self.param_groups):
                 label = next(label for _, p, _, label in entries if p is error.parameter)
@@ -211,9 +209,9 @@ class DLRT(GeometricOptimizer):
         M.set_rank_(U.shape[-1])
         replace_data(p, pack(U, S, V).to(p.dtype))
 
-    def _kl_gradients(self, run: _Run, low: list) -> dict[Tensor, tuple[Tensor, Tensor]]:
+    def _kl_gradients(self, run: Evaluations, low: list) -> dict[Tensor, tuple[Tensor, Tensor]]:
         """GV and GᵀU at the start, without dividing by S."""
-        points = {p: _factors(p, M) for _, p, M in low}
+        points = {p: factors_of(p, M) for _, p, M in low}
         if all(M.gradient == "probe" for _, _, M in low):
             run.evaluate()
             blocks = {p: self._gradient(g, p, M) for g, p, M in low}
@@ -230,9 +228,9 @@ class DLRT(GeometricOptimizer):
         run.evaluate()
         return {p: (GV[p], self._gradient(g, p, M).V.clone()) for g, p, M in low}
 
-    def _bug(self, run: _Run, low: list) -> None:
+    def _bug(self, run: Evaluations, low: list) -> None:
         """BUG, augmented or not."""
-        points = {p: _factors(p, M) for _, p, M in low}
+        points = {p: factors_of(p, M) for _, p, M in low}
         gradients = self._kl_gradients(run, low)
         cores: dict[Tensor, Factors] = {}
         for group, p, M in low:
@@ -256,14 +254,14 @@ class DLRT(GeometricOptimizer):
             for group, p, M in low:
                 if i < group["s_steps"]:
                     U, S, V = cores[p]
-                    slope = _forced(self._gradient(group, p, M).S, cores[p], group)
+                    slope = forced(self._gradient(group, p, M).S, cores[p], group)
                     cores[p] = Factors(U, S - group["lr"] * slope, V)
         for group, p, M in low:
             self._settle(group, p, M, cores[p], points[p].S.shape[-1])
 
-    def _ksl(self, run: _Run, low: list) -> None:
+    def _ksl(self, run: Evaluations, low: list) -> None:
         """Projector splitting: every substep at the point that the one before has reached."""
-        points = {p: _factors(p, M) for _, p, M in low}
+        points = {p: factors_of(p, M) for _, p, M in low}
         for _, p, M in low:
             U, S, V = points[p]
             self._place(p, M, U @ S, None, V)
@@ -286,7 +284,7 @@ class DLRT(GeometricOptimizer):
             L = V @ S.mT - group["lr"] * self._gradient(group, p, M).V
             V, R = linalg.qr(L, rank_deficient=True)
             X = Factors(U, R.mT, V)
-            S = R.mT - group["lr"] * _forced(torch.zeros_like(R), X, group)
+            S = R.mT - group["lr"] * forced(torch.zeros_like(R), X, group)
             self._settle(group, p, M, Factors(U, S, V), S.shape[-1])
 
     def _settle(
@@ -304,40 +302,3 @@ class DLRT(GeometricOptimizer):
         if rank < X.S.shape[-1]:
             X = truncate(X, rank)
         resize(p, Factors(X.U, M.project_core(X.S), X.V))
-
-
-class _Run:
-    """The evaluations of one step."""
-
-    def __init__(
-        self, closure: Callable[[], Any], arithmetic: PlainArithmetic, params: list[Tensor]
-    ) -> None:
-        self._closure, self._arithmetic, self._params = closure, arithmetic, params
-        self.losses: list[Any] = []
-        self.used: set[Tensor] = set()
-
-    def evaluate(self) -> None:
-        """Call the closure; note which weights it used, and that their gradients are finite."""
-        self.losses.append(self._arithmetic.evaluate(self._closure))
-        for p in self._params:
-            if p.grad is not None:
-                self.used.add(p)
-                if not bool(torch.isfinite(p.grad).all()):
-                    raise _NonFiniteError(p)
-
-
-def _forced(slope: Tensor, X: Factors, group: dict[str, Any]) -> Tensor:
-    """The slope of the core with decay and penalty."""
-    force = core_force(X, group)
-    return slope if force is None else slope + force
-
-
-class _NonFiniteError(Exception):
-    """The gradient of a parameter holds NaN or Inf."""
-
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter = parameter
-
-
-def _factors(p: Tensor, M: FixedRank) -> Factors:
-    return Factors(*(b.clone() for b in unpack(p.data.to(linalg.compute_dtype(p.dtype)), M.m, M.n)))

@@ -8,12 +8,10 @@ written. An accelerator is not waited for: a mask leaves out what cannot be move
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import geoopt
 import torch
 from torch import Tensor
 
@@ -22,81 +20,13 @@ from ..manifolds import FixedRank
 from ..precision import compute_dtype
 from .accelerator import Flat, Padded, is_accelerated, may_be_padded, partition, real_view
 from .coordinates import Ambient, Velocities, is_factored
+from .items import Item, Rule, blocks_of
 
 # Flops of a step below which its calls take longer than its work: on the CPU such weights of equal
 # shape are copied into one tensor and back, which large ones pay for (benchmarks/speed, `step`).
 _SMALL = 1_000_000
 # Entries from which an ordinary parameter on an accelerator is moved without being copied.
 _LARGE = 1_000_000
-
-
-class Rule(NamedTuple):
-    """What an optimizer does, and the names of what it remembers.
-
-    Attributes
-    ----------
-    move : callable
-        ``(M, X, G, state, options) -> (Y, state)`` for parameters on manifolds; see
-        :mod:`lrmanifold.optim.step`.
-    move_dense : callable
-        The same for ordinary parameters, entry by entry.
-    vectors : tuple of str
-        Names of the state's vectors, which have the parameter's shape and dtype.
-    moments : tuple of str
-        Names of second moments: one number a block (an entry of an ordinary parameter), in the
-        compute dtype.
-    switch : str, optional
-        Option without which there are no vectors, such as "momentum".
-    """
-
-    move: Callable[..., tuple]
-    move_dense: Callable[..., tuple]
-    vectors: tuple[str, ...] = ()
-    moments: tuple[str, ...] = ()
-    switch: str | None = None
-
-    def used_vectors(self, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """The vectors that a step with these options needs."""
-        return self.vectors if self.switch is None or options.get(self.switch) else ()
-
-    def names(self, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """All that a step with these options needs to remember."""
-        return (*self.used_vectors(options), *self.moments)
-
-
-@dataclass
-class Item:
-    """One parameter in one step; `point` is what is written to, `key` whom it belongs to."""
-
-    group: dict[str, Any]
-    key: Tensor
-    point: Tensor
-    grad: Tensor
-    manifold: geoopt.Manifold | None
-    label: str
-    state: dict[str, Any]
-
-    def moment_shape(self) -> tuple[int, ...]:
-        """Shape of a second moment: three blocks, or what the manifold's metric sums over."""
-        if self.manifold is None:
-            return tuple(self.point.shape)
-        if isinstance(self.manifold, FixedRank):
-            return (*self.point.shape[:-2], 3)
-        return tuple(self.manifold.inner(self.point, self.point, keepdim=True).shape)
-
-    def remembered(self, name: str, rule: Rule) -> Any:
-        """An entry of the state; zero before the first step."""
-        if name in self.state:
-            return self.state[name]
-        if name not in rule.moments:
-            return torch.zeros_like(self.point)
-        wide = compute_dtype(self.point.dtype)
-        return self.point.new_zeros(self.moment_shape(), dtype=wide)
-
-
-def blocks_of(x: Any) -> tuple[Tensor, ...]:
-    """The tensors of a point or vector in blocks; a tensor is one."""
-    return (x,) if isinstance(x, Tensor) else tuple(x)
 
 
 class Engine:

@@ -17,8 +17,9 @@ from .accelerator import is_accelerated
 from .arithmetic import PlainArithmetic
 from .coordinates import is_factored, tangent_of_velocity
 from .distributed import move_sharded, move_shared_out
-from .engine import Engine, Item, Rule
+from .engine import Engine
 from .geometry import GeometryMemory
+from .items import Item, Rule
 from .loading import brought_over, checked_state
 
 # Options of torch's optimizers that do not exist here: in a group they would be ignored in silence.

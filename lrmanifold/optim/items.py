@@ -1,0 +1,83 @@
+"""What the engine is told: a rule, and the parameters of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import geoopt
+import torch
+from torch import Tensor
+
+from ..manifolds import FixedRank
+from ..precision import compute_dtype
+
+
+class Rule(NamedTuple):
+    """What an optimizer does, and the names of what it remembers.
+
+    Attributes
+    ----------
+    move : callable
+        ``(M, X, G, state, options) -> (Y, state)`` for parameters on manifolds; see
+        :mod:`lrmanifold.optim.step`.
+    move_dense : callable
+        The same for ordinary parameters, entry by entry.
+    vectors : tuple of str
+        Names of the state's vectors, which have the parameter's shape and dtype.
+    moments : tuple of str
+        Names of second moments: one number a block (an entry of an ordinary parameter), in the
+        compute dtype.
+    switch : str, optional
+        Option without which there are no vectors, such as "momentum".
+    """
+
+    move: Callable[..., tuple]
+    move_dense: Callable[..., tuple]
+    vectors: tuple[str, ...] = ()
+    moments: tuple[str, ...] = ()
+    switch: str | None = None
+
+    def used_vectors(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The vectors that a step with these options needs."""
+        return self.vectors if self.switch is None or options.get(self.switch) else ()
+
+    def names(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """All that a step with these options needs to remember."""
+        return (*self.used_vectors(options), *self.moments)
+
+
+@dataclass
+class Item:
+    """One parameter in one step; `point` is what is written to, `key` whom it belongs to."""
+
+    group: dict[str, Any]
+    key: Tensor
+    point: Tensor
+    grad: Tensor
+    manifold: geoopt.Manifold | None
+    label: str
+    state: dict[str, Any]
+
+    def moment_shape(self) -> tuple[int, ...]:
+        """Shape of a second moment: three blocks, or what the manifold's metric sums over."""
+        if self.manifold is None:
+            return tuple(self.point.shape)
+        if isinstance(self.manifold, FixedRank):
+            return (*self.point.shape[:-2], 3)
+        return tuple(self.manifold.inner(self.point, self.point, keepdim=True).shape)
+
+    def remembered(self, name: str, rule: Rule) -> Any:
+        """An entry of the state; zero before the first step."""
+        if name in self.state:
+            return self.state[name]
+        if name not in rule.moments:
+            return torch.zeros_like(self.point)
+        wide = compute_dtype(self.point.dtype)
+        return self.point.new_zeros(self.moment_shape(), dtype=wide)
+
+
+def blocks_of(x: Any) -> tuple[Tensor, ...]:
+    """The tensors of a point or vector in blocks; a tensor is one."""
+    return (x,) if isinstance(x, Tensor) else tuple(x)
