@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from ._arguments import check_flag, check_instance, check_integer, check_number, check_text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -67,7 +69,14 @@ def spectra(
         Panels side by side in a new figure.
     """
     need_matplotlib()
-    panels = {k: _spectrum_array(k, v) for k, v in getattr(history, "spectra", history).items()}
+    found = getattr(history, "spectra", history)
+    check_instance("history", found, Mapping, "a History or a mapping")  # type: ignore[type-abstract]
+    columns = check_integer("columns", columns, low=1)
+    bounds = tau if isinstance(tau, Mapping) else {"tau": tau}
+    for key, bound in bounds.items():
+        if bound is not None:
+            check_number("tau" if bounds is not tau else f"tau[{key!r}]", bound, low=0)
+    panels = {k: _spectrum_array(k, v) for k, v in found.items()}
     if not panels:
         raise ValueError("history has no spectra: the model had no low-rank layer")
     with _style():
@@ -127,6 +136,10 @@ def accuracy_curves(
     legend : bool
     """
     need_matplotlib()
+    check_instance("results", results, Mapping, "a mapping")  # type: ignore[type-abstract]
+    check_flag("legend", legend)
+    if relative_to is not None:
+        check_text("relative_to", relative_to)
     curves = {name: _accuracies(name, curve) for name, curve in results.items()}
     if not curves:
         raise ValueError("results must hold at least one method")
@@ -189,6 +202,7 @@ def accuracy_panels(
         A second row with the differences to this method.
     """
     need_matplotlib()
+    check_instance("panels", panels, Mapping, "a mapping")  # type: ignore[type-abstract]
     if not panels:
         raise ValueError("panels must hold at least one attack")
     with _style():

@@ -131,7 +131,7 @@ def _power_iteration(W: Tensor, context: Context, steps: int = 3) -> Tensor:
         v = context.memory.get(context.name)
         if v is None or v.shape[0] != W.shape[1] or v.dtype != W.dtype:
             generator = torch.Generator().manual_seed(0)
-            v = torch.randn(W.shape[1], generator=generator).to(W)
+            v = torch.randn(W.shape[1], generator=generator, device="cpu").to(W)
             steps = 30
         for _ in range(steps):
             u = nn.functional.normalize(W @ v, dim=0)

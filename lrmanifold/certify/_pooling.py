@@ -60,7 +60,7 @@ def _avg_pool(module: Any, context: Context) -> Bound:
 
 def _windows(n: int, out: int) -> torch.Tensor:
     """Adaptive pooling of one dimension as a 0-1 matrix (out, n)."""
-    places = torch.zeros(out, n, dtype=torch.float64)
+    places = torch.zeros(out, n, dtype=torch.float64, device="cpu")
     for i in range(out):
         places[i, (i * n) // out : -((-(i + 1) * n) // out)] = 1.0
     return places
@@ -135,7 +135,7 @@ def _copied(module: nn.Module, context: Context) -> Bound:
     """Count on an image of pixel numbers how often each occurs in the output."""
     shape = context.need_shape("it copies pixels, how often depends on the size")
     size = shape[1:]
-    numbers = torch.arange(math.prod(size), dtype=torch.float64).view(1, 1, *size)
+    numbers = torch.arange(math.prod(size), dtype=torch.float64, device="cpu").view(1, 1, *size)
     with torch.no_grad():
         copies = torch.bincount(module(numbers).long().flatten())
     many = int(copies.max())

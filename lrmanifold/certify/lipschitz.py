@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .._arguments import shown
 from ..robustness import evaluation_mode
 from . import _elementwise, _pooling  # noqa: F401  (their bounds enter the registry)
 from ._linear_maps import HEADS, NORMS, can_scale, dense_head, head_error, linear_bound, norm_scale
@@ -358,6 +359,10 @@ def lipschitz(
     """
     if norm != "l2":
         raise ValueError(f"norm must be 'l2', got {norm!r}: no other norm is offered")
+    if input_shape is not None and not isinstance(input_shape, Sequence):
+        raise TypeError(
+            f"input_shape must be integers, without that of the batch, got {shown(input_shape)}"
+        )
     twin = float64_copy(model) if isinstance(model, nn.Module) else model
     network = LipschitzBound(twin, input_shape)
     with torch.no_grad():

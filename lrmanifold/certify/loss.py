@@ -10,6 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import (
+    check_choice,
+    check_instance,
+    check_integer,
+    check_number,
+    check_tensor,
+    shown,
+)
 from .lipschitz import LipschitzBound
 
 Kind = Literal["cross_entropy", "trades", "emma"]
@@ -38,6 +46,15 @@ def worst_case_logits(
     -------
     Tensor, shape (B, classes)
     """
+    kinds = (nn.Module, LipschitzBound)
+    check_instance("model_or_bound", model_or_bound, kinds, "an nn.Module or a LipschitzBound")
+    check_tensor("logits", logits)
+    check_tensor("y", y, real=False)
+    if not isinstance(eps, Tensor):
+        eps = check_number("eps", eps, low=0)
+    elif eps.shape not in (torch.Size(()), logits.shape[:1], logits.shape):
+        wanted = f"(), {tuple(logits.shape[:1])} or {tuple(logits.shape)}"
+        raise ValueError(f"eps must have shape {wanted}, got {shown(eps)}")
     return logits + _slack(model_or_bound, logits, y) * _column(eps)
 
 
@@ -112,21 +129,14 @@ class CertifiedLoss(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0.0 <= eps < math.inf:
-            raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
-        if kind not in ("cross_entropy", "trades", "emma"):
-            raise ValueError(f"kind must be 'cross_entropy', 'trades' or 'emma', got {kind!r}")
-        whole = isinstance(schedule, int) and not isinstance(schedule, bool) and schedule >= 1
-        if not (schedule is None or callable(schedule) or whole):
-            raise ValueError(
-                f"schedule must be a number of steps of at least 1, a function or None, got "
-                f"{schedule!r}"
-            )
-        for name, value in (("weight", weight), ("temperature", temperature)):
-            if not 0.0 < value < math.inf:
-                raise ValueError(f"{name} must be a finite number above 0, got {value}")
-        self.eps, self.schedule, self.kind = float(eps), schedule, kind
-        self.weight, self.temperature = float(weight), float(temperature)
+        self.eps = check_number("eps", eps, low=0)
+        check_choice("kind", kind, ("cross_entropy", "trades", "emma"))
+        if schedule is not None and not callable(schedule):
+            hint = "a number of steps, a function or None"
+            schedule = check_integer("schedule", schedule, low=1, hint=hint)
+        self.schedule, self.kind = schedule, kind
+        self.weight = check_number("weight", weight, low=0, open_low=True)
+        self.temperature = check_number("temperature", temperature, low=0, open_low=True)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def step(self) -> None:

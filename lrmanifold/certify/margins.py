@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._arguments import check_callable, check_integer, check_module, check_number, shown
 from ..robustness import evaluation_mode
 from ._trace import Recorder
 from .bounds import CertificationError
@@ -185,11 +186,16 @@ def verified_accuracy(
     CertificationError
         If the attack moved a certified sample into another class within its radius.
     """
-    strengths = [float(e) for e in ([eps] if isinstance(eps, (int, float)) else eps)]
-    if not strengths or not all(0.0 <= e < math.inf for e in strengths):
-        raise ValueError(f"eps must be finite numbers of at least 0, got {eps!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    several = isinstance(eps, Iterable) and not isinstance(eps, (str, bytes))
+    strengths = [check_number("eps", e, low=0) for e in (eps if several else [eps])]  # type: ignore[union-attr]
+    if not strengths:
+        raise ValueError("eps must hold at least one number, got none")
+    batch_size = check_integer("batch_size", batch_size, low=1)
+    if attack is not None:
+        check_callable("attack", attack, "a function (model, x, y, eps, **options)")
+    if progress is not None:
+        check_callable("progress", progress, "a function of the number of samples")
+    check_module("model", model)
     if options and attack is None:
         raise TypeError(f"options {sorted(options)} belong to an attack, which was not given")
     radii: list[Tensor] = []
@@ -246,7 +252,15 @@ def _batches(data: Any, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         if len(x) != len(y):
             raise ValueError(f"x and y must be equally long, got {len(x)} and {len(y)}")
         return zip(x.split(size), y.split(size), strict=True)
-    return iter(data)
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
+        raise TypeError(f"data must be (x, y) or batches of it, got {shown(data)}")
+    return map(_pair, data)
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(f"data must give pairs (x, y), got {shown(batch)}")
+    return batch[0], batch[1]
 
 
 @torch.no_grad()

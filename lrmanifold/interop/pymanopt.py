@@ -23,6 +23,7 @@ from pymanopt.manifolds.fixed_rank import _FixedRankPoint, _FixedRankTangentVect
 from pymanopt.manifolds.manifold import RiemannianSubmanifold
 from torch import Tensor
 
+from .._arguments import check_instance, check_tensor
 from ..linalg import svd
 from ..manifolds import FixedRank
 
@@ -44,6 +45,7 @@ class PackedFixedRank(RiemannianSubmanifold):
     """
 
     def __init__(self, manifold: FixedRank) -> None:
+        check_instance("manifold", manifold, FixedRank, "an lrmanifold.FixedRank")
         if manifold.gradient != "factors":
             raise ValueError(
                 f"manifold must have gradient='factors', what costs in torch return, "
@@ -162,6 +164,8 @@ def tangent_from_pymanopt(manifold: FixedRank, X: Tensor, vector: Any) -> Tensor
 
 def _gauge(manifold: FixedRank, X: Tensor):
     """The rotations P, Q with S = P diag(s) Qᵀ: pymanopt's bases are U P and V Q."""
+    check_instance("manifold", manifold, FixedRank, "an lrmanifold.FixedRank")
+    check_tensor("X", X)
     if X.ndim != 2:
         raise ValueError(f"X must be one point, without batch dimensions, got {tuple(X.shape)}")
     factors = manifold.unpack(X.detach().double())

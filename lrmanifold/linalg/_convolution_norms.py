@@ -265,7 +265,7 @@ def _touched(axis: _Axis) -> int:
         if axis.mode == "circular" and before + after:
             return axis.k  # of stride 1, checked before: once for each position of the kernel
         return own * _padding_facts(axis)[0]
-    places = torch.arange(axis.n)
+    places = torch.arange(axis.n, device="cpu")
     if axis.mode == "zeros" or not before + after:
         places = torch.nn.functional.pad(places, axis.pad, value=-1)
     else:
@@ -275,8 +275,9 @@ def _touched(axis: _Axis) -> int:
         raise ValueError(
             f"the kernel reaches over {axis.reach} pixels, the padded image has {len(places)}"
         )
-    starts = torch.arange(0, len(places) - axis.reach + 1, step)
-    seen = places[starts[:, None] + axis.dilation * torch.arange(axis.k)].flatten()
+    starts = torch.arange(0, len(places) - axis.reach + 1, step, device="cpu")
+    kernel = axis.dilation * torch.arange(axis.k, device="cpu")
+    seen = places[starts[:, None] + kernel].flatten()
     return max(1, int(torch.bincount(seen[seen >= 0], minlength=1).max()))
 
 

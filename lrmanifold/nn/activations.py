@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._arguments import check_integer
+
 
 class MaxMin(nn.Module):
     """Sort pairs of channels: channel i and channel i + C/2 become their maximum and minimum.
@@ -25,9 +27,9 @@ class MaxMin(nn.Module):
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
-        if not isinstance(dim, int) or isinstance(dim, bool) or dim == 0:
-            raise ValueError(f"dim must be an integer, not 0 (the batch), got {dim!r}")
-        self.dim = dim
+        self.dim = check_integer("dim", dim)
+        if self.dim == 0:
+            raise ValueError("dim must be an integer, not 0 (the batch), got 0")
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as `x`."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .._arguments import check_callable, check_integer, check_module
 from .linear import LowRankLinear
 
 
@@ -25,9 +26,7 @@ class Patchify(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"size must be an integer of at least 1, got {size!r}")
-        self.size = size
+        self.size = check_integer("size", size, low=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises ValueError unless height and width are multiples of the patch size."""
@@ -55,6 +54,8 @@ class Residual(nn.Module):
         super().__init__()
         if not blocks:
             raise ValueError("Residual needs at least one module")
+        for i, block in enumerate(blocks):
+            check_module(f"blocks[{i}]", block)
         self.block = blocks[0] if len(blocks) == 1 else nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,9 +116,12 @@ class ConvexPotential(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        features = check_integer("features", features, low=1)
+        if activation is not None:
+            check_callable("activation", activation, "a function of a tensor")
         self.layer = LowRankLinear(
             features,
-            features if hidden is None else hidden,
+            features if hidden is None else check_integer("hidden", hidden, low=1),
             rank,
             tau=tau,
             scale=scale,

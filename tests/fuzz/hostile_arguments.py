@@ -108,6 +108,12 @@ class Net(nn.Module):
         return self.b(torch.tanh(self.a(x.flatten(1))))
 
 
+def packed(manifold: Any) -> Any:
+    from lrmanifold.interop.pymanopt import PackedFixedRank
+
+    return PackedFixedRank(manifold)
+
+
 def low() -> nn.Module:
     return lrm.factorize(Net(), rank=2)
 
@@ -262,6 +268,57 @@ def functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str,
             lrm.checkpoint.load, {"path": "missing.pt", "model": low()},
             {"path": "path", "model": "module", "optimizer": "optimizer"},
         ),
+        "lipschitz": (
+            lrm.certify.lipschitz, {"model": low(), "input_shape": (20,)},
+            {"model": "module", "norm": "name",
+             "input_shape": ("patterns", {"bad": ((0,), (-1,), (2.0,), ("a",), 5, "x")})},
+        ),
+        "radius": (
+            lrm.certify.radius, {"model": low(), "x": x},
+            {"model": "module", "x": "tensor", "bound": ("optimizer", {})},
+        ),
+        "verified_accuracy": (
+            lrm.certify.verified_accuracy, {"model": low(), "data": (x, y), "eps": 0.1},
+            {"model": "module", "data": "tensor", "batch_size": size,
+             "eps": ("number", {"bad": (-1.0,)}),
+             "attack": ("function", {"optional": True}),
+             "progress": ("function", {"optional": True})},
+        ),
+        "worst_case_logits": (
+            lrm.certify.worst_case_logits,
+            {"model_or_bound": low(), "logits": torch.randn(4, 3), "y": y, "eps": 0.1},
+            {"model_or_bound": "module", "logits": "tensor", "y": "tensor",
+             "eps": ("number", {"bad": (-1.0,)})},
+        ),
+        "CertifiedLoss": (
+            lrm.certify.CertifiedLoss, {"eps": 0.1},
+            {"eps": ("number", {"bad": (-1.0,)}), "kind": "name",
+             "weight": ("number", {"bad": (-1.0,)}), "temperature": ("number", {"bad": (-1.0,)}),
+             "schedule": ("function", {"optional": True, "bad": (0, -1)})},
+        ),
+        "register_bound": (
+            lrm.certify.register_bound, {"module_type": Net, "function": len},
+            {"function": "function", "module_type": ("optimizer", {"bad": (None,)})},
+        ),
+        "MaxMin": (lrm.nn.MaxMin, {}, {"dim": ("integer", {"bad": (0,)})}),
+        "Patchify": (lrm.nn.Patchify, {"size": 2}, {"size": size}),
+        "Residual": (lambda blocks: lrm.nn.Residual(blocks), {}, {"blocks": "module"}),
+        "ConvexPotential": (
+            lrm.nn.ConvexPotential, {"features": 6, "rank": 2},
+            {"features": size, "rank": rank, "tau": tau(),
+             "hidden": ("integer", {"optional": True, "bad": (0, -1)}),
+             "activation": ("function", {"optional": True})},
+        ),
+        "PackedFixedRank": (packed, {}, {"manifold": "module"}),
+        "spectra": (
+            lrm.viz.spectra, {"history": {"a": np.ones((3, 2))}},
+            {"history": "module", "columns": size,
+             "tau": ("number", {"optional": True, "bad": (-1.0,)})},
+        ),
+        "accuracy_curves": (
+            lrm.viz.accuracy_curves, {"results": {"a": {0.0: 0.9, 0.1: 0.8}}},
+            {"results": "module", "legend": "flag", "relative_to": optional_name},
+        ),
         "svdvals": (lrm.linalg.svdvals, {}, {"A": "tensor"}),
         "spectral_clip": (
             lrm.linalg.spectral_clip, {"S": S, "tau": 0.1},
@@ -308,6 +365,13 @@ def accepted(argument: Argument, value: Any) -> bool:
         return False
     if argument.kind == "name" and argument.name == "retraction" and callable(value):
         return argument.function != "Stiefel"
+    if argument.name == "schedule" and isinstance(value, int) and value == 3:
+        return True
+    if argument.function in ("spectra", "accuracy_curves") and isinstance(value, dict):
+        return True  # mappings; what they hold has tests of its own
+    if argument.name == "eps" and argument.function == "verified_accuracy":
+        several = isinstance(value, (tuple, dict, torch.Tensor, np.ndarray))
+        return several and len(value) > 0
     if argument.kind == "function" and callable(value):
         return True
     if argument.name == "name":  # of a retraction to be registered
