@@ -156,9 +156,9 @@ class Trial:
                 f"input_shape must be positive integers without the batch, got {self.size}"
             )
         tensors = [*model.parameters(), *model.buffers()]
-        like = next((p for p in tensors if p.is_floating_point()), torch.zeros(()))
+        like = next((p for p in tensors if p.is_floating_point()), torch.zeros((), device="cpu"))
         generator = torch.Generator().manual_seed(0)
-        self.x = torch.rand(2, *self.size, generator=generator).to(like)
+        self.x = torch.rand(2, *self.size, generator=generator, device="cpu").to(like)
         self.recorder = Recorder(graph)
         self.recorder.batch = 2
         self.output: Any = None

@@ -114,6 +114,12 @@ def packed(manifold: Any) -> Any:
     return PackedFixedRank(manifold)
 
 
+def scheduled(**options: Any) -> Any:
+    model = low()
+    good = {"model": model, "optimizer": lrm.optim.CondLR(model.parameters(), lr=0.1)}
+    return lrm.optim.RankScheduler(**{**good, **options})
+
+
 def low() -> nn.Module:
     return lrm.factorize(Net(), rank=2)
 
@@ -334,6 +340,33 @@ def functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str,
             lambda **k: lrm.optim.CondLRAdam(low().parameters(), **k), rate,
             {**group, "eps": ("number", {"bad": (-1.0,)}), "maximize": "flag",
              "betas": ("number", {"bad": ((0.9,), (0.9, 1.0), (-1, 0.5), ("a", 0.5))})},
+        ),
+        "DLRT": (
+            lambda **k: lrm.optim.DLRT(low().parameters(), **k), {**rate, "tol": 0.1},
+            {**group, "integrator": "name", "s_steps": size, "min_rank": size,
+             "tol": ("number", {"optional": True, "bad": (-1.0, 1.0)}),
+             "max_rank": ("integer", {"optional": True, "bad": (0, -1)}),
+             "penalty_squared": "flag", "maximize": "flag", "skip_nonfinite": "flag"},
+        ),
+        "RankScheduler": (
+            scheduled, {"tol": 0.1},
+            {"model": "module", "optimizer": ("optimizer", {"bad": (None,)}), "every": size,
+             "tol": ("number", {"bad": (-1.0,)}), "min_rank": size,
+             "max_rank": ("integer", {"optional": True, "bad": (0, -1)}),
+             "augment": ("integer", {"optional": True, "bad": (0, -1)})},
+        ),
+        "OptionScheduler": (
+            lrm.optim.OptionScheduler,
+            {"optimizer": lrm.optim.CondLR(low().parameters(), **rate), "option": "penalty",
+             "function": float},
+            {"optimizer": ("optimizer", {"bad": (None,)}), "option": "name",
+             "function": "function"},
+        ),
+        "average_points": (
+            lrm.optim.average_points,
+            {"manifold": M, "X": M.random(), "Y": M.random(), "weight": 0.5},
+            {"X": "tensor", "Y": "tensor", "weight": ("number", {"bad": (-1.0, 2.0)}),
+             "manifold": "module"},
         ),
         "retracting_average": (
             lrm.optim.retracting_average, {"model": low()},

@@ -133,6 +133,12 @@ def test_tensors_are_made_where_their_inputs_are():
     assert M.from_dense(M.to_dense(X)).device.type == "cpu"
     state = {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(state)
+    assert lrm.certify.lipschitz(model, (2, 4, 4)).total > 0
+    for make in (lrm.optim.CondLR, lrm.optim.CondLRAdam):
+        optimizer = make(model.parameters(), lr=0.01)
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert lrm.report(model).max_cond < 10
     for back in (lrm.fold, lrm.densify):
         assert all(p.device.type == "cpu" for p in back(_copy(model)).parameters())
 
