@@ -128,6 +128,25 @@ def rivals(group: str, common: dict[str, Any], epochs: int) -> Iterator[Any]:
         )
 
 
+# Half and twice the deployed size, for the picture of verified accuracy over size.
+OTHER_SHAPES = (
+    {"low rank": ((160,) * 3, 40), "orthogonal": ((72,) * 3, 0), "dense": ((72,) * 3, 0),
+     "factors": ((160,) * 3, 40)},
+    {"low rank": ((416,) * 3, 104), "orthogonal": ((240,) * 3, 0), "dense": ((240,) * 3, 0),
+     "factors": ((416,) * 3, 104)},
+)  # fmt: skip
+
+
+def sizes_of(group: str, common: dict[str, Any], epochs: int) -> Iterator[Any]:
+    """The methods at other sizes, at the rates that were chosen for the middle one."""
+    for tries, base in rivals(group, common, epochs):
+        for shapes in OTHER_SHAPES:
+            if base.method in shapes:
+                widths, rank = shapes[base.method]
+                changed = {"group": f"{group}-width", "widths": widths, "rank": rank}
+                yield tries, dataclasses.replace(base, **changed)
+
+
 def potential(seed: int, *, choice: bool = False, **changes: Any) -> Run:
     """MNIST at 1.58: convex potential layers of 512 units after one layer of twice the rank."""
     settings: dict[str, Any] = {
@@ -163,5 +182,6 @@ def blocks(seeds: int = 5) -> Iterator[tuple[str, list[Any]]]:
         for kind in ("cross_entropy", "emma")
     ]
     yield "mnist1.58", [(rates, potential(0))]
+    yield "width", list(sizes_of("mnist0.3", MNIST, 10))
     yield "fashion0.25", list(rivals("fashion0.25", wide_fashion, 10))
     yield "cifar36", [tree(seed) for seed in range(min(3, seeds))]

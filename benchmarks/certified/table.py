@@ -159,7 +159,8 @@ def pictures(results: list[dict[str, Any]], folder: Path) -> None:
     axis.set_ylabel("verified accuracy, %")
     axis.set_title("MNIST, trained for 0.3: verified accuracy over the radius")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
+    if axis.lines:
+        axis.legend(frameon=False, fontsize=8)
     figure.savefig(folder / "verified_over_radius.png", dpi=160)
     plt.close(figure)
 

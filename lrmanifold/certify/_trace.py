@@ -188,9 +188,21 @@ class Trial:
                 raise BoundError(f"{node.name}: the first dimension is no longer the batch")
         z = self.output
         with torch.no_grad(), evaluation_mode(self.model):
-            whole, alone = self.model(self.x.clone()), self.model(self.x[1:].clone())
+            whole = self.model(self.x.clone())
+            try:
+                alone = self.model(self.x[1:].clone())
+            except RuntimeError as error:
+                raise BoundError(
+                    f"the model takes two samples and not one ({str(error).splitlines()[0]}): its "
+                    "samples do not stay apart"
+                ) from error
         if not isinstance(z, Tensor) or not isinstance(whole, Tensor):
             raise BoundError(f"the model must give one tensor, got {type(whole).__name__}")
+        if whole.ndim == 0 or alone.shape != (1, *whole.shape[1:]):
+            raise BoundError(
+                f"the model gives shape {tuple(whole.shape)} for two samples and "
+                f"{tuple(alone.shape)} for one: its samples do not stay apart"
+            )
         rough = 1e-9 if self.x.dtype == torch.float64 else 1e-2
         for found, words in (
             (z, "its traced graph"),

@@ -216,3 +216,40 @@ def test_a_low_rank_convolution_is_measured_by_its_filters(device):
 def test_wrong_arguments_are_named(change, words):
     with pytest.raises(ValueError, match=words):
         linalg.convolution_norm(torch.ones(6, 2, 3, 3), **change)
+
+
+def line(kernel, size, **options):
+    """The true norm of a convolution of one dimension, and its bound."""
+    layer = nn.Conv1d(1, 1, len(kernel), bias=False, **options).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(kernel, dtype=torch.float64))
+    return layer, float(torch.linalg.matrix_norm(dense_matrix(layer, (size,)), 2))
+
+
+def test_zero_padding_needs_room_for_the_kernel():
+    # differences on three pixels: a circle of three does not know the largest of them
+    layer, true = line([1.0, -1.0], 3, padding=1)
+    assert true == pytest.approx(2 * math.cos(math.pi / 8))
+    on_three = 2 * math.cos(math.pi / 6)
+    assert (
+        on_three < true <= float(linalg.convolution_norm(layer.weight, input_size=(3,), padding=1))
+    )
+
+
+def test_a_grid_of_frequencies_is_enlarged_to_bound_those_between():
+    # a wave that is largest half way between two of 32 frequencies
+    turn = 2 * math.pi * 7.48 / 32
+    wave = [math.cos(turn * (t - 1.5)) for t in range(4)]
+    layer, true = line(wave, 600)
+    spectrum = torch.fft.fft(layer.weight.detach().flatten(), 32).abs().max()
+    assert float(spectrum) < true * 0.999
+    assert true <= float(linalg.convolution_norm(layer.weight)) < 1.03 * true
+    assert true <= float(linalg.convolution_norm(layer.weight, input_size=(600,))) < 1.03 * true
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_pixels_that_padding_copies_are_counted(mode):
+    layer, true = line([1.0, 1.0, 1.0], 3, padding=2, padding_mode=mode)
+    assert true > 3.0  # more than the sum of the kernel, which no zero padding exceeds
+    bound = linalg.convolution_norm(layer.weight, input_size=(3,), padding=2, padding_mode=mode)
+    assert true <= float(bound) <= 2 * true

@@ -139,6 +139,11 @@ class MixesSamples(nn.Module):
         return x + x.flip(0)
 
 
+class TwoAtATime(nn.Module):
+    def forward(self, x):
+        return x.reshape(2, -1)
+
+
 class Random(nn.Module):
     def forward(self, x):
         return x + torch.randn(4)
@@ -213,7 +218,8 @@ def overridden():
 
 REFUSED = [
     (Branches, "cannot be followed"), (InPlace, "overwrites"), (InPlaceThroughAView, "overwrites"),
-    (MixesSamples, "flip"), (Random, "does not give the same"), (FromTheBatch, "batch"),
+    (MixesSamples, "flip"), (TwoAtATime, "apart"),
+    (Random, "does not give the same"), (FromTheBatch, "batch"),
     (ShapeAsNumber, "shape of its input"), (Product, "product"), (ReadsAWeight, "linear"),
     (TwoInputs, "one input"), (TwoOutputs, "one tensor"), (Repeats, "repeats"),
     (lambda: OtherLinear(4, 4), "linear"),

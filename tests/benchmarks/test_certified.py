@@ -1,0 +1,96 @@
+"""The plan and the tables of the certified benchmark."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from benchmarks.certified import plan, table
+from benchmarks.certified.__main__ import read, result_of
+from benchmarks.certified.networks import build, sizes, truncate
+from lrmanifold import certify
+from lrmanifold.experiments.data import load
+
+
+def all_runs():
+    for _, items in plan.blocks(2):
+        for item in items:
+            if isinstance(item, plan.Run):
+                yield item
+            else:
+                yield from item[0]
+                yield dataclasses.replace(item[1], lr=0.01)
+
+
+def test_every_run_has_a_file_of_its_own():
+    runs = list(all_runs())
+    assert len({run.name for run in runs}) == len({json.dumps(run.to_dict()) for run in runs})
+
+
+def test_every_method_gets_as_many_tries_on_validation_images():
+    tries: dict[str, int] = {}
+    for name, items in plan.blocks():
+        if name == "mnist0.3":
+            for runs, base in items:
+                assert all(run.choice for run in runs)
+                assert not base.choice
+                tries[base.method] = len(runs)
+    assert set(tries) == set(plan.METHODS)
+    assert len(set(tries.values())) == 1
+
+
+@pytest.mark.parametrize("method", plan.METHODS)
+def test_networks_have_equal_deployed_sizes_and_are_certified(method):
+    digits = load("digits")
+    images = dataclasses.replace(
+        digits, train_x=torch.zeros(1, 1, 28, 28), test_x=torch.rand(3, 1, 28, 28)
+    )
+    widths, rank = plan.SHAPES[method]
+    run = dataclasses.replace(plan.long_run(0), method=method, widths=widths, rank=rank)
+    model = build(run, images)
+    if method == "truncated":
+        model = truncate(model, 64)
+    assert 0.85 * 151_000 <= sizes(model)["deployed"] <= 152_000
+    x = images.test_x
+    assert bool((certify.radius(model.eval(), x) >= 0).all())
+
+
+@pytest.mark.parametrize("network", ["potential", "tree"])
+def test_the_other_networks_are_within_half_a_million(network):
+    digits = load("digits")
+    run = plan.potential(0) if network == "potential" else plan.tree(0)
+    shape = (1, 1, 28, 28) if network == "potential" else (1, 3, 32, 32)
+    model = build(run, dataclasses.replace(digits, train_x=torch.zeros(shape)))
+    assert sizes(model)["stored"] <= 500_000
+    report = certify.lipschitz(model, shape[1:])
+    assert {row.kind for row in report.rows} <= {
+        "Flatten", "Patchify", "MaxMin", "LowRankLinear", "LowRankConv2d", "ConvexPotential",
+        "Linear",
+    }  # fmt: skip
+    # no bound of the tree needs an iteration over frequencies
+    assert all("frequencies" not in row.how for row in report.rows)
+
+
+def test_a_run_is_measured_once_and_read_again(tmp_path):
+    run = dataclasses.replace(
+        plan.long_run(0), data="digits", widths=(16, 16), rank=8, epochs=1, shift=0.0, rotate=0.0,
+        zoom=0.0, eps=0.1, eps_train=0.1,
+    )  # fmt: skip
+    first = result_of(run, tmp_path, None)
+    assert first["verified"] <= first["attacked"] <= first["clean"]
+    path = tmp_path / f"{run.name}.json"
+    before = path.stat().st_mtime_ns
+    assert result_of(run, tmp_path, None) == json.loads(path.read_text())
+    assert path.stat().st_mtime_ns == before
+    results = read(tmp_path)
+    pytest.importorskip("matplotlib")
+    table.write(results, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "16-16 rank 8" in text
+    # a row whose proof an attack breaks is no row
+    results[0]["attacked"] = results[0]["verified"] - 0.1
+    with pytest.raises(ValueError, match="verified <= attacked <= clean"):
+        table.markdown(results)
