@@ -401,3 +401,36 @@ def test_maximum_pooling_counts_overlaps(pool):
     x, y = torch.randn(2, 200, 1, 7, 7)
     change = (pool(x) - pool(y)).flatten(1).norm(dim=1) / (x - y).flatten(1).norm(dim=1)
     assert float(change.max()) <= bound
+
+
+def test_a_jump_of_softplus_is_counted():
+    # torch's Softplus is x above its threshold: here it falls by .31 there
+    act, head = nn.Softplus(threshold=1.0), nn.Linear(1, 2)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        head.bias.copy_(torch.tensor([-1.2, 1.2]))
+    model = nn.Sequential(act, head)
+    x = torch.tensor([[1.0 - 1e-6], [3.0]])
+    assert model(x)[0].argmax() == 0
+    assert model(x + 2e-6)[0].argmax() == 1
+    r = certify.radius(model, x)
+    assert float(r[0]) == 0.0
+    assert 0.5 < float(r[1]) < 1.8
+
+
+def test_rounding_of_the_forward_is_subtracted():
+    # a bias so large that float64 rounds x to multiples of 16
+    first, head = nn.Linear(1, 1), nn.Linear(1, 2)
+    with torch.no_grad():
+        first.weight.fill_(1.0)
+        first.bias.fill_(1e17)
+        head.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        head.bias.copy_(torch.tensor([-1e17, 1e17]))
+    model = nn.Sequential(first, head)
+    x = torch.tensor([[-8.5], [-1e4]])
+    exact = x.double().abs()[:, 0]  # the classes meet at 0
+    computed = certify.lipschitz(model, (1,)).network.graph(x.double())
+    assert float(computed[0, 1] - computed[0, 0]) > 3 * float(exact[0])
+    r = certify.radius(model, x)
+    assert bool((r <= exact).all())
+    assert float(r[1]) > 0.5 * float(exact[1])
