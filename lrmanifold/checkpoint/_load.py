@@ -82,8 +82,6 @@ def load(
         For an argument of the wrong kind.
     CheckpointError
         If the file is damaged or does not fit, naming each key. Model and optimizer are as before.
-    Exception
-        What ``optimizer.load_state_dict`` raises; the model is as before then, too.
     """
     check_choice("dense", dense, ("refuse", "svd"))
     check_flag("strict", strict)
@@ -120,7 +118,10 @@ def load(
     if optimizer is None:
         model.load_state_dict(whole, strict=False)
     else:
-        _load_both(model, whole, optimizer, payload["optimizer"])
+        try:
+            _load_both(model, whole, optimizer, payload["optimizer"])
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: does not fit: {error}") from error
     return Loaded(payload.get("extra"), missing, unexpected, converted)
 
 
