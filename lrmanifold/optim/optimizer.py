@@ -126,6 +126,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
         geometry = state.pop("_geometry", None)
         known = self.__dict__.get("_memory")
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it; a resumed run must not have more
         if known is None or geometry is not None:
             self._start()
             self._memory.manifolds = geometry or []
