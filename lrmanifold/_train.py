@@ -109,6 +109,8 @@ def run(job: Job, *, force: bool = False) -> None:
 
 
 def _train(job: Job) -> Trained:
+    done = 0
+
     def resumed(step: int) -> None:
         typer.echo(f"resumes after step {step} of {job.steps}, from {job.checkpoint}", err=True)
 
@@ -118,6 +120,12 @@ def _train(job: Job) -> Trained:
             one_line_errors(*_WRONG, way_out=lambda error: _way_out(job, error)),
             progress_bar(job.method.name, job.steps) as (_, advance),
         ):
+
+            def count() -> None:
+                nonlocal done
+                done += 1
+                advance()
+
             return train(
                 job.method,
                 lambda: models.build(job.model, job.images),
@@ -127,14 +135,15 @@ def _train(job: Job) -> Trained:
                 exclude=job.exclude,
                 keep_larger=isinstance(job.ranks, dict),
                 device=job.device,
-                on_step=advance,
+                on_step=count,
                 on_resume=resumed,
                 checkpoint=job.checkpoint if job.save_every else None,
                 save_every=job.save_every or 1,
                 certified=_certify.ROOM * max(job.radii) if job.radii else None,
             )
     except KeyboardInterrupt as error:
-        typer.echo(f"stopped{_way_out(job, error)}", err=True)
+        where = f"stopped at step {done} of {job.steps}"
+        typer.echo(f"{where}{_way_out(job, error)}", err=True)
         raise typer.Exit(130) from None
 
 
@@ -148,7 +157,7 @@ def _way_out(job: Job, error: BaseException) -> str:
     step = steps_done(job.checkpoint) if job.save_every else None
     if step is None:
         return "; nothing was saved yet: the same command starts anew"
-    return f"; the same command goes on after step {step} of {job.steps}"
+    return f"; the same command goes on after step {step}"
 
 
 def _finish(job: Job, trained: Trained, began: float) -> None:
