@@ -35,6 +35,8 @@ class Run:
         The last layer's weight is multiplied by it at the start.
     shift, rotate, zoom, flip : float, bool
         Augmentation: pixels, degrees, share, mirror images.
+    note : str
+        Ends the name of the file, where other settings than those in the name differ.
     choice : bool
         Trained on a part of the training images and tested on the rest: for choosing rates.
     """
@@ -58,6 +60,7 @@ class Run:
     rotate: float = 0.0
     zoom: float = 0.0
     flip: bool = False
+    note: str = ""
     choice: bool = False
 
     @property
@@ -68,6 +71,7 @@ class Run:
         widths = "x".join(map(str, self.widths))
         extra = "" if self.kind == "cross_entropy" else f"_{self.kind}"
         extra += "" if self.head == 8.0 else f"_h{self.head:g}"
+        extra += f"_{self.note}" if self.note else ""
         return (
             f"{self.group}_{part}_{method}_{self.network}{widths}r{self.rank}_e{self.epochs}"
             f"_lr{self.lr:g}{extra}_s{self.seed}"

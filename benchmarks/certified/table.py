@@ -15,12 +15,15 @@ TITLES = {
     "fashion0.25": "Fashion-MNIST, l2 radius 0.25",
     "cifar36": "CIFAR-10 (re-encoded as JPEG), l2 radius 36/255",
 }
-Key = tuple[str, str, tuple[int, ...], int, int]
+Key = tuple[str, str, tuple[int, ...], int, tuple[Any, ...]]
 
 
 def _key(result: dict[str, Any]) -> Key:
     run = result["run"]
-    return run["group"], run["method"], tuple(run["widths"]), run["rank"], run["epochs"]
+    return (
+        run["group"], run["method"], tuple(run["widths"]), run["rank"],
+        (run["epochs"], run["lr"], run["head"], run["kind"], run["eps_train"]),
+    )  # fmt: skip
 
 
 def grouped(results: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:

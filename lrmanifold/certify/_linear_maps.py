@@ -18,7 +18,7 @@ from ..nn import (
     LowRankLayer,
     LowRankLinear,
 )
-from .bounds import Bound, BoundError, Context, bounded
+from .bounds import Bound, BoundError, Context, bounded, find_bound, no_bound_words
 
 _UP = 1.0 + 1e-14  # covers the few roundings of a scalar formula in float64
 _SCALED_UP = 1.0 + 1e-11  # entries multiplied by a batch norm's scale: 8 u |K|, of the map |K|
@@ -104,6 +104,8 @@ def _rounding(context: Context, inner: int, size: float, bias: Tensor | None, co
 def _dense(module: Any, context: Context, scale: Tensor | None) -> Bound:
     W, words, parts, inner = adapter_weight(module), "spectral norm of the weight", 0.0, 0
     if isinstance(module, LowRankAdapter):
+        if find_bound(module.update) is None:
+            raise BoundError(f"{context.name}.update: {no_bound_words(module.update, 'it')}")
         words, inner = "spectral norm of the weight with its update", 3 * module.rank + 8
         M = module.update.manifold
         points = (M.unpack(module.update.weight), M.unpack(module.start))
@@ -326,13 +328,16 @@ _MONOTONE = (nn.ReLU, nn.ReLU6, nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Hardtanh)
 def _potential(module: ConvexPotential, context: Context) -> Bound:
     """x - 2 Qᵀ σ(Q x + b): the Jacobian's eigenvalues lie in [1 - 2 ‖Q‖², 1]."""
     act = module.activation
-    leaky = isinstance(act, nn.LeakyReLU) and 0.0 <= act.negative_slope <= 1.0
-    if not (leaky or type(act) in _MONOTONE):
+    leaky = type(act) is nn.LeakyReLU and 0.0 <= act.negative_slope <= 1.0
+    own = isinstance(act, nn.Module) and find_bound(act) is not None
+    if not own or not (leaky or type(act) in _MONOTONE):
         raise BoundError(
             f"{context.name} (ConvexPotential): its activation must be a module that is "
             f"nondecreasing and 1-Lipschitz, one of {[t.__name__ for t in _MONOTONE]} or LeakyReLU "
             f"with a slope in [0, 1], got {act!r}"
         )
+    if find_bound(module.layer) is None:
+        raise BoundError(f"{context.name}.layer: {no_bound_words(module.layer, 'it')}")
     if not context.exact:
         return Bound(1.0, "convex potential")
     inner = _low_rank_linear(module.layer, context, None)

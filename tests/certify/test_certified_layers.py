@@ -172,3 +172,29 @@ def test_a_wrong_scale_is_named(scale):
 def test_scale_without_a_bound_is_refused():
     with pytest.raises(ValueError, match="tau=None"):
         LowRankLinear(4, 4, 2, tau=None, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    "act", [nn.GELU(), nn.LeakyReLU(1.5), nn.LeakyReLU(-0.1), torch.relu, nn.ELU(2.0)]
+)
+def test_a_potential_of_another_activation_has_no_certificate(act):
+    model = nn.Sequential(ConvexPotential(4, 2, activation=act))
+    with pytest.raises(lrm.certify.BoundError, match="activation"):
+        lrm.certify.lipschitz(model, (4,))
+
+
+def test_a_potential_with_a_changed_part_has_no_certificate():
+    model = nn.Sequential(ConvexPotential(4, 2))
+    model[0].activation.forward = lambda x: 5 * x
+    with pytest.raises(lrm.certify.BoundError, match="activation"):
+        lrm.certify.lipschitz(model, (4,))
+    model = nn.Sequential(ConvexPotential(4, 2))
+    model[0].layer.sigma_max = lambda: torch.ones(()) / 9
+    with pytest.raises(lrm.certify.BoundError, match="own sigma_max"):
+        lrm.certify.lipschitz(model, (4,))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.LeakyReLU(0.2), nn.Tanh(), nn.Sigmoid()])
+def test_potentials_of_monotone_activations_are_certified_at_one(act):
+    model = nn.Sequential(ConvexPotential(4, 2, activation=act))
+    assert 1.0 <= lrm.certify.lipschitz(model, (4,)).total <= 1.0 + 1e-5
