@@ -29,7 +29,19 @@ def _rearranged(module: nn.Module, context: Context) -> Bound:
         raise BoundError(f"{context.name} (Flatten) joins samples: start_dim must not be 0")
     if isinstance(module, nn.Unflatten) and module.dim in (0, "N"):
         raise BoundError(f"{context.name} (Unflatten) splits the batch: dim must not be 0")
+    start = getattr(module, "start_dim", getattr(module, "dim", 1))
+    _check_dim(start, module, context)
     return Bound(1.0, "rearranges entries", slope=0.0)
+
+
+def _check_dim(dim: object, module: nn.Module, context: Context) -> None:
+    """A dimension counted from the end may be the batch: then the shape decides."""
+    if not isinstance(dim, int) or dim > 0:
+        return
+    shape = context.need_shape("whether its dim is the batch depends on the dimensions") or ()
+    if dim == 0 or len(shape) + 1 + dim <= 0:
+        kind = type(module).__name__
+        raise BoundError(f"{context.name} ({kind}): dim {dim} is the batch, so it mixes samples")
 
 
 @bounded(
@@ -131,6 +143,7 @@ def _softplus(module: Any, context: Context) -> Bound:
 def _softmax(module: Any, context: Context) -> Bound:
     if module.dim in (None, 0):
         raise BoundError(f"{context.name} (Softmax): give a dim other than 0, the batch")
+    _check_dim(module.dim, module, context)
     # diag(p) - ppᵀ has row sums 2 p (1 - p) <= 1/2
     return Bound(0.5, "rows of the Jacobian", offset=_offset(context, 64.0))
 

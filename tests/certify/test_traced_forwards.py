@@ -266,6 +266,18 @@ def test_sizes_are_asked_for_where_they_decide():
     assert certify.lipschitz(plain).total >= total(plain, (2, 6, 6)) * (1 - 1e-12)
 
 
+@pytest.mark.parametrize(
+    "module", [MaxMin(-2), nn.Flatten(-2), nn.Softmax(-2), nn.Unflatten(-2, (1, 1))], ids=repr
+)
+def test_a_dimension_counted_from_the_end_may_be_the_batch(module):
+    with pytest.raises(certify.BoundError, match="input_shape"):
+        certify.lipschitz(module)
+    with pytest.raises(certify.BoundError, match="is the batch"):
+        certify.lipschitz(module, (4,))
+    if not isinstance(module, (nn.Flatten, nn.Unflatten)):
+        assert certify.lipschitz(module, (4, 3)).total <= 1.0 + 1e-12
+
+
 def test_a_bound_of_ones_own(monkeypatch):
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
