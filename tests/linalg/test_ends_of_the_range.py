@@ -1,0 +1,90 @@
+"""Numbers near the ends of float32's range, and factors with very many rows."""
+
+from __future__ import annotations
+
+import geoopt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import seeds
+from torch import Tensor
+
+import lrmanifold as lrm
+from lrmanifold import linalg
+from lrmanifold.optim import CondLR, CondLRAdam, force_accelerator
+
+POWERS = st.sampled_from([-125, -100, -40, 0, 40, 100, 124])
+
+
+def defect(Q: Tensor) -> float:
+    """max |QᵀQ - I| in float64."""
+    Q = Q.double()
+    return float((Q.mT @ Q - torch.eye(Q.shape[-1], dtype=torch.float64)).abs().max())
+
+
+@given(r=st.sampled_from([3, 30]), power=POWERS, tau=st.sampled_from([0.0, 0.1]), seed=seeds)
+def test_cores_of_any_size_are_clipped_to_the_bound(r, power, tau, seed):
+    torch.manual_seed(seed)
+    S = torch.randn(r, r).clamp(-3, 3) * 2.0**power
+    C, exact = linalg.spectral_clip(S, tau).double(), linalg.spectral_clip(S.double(), tau)
+    assert float((C - exact).norm()) <= 1e-4 * float(exact.norm())
+    assert float(linalg.condition_number(C)) <= (1 + tau) * (1 + 1e-5)
+    batch = linalg.spectral_clip(S[None], tau)[0].double()
+    assert float((batch - C).norm()) <= 1e-4 * float(C.norm())
+
+
+@given(power=st.sampled_from([-60, -40, 0, 33, 60]), squared=st.booleans(), seed=seeds)
+def test_the_penalty_and_its_gradient_scale_with_the_core(power, squared, seed):
+    torch.manual_seed(seed)
+    S = torch.randn(6, 6, dtype=torch.float64)
+    degree = 4 if squared else 2
+    exact = linalg.conditioning_penalty(S, squared=squared) * 2.0 ** (degree * power)
+    slope = linalg.conditioning_penalty_grad(S, squared=squared) * 2.0 ** ((degree - 1) * power)
+    small = (S * 2.0**power).float().requires_grad_()
+    found = linalg.conditioning_penalty(small, squared=squared)
+    if 2.0**-120 < float(exact) < 2.0**120:
+        assert float(found) == pytest.approx(float(exact), rel=1e-5)
+    closed = linalg.conditioning_penalty_grad(small.detach(), squared=squared).double()
+    if float(slope.abs().min()) > 2.0**-120 and float(slope.abs().max()) < 2.0**120:
+        assert float((closed - slope).norm()) <= 1e-5 * float(slope.norm())
+        if torch.isfinite(found) and found > 0:
+            found.backward()
+            assert float((small.grad.double() - slope).norm()) <= 1e-5 * float(slope.norm())
+
+
+@pytest.mark.parametrize("rows", [50_257, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [CondLR, CondLRAdam])
+@pytest.mark.parametrize("forced", [False, True])
+def test_drift_does_not_grow_with_rows_and_is_reported_as_it_is(rows, kind, forced):
+    torch.manual_seed(0)
+    M = lrm.WellConditioned(rows, 64, 8, tau=0.1)
+    p = geoopt.ManifoldParameter(M.random().as_subclass(Tensor), manifold=M)
+    optimizer = kind([p], lr=1e-3)
+    for _ in range(2):
+        p.grad = torch.randn_like(p) / rows**0.5
+        if forced:
+            with force_accelerator():
+                optimizer.step()
+        else:
+            optimizer.step()
+    U, _, V = M.unpack(p.detach())
+    true = max(defect(U), defect(V))
+    assert true <= 1e-6
+    assert abs(float(M.drift(p.detach())) - true) <= 3e-7
+
+
+def test_bases_of_many_rows_are_orthonormal():
+    torch.manual_seed(0)
+    A = torch.randn(200_000, 4)
+    assert defect(linalg.polar(A)) <= 1e-6
+    assert defect(linalg.orthonormalize(A)) <= 1e-6
+
+
+def test_singular_matrices_are_points_for_probe_gradients():
+    W = torch.outer(torch.arange(1.0, 7.0), torch.ones(5))
+    M = lrm.FixedRank(6, 5, 3, gradient="probe", retraction="bug")
+    torch.testing.assert_close(M.to_dense(M.from_dense(W)), W, rtol=1e-5, atol=1e-5)
+    assert M.check_point_on_manifold(M.from_dense(W), atol=1e-5)
+    with pytest.raises(ValueError, match="W must have rank at least 3, got numerical rank 1"):
+        lrm.FixedRank(6, 5, 3).from_dense(W)
