@@ -25,8 +25,19 @@ bench() { # name, seconds, further options
     }
 }
 
+launches() { # kernels of a steady step; without a GPU on torch's meta device
+    local device=$DEVICE
+    [ "$device" = cpu ] && device=meta
+    timeout --kill-after=10 60 "$PYTHON" -m benchmarks.speed.launches --device "$device" \
+        --output "$OUT" || {
+        echo "launches: stopped with code $?" >&2
+        failed=1
+    }
+}
+
 case ${1:-} in
     1)
+        launches
         bench step 150
         bench accelerator 130
         bench layer 80

@@ -5,15 +5,17 @@ step takes the way of accelerators, and every operation that is no view is one l
 operation counts once; on CUDA it is one launch for some hundred tensors). On CUDA the kernels are
 counted by torch's profiler.
 
-    python -m benchmarks.speed.launches [--device cuda] [--kinds]
+    python -m benchmarks.speed.launches [--device cuda] [--kinds] [--output DIR]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrmanifold as lrm
 from lrmanifold.optim import CondLR, CondLRAdam
+
+from .._record import conditions
 
 # Views under the dispatcher that torch does not mark as such, and host-side scalars.
 _FREE = ("detach", "view", "unsafe_view", "split", "unbind", "expand", "alias", "scalar_tensor")
@@ -103,7 +107,9 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="meta", choices=["meta", "cuda"])
     parser.add_argument("--kinds", action="store_true", help="list the kinds of operation too")
+    parser.add_argument("--output", type=Path, help="folder for speed_launches.json")
     chosen = parser.parse_args(arguments)
+    rows: list[dict[str, Any]] = []
     rules: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
         ("CondLR", CondLR, {"lr": 0.1, "momentum": 0.9}),
         ("CondLR, scalar metric", CondLR, {"lr": 0.1, "momentum": 0.9, "metric": "scalar"}),
@@ -118,10 +124,16 @@ def main(arguments: list[str]) -> None:
                     build, kind, options, share=share, tau=tau, device=chosen.device
                 )
                 found.append(count(optimizer.step, chosen.device))
+            by_tau = dict(zip(("0.1", "0", "none"), map(dict, found), strict=True))
+            rows.append({"network": build.__name__, "share": share, "rule": name, "by tau": by_tau})
             numbers = " ".join(f"{sum(kinds.values()):6d}" for kinds in found)
             print(f"{build.__name__ + f' {share:.0%}':34} {name:22} {numbers}")
             if chosen.kinds:
                 print("   " + ", ".join(f"{k} {n}" for k, n in found[0].most_common(12)))
+    if chosen.output is not None:
+        chosen.output.mkdir(parents=True, exist_ok=True)
+        payload = {"conditions": {**conditions(), "device": chosen.device}, "results": rows}
+        (chosen.output / "speed_launches.json").write_text(json.dumps(payload, indent=1))
 
 
 if __name__ == "__main__":

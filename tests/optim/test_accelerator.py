@@ -127,6 +127,23 @@ def test_the_clip_by_products_is_the_projection(kind, tau, r):
     assert float((found - exact).norm()) <= tolerance * float(exact.norm())
 
 
+@given(
+    r=st.sampled_from([5, 32, 64]),
+    tau=st.sampled_from([0.1, 0.5]),
+    inside=st.sampled_from([0.5, 0.9, 1.0, 1.1]),
+    seed=seeds,
+)
+def test_the_clip_finds_the_threshold_near_the_set(r, tau, inside, seed):
+    """Feasible cores stay to rounding: with one fine step of Newton's method they move by 3e-4."""
+    torch.manual_seed(seed)
+    s = 1 + inside * tau * torch.rand(r, dtype=torch.float64)
+    S = torch.linalg.qr(torch.randn(r, r, dtype=torch.float64)).Q * s
+    found = linalg.clip_by_products(S.float()[None], tau)[0].double()
+    exact = linalg.spectral_clip(S, tau)
+    assert float((found - exact).norm()) <= 5e-6 * float(exact.norm())
+    assert float(linalg.condition_number(found)) <= (1 + tau) * (1 + 1e-5)
+
+
 @pytest.mark.parametrize("tau", [0.0, 0.1])
 @pytest.mark.parametrize("size", [128, 250, 256])
 def test_cores_on_which_lapack_gives_up(data_dir, size, tau):
@@ -176,6 +193,19 @@ def test_pairs_of_polar_factors_are_orthonormal_and_exact(size, r, seed):
             assert float((P.mT @ P - eye).abs().max()) <= 1.5e-6
             U, _, Vh = torch.linalg.svd(y, full_matrices=False)
             assert float((P - U @ Vh).norm()) <= 1e-5 * (1 + size) * r**0.5
+
+
+@pytest.mark.parametrize("size", [3.0, 10.0, 30.0])
+@pytest.mark.parametrize(("n", "r"), [(60, 40), (200, 100)])
+def test_long_steps_that_the_first_pass_misses_are_refused(size, n, r):
+    """Their singular values differ much; one correction would leave a drift of 1e-4."""
+    torch.manual_seed(0)
+    q = linalg.orthonormalize(torch.randn(1, n, r, dtype=torch.float64))
+    w = torch.randn_like(q)
+    w = w - q @ (q.mT @ w)
+    y = (q + size * w / torch.linalg.matrix_norm(w, 2, keepdim=True)).float()
+    P = linalg.polar_pair(y, y)[0].double()
+    assert not P.isfinite().all() or float((P.mT @ P - torch.eye(r)).abs().max()) <= 2e-6
 
 
 def test_a_step_too_long_for_a_polar_factor_is_left_out():
