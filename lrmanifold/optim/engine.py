@@ -173,9 +173,7 @@ class Engine:
             G = -G if items[0].group.get("maximize") else G
             _, Y, new = self._apply(M, items, X, G)
             parts = [Y, *new.values()]
-            if not all(
-                all_finite(t) for x in parts for t in ((x,) if isinstance(x, Tensor) else x)
-            ):
+            if not all(all_finite(t) for x in parts for t in blocks_of(x)):
                 raise ValueError("it overflows")
         except (ValueError, RuntimeError) as error:
             # LinAlgError is a RuntimeError, as is a rate beyond the range of the dtype.
