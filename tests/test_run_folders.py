@@ -218,12 +218,20 @@ def test_ctrl_c_says_where_it_stopped_and_the_next_run_that_it_resumes(finished,
     one, other = (torch.load(x / "model.pt")["state"] for x in (finished, tmp_path / "run"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
-    for path in (tmp_path / "run").iterdir():
-        path.unlink()
-    cut = stopped(3, "--save-every", 5)
-    assert cut.returncode == 130
-    assert "nothing was saved yet: the same command starts anew" in cut.stderr
-    assert not (tmp_path / "run").exists() or not names(tmp_path / "run")
+
+def test_ctrl_c_before_the_first_checkpoint_says_that_nothing_was_saved(tmp_path, monkeypatch):
+    def interrupted(*_, on_step, **__):
+        on_step()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lrmanifold._train.train", interrupted)
+    for every in (5, 0):
+        result = train(tmp_path / "run", "--save-every", every)
+        assert result.exit_code == 130
+        assert result.stderr.splitlines()[-1] == (
+            f"stopped at step 1 of {STEPS}; nothing was saved yet: the same command starts anew"
+        )
+        assert not names(tmp_path)
 
 
 def cut_off(folder: Path, monkeypatch, *options) -> None:
