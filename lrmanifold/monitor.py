@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from . import linalg
 from ._arguments import check_callable, check_integer, check_module
-from ._flow_certificate import FlowCertificate, check_flow
+from ._flow_certificate import FlowCertificate
+from ._output_bound import output_bound
 from ._wrappers import names_without_wrappers, unwrapped
 from .nn import LowRankLayer
 from .optim import GeometricOptimizer
@@ -55,18 +56,52 @@ class Monitor:
             raise ValueError("model must have low-rank layers, got none; see lrmanifold.factorize")
         if (reference is None) != (loss is None):
             raise ValueError("reference and loss must be given together: a certificate needs both")
-        self._certificate, self._time = None, 0.0
+        reference = None if reference is None else unwrapped(reference)
+        self._certificate, self._reference = None, reference
         if reference is not None and loss is not None:
-            check_flow(optimizer)
+            if optimizer is None:
+                raise TypeError("a certificate needs the optimizer of the model, got None")
             layers = {"" if x is model else name: x for name, x in self._layers.items()}
             self._certificate = FlowCertificate(layers, model, reference, loss)
 
     def step(self) -> dict[str, float]:
-        """Count a step; the measurements if it is time for them, else an empty dict."""
+        """Count a step; the measurements if it is time for them, else an empty dict.
+
+        With a reference: call it when both models have made their step, and while `loss` still
+        sees the batch of that step.
+        """
         self.steps += 1
         if self._certificate is not None and self.optimizer is not None:
-            self._time += float(self.optimizer.param_groups[0]["lr"])
+            self._certificate.advance(float(self.optimizer.param_groups[0]["lr"]))
         return {} if self.steps % self.every else self.measure()
+
+    def output_bound(self, x: Tensor, *, certified: bool = False) -> Tensor:
+        """How far the outputs of the two models on `x` can be apart, layer by layer.
+
+        Theorem T3: Σ_i Π_{j>i}‖Y_j‖₂ ‖(Y_i - W_i) z_{i-1}(x)‖, z the inputs of the twin's layers. A
+        class whose logit in the twin exceeds all others by √2 times that is the model's class too.
+
+        Parameters
+        ----------
+        x : Tensor, shape (N, ...)
+        certified : bool
+            Use ``flow/bound`` for all layers together in place of the measured changes: the largest
+            Σ_i a_i δ_i with Σ δ_i² <= bound², a_i = Π_{j>i}‖Y_j‖₂ ‖z_{i-1}(x)‖.
+
+        Returns
+        -------
+        Tensor, shape (N,), float64
+
+        Raises
+        ------
+        ValueError
+            Without a reference, and for a model that is no chain (``nn.Sequential``) of linear and
+            convolutional layers, pooling and activations with Lipschitz constant 1.
+        """
+        if self._certificate is None or self._reference is None:
+            raise ValueError("output_bound needs a monitor with reference and loss, got none")
+        distance = self._certificate.numbers()["flow/bound"] if certified else None
+        return output_bound(self.model, self._reference, x, distance)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -82,8 +117,9 @@ class Monitor:
         if self.optimizer is not None:
             found["skipped_steps"] = self.optimizer.skipped_steps
         if self._certificate is not None:
-            check_flow(self.optimizer)
-            found.update(self._certificate.measure(self._time))
+            if self.steps == 0:
+                self._certificate.restart()
+            found.update(self._certificate.numbers())
         return found
 
 
@@ -123,18 +159,25 @@ def monitor(
     A measurement costs one r x r SVD without vectors and 2 (m + n) r² flops a layer, less than an
     optimizer step.
 
-    With `reference` and `loss` the distance to the model that trains without a rank is certified
-    too, by theorem A of mathematics 4.1 in its a-posteriori form. Train the dense twin beside the
-    low-rank model, by ``torch.optim.SGD`` with the same rate and on the same batches; call
-    ``measure()`` once before the first step. With W, Y the weights of twin and model, X the best
-    approximation of W at the ranks of Y: ``flow/distance`` = ‖Y - W‖, ``flow/best`` = ‖W - X‖,
-    ``flow/error`` = ‖Y - X‖, and ``flow/certificate``, which bounds ``flow/error`` for exact
-    gradient flows; its growth ``flow/rate`` = λ + κ, ``flow/source`` = ℓε + δ and
-    ``flow/kappa/<name>``; ``flow/time``, the sum of the rates; ``flow/holds``: 1 where the
-    theorem's hypotheses are met, that is W has a gap behind its r-th singular value, ‖W - X‖ is
-    below the smallest singular value, and no condition number is held at its bound. Steps of finite
-    length, noise of batches and batch normalisation are not covered: it is a measurement, as good
-    as the steps are short. Costs three dense gradients and an SVD of each dense weight.
+    With `reference` and `loss` the distance to the model that trains without a rank is bounded too,
+    by theorems T1 and T2 of ``theory/training``. Train the dense twin beside the low-rank model, by
+    ``torch.optim.SGD`` with the same rate on the same batches. The bound is for what is really
+    trained: minibatches, finite steps, any retraction, any τ. It needs no hypothesis that could
+    fail on the way; momentum, decay or another optimizer only make it larger. With W, Y the weights
+    of twin and model, X the point nearest to W that has the ranks and condition numbers of the
+    model:
+
+    - ``flow/distance`` = ‖Y - W‖, ``flow/best`` = ‖W - X‖, ``flow/error`` = ‖Y - X‖ are measured;
+    - ``flow/certificate`` bounds ``flow/error``, and ``flow/bound`` bounds ``flow/distance``;
+    - ``flow/rate`` = λ_k + κ_k, ``flow/gradient`` = ‖F(X) - F(W)‖, ``flow/companion`` = ‖d‖,
+      ``flow/step`` = ‖ρ‖, ``flow/turning`` = G and ``flow/kappa/<name>`` are the theorem's terms in
+      the last step; ``flow/part/<term>`` is what each has added to the square of the certificate
+      since the start; ``flow/time`` is the sum of the rates;
+    - ``flow/holds`` is 1 as long as the certificate is finite, and never 1 again after that. A
+      change of rank starts the certificate anew, from the measured error.
+
+    Every step then costs three dense gradients and an SVD of each dense weight, on the CPU in
+    float64.
 
     Parameters
     ----------
@@ -142,14 +185,14 @@ def monitor(
         With low-rank layers. Those it has now are watched, under the names that they have without
         ``torch.compile`` and DDP around them.
     optimizer : Optimizer of :mod:`lrmanifold.optim`, optional
-        Its skipped updates are reported.
+        Its skipped updates are reported. Needed with `reference`, for the length of the steps.
     every : int
         Steps between two measurements.
     reference : nn.Module, optional
         The dense twin, with parameters of the same names.
     loss : callable, optional
-        ``loss(model)`` is the loss, a scalar tensor, of a dense model of that kind on the present
-        batch.
+        ``loss(model)`` is the loss, a scalar tensor, of a dense model of that kind on the batch of
+        the step that was made last.
 
     Returns
     -------
@@ -158,11 +201,10 @@ def monitor(
     Raises
     ------
     ValueError
-        If the model has no low-rank layer, for an `every` below 1, for a `reference` without `loss`
-        or of other shapes, and if the optimizer does not follow the gradient flow (it needs
-        momentum, decay, penalty, clip_margin 0, the exact metric, one rate).
+        If the model has no low-rank layer, for an `every` below 1, and for a `reference` without
+        `loss` or of other shapes.
     TypeError
-        If `optimizer` is none of this library's or, with `reference`, not a CondLR.
+        If `optimizer` is none of this library's, or missing with `reference`.
 
     Examples
     --------

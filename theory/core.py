@@ -115,6 +115,25 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Extremal:
+    """Samples at which a constant of the claim is attained.
+
+    The *unmodified* claim is checked there too: it must hold, with a ratio of at least `least`. So
+    a constant that is too large is found, not only one that is too small.
+
+    Attributes
+    ----------
+    sample : callable
+        (seed, dtype, device) -> mapping, as ``Claim.sample``.
+    least : float
+        Smallest ratio measured / bound that these samples must reach.
+    """
+
+    sample: Callable[[int, torch.dtype, torch.device], Sample]
+    least: float = 0.99
+
+
+@dataclass(frozen=True)
 class Claim:
     """One statement that could be wrong.
 
@@ -139,6 +158,13 @@ class Claim:
     float32 : str
         How the tolerance in float32 follows from the unit roundoff and the problem's condition, or
         why the claim is checked in float64 only (then the sample ignores the dtype asked for).
+    extremal : tuple of Extremal
+        Where constants are sharp. Empty: no sharp constant is claimed.
+    loose : mapping from a constant's name to float
+        Constants of the check (its keyword arguments with a number as default) that are not sharp,
+        with the measured factor: scaled by less than that, the check rejects the claim on some
+        sample. 0: no sample depends on it. ``python -m theory --mutate`` accepts these, and no
+        others.
     kind : {"inequality", "identity", "order"}
         What a ratio means: measured / bound; deviation / rounding tolerance; deviation of a fitted
         slope / what is allowed. Only the first says how tight a statement is.
@@ -156,3 +182,5 @@ class Claim:
     figure: Callable[[torch.dtype, torch.device], Any] | None = None
     float32: str = ""
     kind: Kind = "inequality"
+    extremal: tuple[Extremal, ...] = ()
+    loose: Mapping[str, float] = field(default_factory=dict)

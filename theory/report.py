@@ -1,30 +1,37 @@
-"""What a run is shown and stored as: tables, JSON, pictures."""
+"""What a run is shown and stored as: tables, JSON, CSV, LaTeX, pictures."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .core import Claim
+from .mutation import Mutation
 from .runner import ControlVerdict, Settings, Verdict
+from .statistics import ENOUGH
 
 #: Printed after every run, so that nobody takes the table for more than it is.
 NOT_COVERED = (
-    "Not covered by any claim: stochastic gradients, momentum, rounding of a whole flow in "
-    "float32, train-mode batch norm, max-pool, softmax, and the condition number of low-rank "
-    "convolutions as operators. See theory/README.md."
+    "Not covered by any claim: rounding of a whole flow in float32, train-mode batch\n"
+    "norm, softmax, and the condition number of low-rank convolutions as operators.\n"
+    "See theory/README.md."
 )
 
 KINDS = (
-    "ratio: measured/bound for an inequality (1: attained); deviation/rounding tolerance for "
-    "an identity (=); deviation of a slope/what is allowed for an order (t^p)."
+    "max: largest measured/bound (1: attained); for an identity (=) deviation/rounding\n"
+    "tolerance, for an order (t^p) deviation of a slope/what is allowed. sharp: the\n"
+    "ratio at the extremal example, to be in [0.99, 1]. n: independent problems; * marks\n"
+    f"fewer than {ENOUGH}. rate<=: 95 % bound on the rate of violations among such problems."
 )
-_MARK = {"inequality": "<=", "identity": "=", "order": "t^p"}
+_MARK = {"inequality": "", "identity": "=", "order": "t^p"}
+_TAG = {"ours": "ours", "published": "publ", "classical": "std "}
 
 
 def _short(x: float) -> str:
@@ -35,60 +42,87 @@ def _short(x: float) -> str:
     return f"{x:.0e}"
 
 
-def claims_table(verdicts: Sequence[Verdict]) -> Any:
-    """claim, kind, source, samples met (independent problems) / skipped, ratios, verdict."""
-    from rich.table import Table
-    from rich.text import Text
+def _verdict(v: Verdict) -> str:
+    return "holds" if v.passed else ("nothing" if not v.met else "FAILS")
 
-    table = Table(title="Claims", title_justify="left", pad_edge=False)
-    table.add_column("claim", no_wrap=True)
-    table.add_column("")
-    table.add_column("source")
-    for name in ("met", "problems", "skipped", "ratio min", "mean", "max", "s"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
-    for v in verdicts:
-        verdict = "holds" if v.passed else ("no sample met" if not v.met else "FAILS")
-        table.add_row(
+
+def _table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int | None = None
+) -> list[str]:
+    """Columns as wide as they need to be; the first `left` ones flush left, and the last one."""
+    left = 2 if left is None else left
+    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
+    last = len(header) - 1
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(width) if k < left or k == last else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return " ".join(cells).rstrip()
+
+    return [line(header), "-" * len(line(header)), *(line(row) for row in rows)]
+
+
+def claims_table(verdicts: Sequence[Verdict]) -> str:
+    """One line a claim, 80 columns: id, source, kind, ratios, problems, violation rate, verdict."""
+    # With a search its ratio takes the place of the extremal example's, to stay within 80 columns.
+    searched = any(not math.isnan(v.searched) for v in verdicts)
+    header = ["claim", "source", "max", "search" if searched else "sharp", "n ", "rate<=", ""]
+    rows = [
+        [
             v.id,
-            _MARK[v.kind],
-            v.tag,
-            str(v.met),
-            str(v.independent),
-            str(v.skipped),
-            *(_short(x) for x in v.ratio),
-            f"{v.seconds:.1f}",
-            Text(verdict, style="green" if v.passed else "bold red"),
-        )
-    return table
+            f"{_TAG[v.tag]} {_MARK[v.kind]}",
+            _short(v.ratio[2]),
+            _short(v.searched if searched else v.attained),
+            f"{v.independent}{' ' if v.independent >= ENOUGH else '*'}",
+            f"{v.violation_bound:.3f}",
+            _verdict(v),
+        ]
+        for v in verdicts
+    ]
+    return "\n".join(_table(header, rows))
 
 
-def controls_table(verdicts: Sequence[ControlVerdict]) -> Any:
+def controls_table(verdicts: Sequence[ControlVerdict]) -> str:
     """claim, what is wrong, samples rejected of those met, verdict."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="Controls: wrong on purpose, to be rejected", title_justify="left")
-    table.add_column("claim", no_wrap=True)
-    table.add_column("what is wrong")
-    table.add_column("rejected", justify="right")
-    table.add_column("verdict")
+    lines = []
     for v in verdicts:
         verdict = "rejected" if v.passed else ("BROKEN" if v.errors else "ACCEPTED")
-        table.add_row(
-            v.id,
-            v.name,
-            f"{v.rejected} of {v.met}",
-            Text(verdict, style="green" if v.passed else "bold red"),
-        )
-    return table
+        lines.append(f"{v.id:<42} {v.rejected:>3} of {v.met:<3} {verdict}")
+        lines.append(f"    {v.name}")
+    return "\n".join(["Controls: wrong on purpose, to be rejected", *lines])
 
 
-def failures(verdicts: Sequence[Verdict | ControlVerdict]) -> list[str]:
+def mutations_table(found: Sequence[Mutation]) -> str:
+    """claim, constant, its value, and what rejected 0.9 of it."""
+    rows = [[m.id, m.constant, f"{m.value:.4g}", _fate(m)] for m in found]
+    return "\n".join(_table(["claim", "constant", "value", "0.9 of it"], rows))
+
+
+def _fate(m: Mutation) -> str:
+    if m.error:
+        return "BROKEN"
+    if m.rejected_by:
+        return "rejected"
+    if m.declaration_holds:
+        return f"loose: {m.loose:g}"
+    return "ACCEPTED" if m.loose is None else f"NOT {m.loose:g}"
+
+
+def failures(verdicts: Sequence[Verdict | ControlVerdict | Mutation]) -> list[str]:
     """A few lines for everything that went wrong."""
     lines = []
     for v in verdicts:
         if v.passed:
+            continue
+        if isinstance(v, Mutation):
+            what = v.error or (
+                "no sample rejects 0.9 of it: add an extremal example, or declare it loose"
+                if v.loose is None
+                else f"it is declared loose with the factor {v.loose:g}, which is not what it has"
+            )
+            lines.append(f"{v.id}, constant {v.constant}: {what}")
             continue
         found = v.failures if isinstance(v, Verdict) else v.errors
         name = v.id if isinstance(v, Verdict) else f"{v.id}, control {v.name!r}"
@@ -102,13 +136,47 @@ def failures(verdicts: Sequence[Verdict | ControlVerdict]) -> list[str]:
     return lines
 
 
-def statement(claim: Claim) -> str:
-    """A claim as plain text."""
-    hypotheses = "; ".join(claim.hypotheses)
-    return (
-        f"{claim.id}: {claim.title}\n  {claim.statement}\n  if {hypotheses}\n"
-        f"  [{claim.source.tag}] {claim.source.reference}"
-    )
+COLUMNS = (
+    "id", "source", "kind", "met", "skipped", "problems", "ratio_min", "ratio_mean", "ratio_max",
+    "sharp", "search", "violation_rate_bound", "holds", "seconds",
+)  # fmt: skip
+
+
+def _values(v: Verdict) -> list[Any]:
+    return [
+        v.id, v.tag, v.kind, v.met, v.skipped, v.independent, *v.ratio, v.attained, v.searched,
+        v.violation_bound, v.passed, round(v.seconds, 2),
+    ]  # fmt: skip
+
+
+def as_csv(verdicts: Sequence[Verdict]) -> str:
+    """All numbers of all claims, a header line first; an empty field where there is none."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for v in verdicts:
+        writer.writerow("" if isinstance(x, float) and math.isnan(x) else x for x in _values(v))
+    return out.getvalue()
+
+
+def as_latex(verdicts: Sequence[Verdict]) -> str:
+    """A ``tabular`` (booktabs) with the numbers of the table."""
+    lines = [
+        r"\begin{tabular}{llrrrrr}",
+        r"\toprule",
+        r"claim & source & \multicolumn{3}{c}{ratio min / mean / max} & problems & rate $\le$ \\",
+        r"\midrule",
+    ]
+    for v in verdicts:
+        cells = [v.id.replace("_", r"\_"), v.tag, *map(_latex, v.ratio), str(v.independent)]
+        lines.append(" & ".join([*cells, f"{v.violation_bound:.3f}"]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _latex(x: float) -> str:
+    text = _short(x)
+    mantissa, e, power = text.partition("e")
+    return rf"${mantissa}\cdot10^{{{int(power)}}}$" if e else text.replace("-", "--")
 
 
 def versions() -> dict[str, str]:
@@ -124,14 +192,27 @@ def versions() -> dict[str, str]:
 
 
 def _plain(x: Any) -> Any:
-    """JSON has neither NaN nor infinity."""
+    """JSON has neither NaN nor infinity, nor tensors."""
     if isinstance(x, float) and not math.isfinite(x):
         return None if math.isnan(x) else str(x)
     if isinstance(x, dict):
-        return {key: _plain(value) for key, value in x.items()}
+        return {str(key): _plain(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
         return [_plain(value) for value in x]
-    return x
+    if hasattr(x, "tolist"):
+        return _plain(x.tolist())
+    return x if x is None or isinstance(x, (str, int, float, bool)) else str(x)
+
+
+def write(path: Path, text: str) -> None:
+    """To a temporary file, moved into place: no reader finds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(
@@ -139,27 +220,32 @@ def write_json(
     settings: Settings,
     verdicts: Sequence[Verdict],
     controls: Sequence[ControlVerdict],
+    mutations: Sequence[Mutation] = (),
 ) -> None:
-    """Everything the run found, written to a temporary file and moved into place."""
+    """Everything the run found, with the worst sample of every claim."""
+    everything: Iterable[Any] = [*verdicts, *controls, *mutations]
     content = {
         "versions": versions(),
         "device": str(settings.device),
         "dtype": str(settings.dtype).removeprefix("torch."),
         "seed": settings.seed,
         "trials": settings.trials,
-        "passed": all(v.passed for v in verdicts) and all(v.passed for v in controls),
-        "claims": [{**vars(v), "passed": v.passed} for v in verdicts],
+        "search": settings.search,
+        "passed": all(v.passed for v in everything),
+        "claims": [
+            {**vars(v), "passed": v.passed, "violation_rate_bound": v.violation_bound}
+            for v in verdicts
+        ],
         "controls": [{**vars(v), "passed": v.passed} for v in controls],
+        "mutations": [{**vars(m), "passed": m.passed} for m in mutations],
         "not_covered": NOT_COVERED,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        text = json.dumps(_plain(content), indent=1, allow_nan=False, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write(path, to_json(content))
+
+
+def to_json(content: Any) -> str:
+    """Strict JSON, with a newline at the end."""
+    return json.dumps(_plain(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def save_figure(claim: Claim, folder: Path, settings: Settings) -> Path:

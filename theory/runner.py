@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
+from .catalogue import select
 from .core import Claim, Control, Evidence, Sample
+from .statistics import violation_bound
+
+__all__ = [
+    "CONTROL_TRIALS", "ControlVerdict", "Settings", "Verdict", "control_trials", "replay", "select",
+    "verify", "verify_control",
+]  # fmt: skip
 
 #: Controls are run on fewer samples than claims: one rejection is enough, a few say how often.
 CONTROL_TRIALS = 16
+#: Samples at each place where a constant is claimed to be attained.
+EXTREMAL_TRIALS = 3
 _SEEDS = 100_000  # room for the trials of one seed
 
 
@@ -27,12 +36,15 @@ class Settings:
         Samples a claim; None: what the claim asks for.
     seed : int
         Trial k of any claim has the seed ``100000 * seed + k``.
+    search : int
+        Steps of the adversarial search on top of the samples; 0: none.
     """
 
     seed: int = 0
     trials: int | None = None
     dtype: torch.dtype = torch.float64
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    search: int = 0
 
     def seeds(self, trials: int) -> range:
         start = self.seed * _SEEDS
@@ -51,6 +63,14 @@ class Verdict:
         Independent problems in the met samples.
     ratio : (min, mean, max)
         NaN if nothing was met.
+    violations : int
+        Met samples on which the claim does not hold.
+    attained : float
+        Smallest of the largest ratios at the claim's extremal examples; NaN if it names none.
+    searched : float
+        Largest ratio that the search found; NaN without a search.
+    worst : mapping
+        Seed, numbers and details of the sample with the largest ratio: see :func:`replay`.
     failures : tuple of str
         One line for each sample on which the claim does not hold.
     """
@@ -65,11 +85,25 @@ class Verdict:
     ratio: tuple[float, float, float]
     failures: tuple[str, ...]
     seconds: float
+    violations: int = 0
+    attained: float = math.nan
+    searched: float = math.nan
+    worst: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         """At least one sample met the hypotheses, and none of those contradicts the claim."""
         return self.met > 0 and not self.failures
+
+    @property
+    def violation_bound(self) -> float:
+        """95 % bound on the rate of violations among such problems (Clopper and Pearson)."""
+        return violation_bound(min(self.violations, self.independent), self.independent)
+
+    def __str__(self) -> str:
+        from .report import claims_table, failures
+
+        return "\n".join([claims_table([self]), *failures([self])])
 
 
 @dataclass(frozen=True)
@@ -90,19 +124,15 @@ class ControlVerdict:
         return self.rejected > 0 and not self.errors
 
 
-def select(claims: Iterable[Claim], pattern: str | None) -> list[Claim]:
-    """Claims whose id matches a glob pattern (``geometry/*``), or has it as its last part."""
-    if pattern is None:
-        return list(claims)
-    return [c for c in claims if fnmatchcase(c.id, pattern) or c.id.split("/")[-1] == pattern]
+Sampler = Callable[[int, torch.dtype, torch.device], Sample]
 
 
-def _evidence(
-    sample: Callable[[int, torch.dtype, torch.device], Sample],
+def evidence(
+    sample: Sampler,
     check: Callable[[Sample], Evidence],
     seeds: Sequence[int],
     settings: Settings,
-    on_step: Callable[[], None],
+    on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, Evidence | str]]:
     """(seed, evidence) of each sample, or (seed, message) if the claim's own code broke."""
     for seed in seeds:
@@ -120,13 +150,14 @@ def _nothing() -> None:
 
 
 def verify(claim: Claim, settings: Settings, *, on_step: Callable[[], None] = _nothing) -> Verdict:
-    """Check one claim on all its samples."""
+    """Check one claim on all its samples, on its extremal examples, and by search if asked to."""
     start = time.perf_counter()
     ratios: list[float] = []
     failures: list[str] = []
-    met = skipped = independent = 0
+    worst: dict[str, Any] = {}
+    met = skipped = independent = violations = 0
     seeds = settings.seeds(claim.trials)
-    for seed, found in _evidence(claim.sample, claim.check, seeds, settings, on_step):
+    for seed, found in evidence(claim.sample, claim.check, seeds, settings, on_step):
         if isinstance(found, str):
             failures.append(f"seed {seed}: {found}")
             continue
@@ -137,7 +168,23 @@ def verify(claim: Claim, settings: Settings, *, on_step: Callable[[], None] = _n
         independent += found.independent
         ratios.extend(found.ratios or (found.ratio,))
         if not found.holds:
+            violations += 1
             failures.append(f"seed {seed}: measured {found.measured:.6g}, bound {found.bound:.6g}")
+        # A violation is worse than any ratio: tolerances differ from sample to sample.
+        rank = (not found.holds, found.ratio)
+        if not worst or rank > (not worst["holds"], worst["ratio"]):
+            worst = {"seed": seed, **described(found)}
+    attained, missed = _attained(claim, settings)
+    failures += missed
+    searched = math.nan
+    if settings.search and met:
+        from .search import search
+
+        found_by_search = search(claim, settings)
+        searched = found_by_search.ratio
+        if not found_by_search.holds:
+            failures.append(f"search from seed {found_by_search.seed}: ratio {searched:.6g}")
+        worst["search"] = found_by_search.as_dict()
     spread = (
         (min(ratios), math.fsum(ratios) / len(ratios), max(ratios)) if ratios else (math.nan,) * 3
     )
@@ -152,7 +199,55 @@ def verify(claim: Claim, settings: Settings, *, on_step: Callable[[], None] = _n
         ratio=spread,
         failures=tuple(failures),
         seconds=time.perf_counter() - start,
+        violations=violations,
+        attained=attained,
+        searched=searched,
+        worst=worst,
     )
+
+
+def described(found: Evidence) -> dict[str, Any]:
+    """The numbers of one sample, for a report."""
+    return {
+        "ratio": found.ratio,
+        "measured": found.measured,
+        "bound": found.bound,
+        "holds": found.holds,
+        "hypotheses_met": found.hypotheses_met,
+        "independent": found.independent,
+        "detail": dict(found.detail),
+    }
+
+
+def replay(claim: Claim, seed: int, settings: Settings) -> dict[str, Any]:
+    """What the claim's check says about the one sample of that seed."""
+    found = claim.check(claim.sample(seed, settings.dtype, settings.device))
+    return {"id": claim.id, "seed": seed, **described(found)}
+
+
+def _attained(claim: Claim, settings: Settings) -> tuple[float, list[str]]:
+    """Smallest over the extremal examples of the largest ratio there; what went wrong, in lines."""
+    least, failures = math.nan, []
+    # Constants are attained in exact arithmetic: float64, whatever the run is in.
+    exact = Settings(settings.seed, EXTREMAL_TRIALS, torch.float64, settings.device)
+    for k, extremal in enumerate(claim.extremal):
+        name, largest = f"extremal example {k + 1}", -math.inf
+        for seed, found in evidence(extremal.sample, claim.check, exact.seeds(3), exact):
+            if isinstance(found, str):
+                failures.append(f"{name}, seed {seed}: {found}")
+            elif not found.hypotheses_met:
+                failures.append(f"{name}, seed {seed}: outside of the hypotheses")
+            elif not found.holds:
+                failures.append(f"{name}, seed {seed}: ratio {found.ratio:.6g}, does not hold")
+            else:
+                largest = max(largest, found.ratio)
+        if largest < extremal.least:
+            failures.append(
+                f"{name}: the largest ratio must be at least {extremal.least:g}, got "
+                f"{largest:.4g}: a constant is too large"
+            )
+        least = largest if math.isnan(least) else min(least, largest)
+    return least, failures
 
 
 def verify_control(
@@ -164,7 +259,7 @@ def verify_control(
     errors: list[str] = []
     seeds = settings.seeds(control_trials(claim))
     sample = control.sample or claim.sample
-    for seed, found in _evidence(sample, control.check, seeds, settings, on_step):
+    for seed, found in evidence(sample, control.check, seeds, settings, on_step):
         if isinstance(found, str):
             errors.append(f"seed {seed}: {found}")
         elif not found.hypotheses_met:
@@ -184,4 +279,5 @@ def verify_control(
 
 
 def control_trials(claim: Claim) -> int:
+    """Samples on which a control is run."""
     return min(claim.trials, CONTROL_TRIALS)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +22,52 @@ def eps(x: Tensor | torch.dtype) -> float:
 def dense(X: Factors) -> Tensor:
     """U S Vᵀ."""
     return X.U @ X.S @ X.V.mT
+
+
+class Entry(NamedTuple):
+    """One use of the generator: what was asked for, and the numbers that came."""
+
+    kind: str
+    value: Tensor
+
+
+class Tape:
+    """All random numbers of one sample, in order: recorded, or played back with changes.
+
+    This is how the search moves a sample without knowing what it means. An entry that no longer
+    fits (a changed size asks for another shape) is drawn anew.
+    """
+
+    def __init__(self, given: Sequence[Entry] = ()) -> None:
+        self.given, self.entries = list(given), list[Entry]()
+
+    def take(self, kind: str, fresh: Tensor) -> Tensor:
+        k = len(self.entries)
+        if k < len(self.given):
+            known = self.given[k]
+            if known.kind == kind and known.value.shape == fresh.shape:
+                fresh = known.value
+        self.entries.append(Entry(kind, fresh))
+        return fresh
+
+
+_TAPE: ContextVar[Tape | None] = ContextVar("tape", default=None)
+
+
+@contextmanager
+def taped(given: Sequence[Entry] = ()) -> Iterator[Tape]:
+    """Within it every :class:`Draw` records on one tape, and plays `given` back."""
+    tape = Tape(given)
+    token = _TAPE.set(tape)
+    try:
+        yield tape
+    finally:
+        _TAPE.reset(token)
+
+
+def _on_tape(kind: str, fresh: Tensor) -> Tensor:
+    tape = _TAPE.get()
+    return fresh if tape is None else tape.take(kind, fresh)
 
 
 class Draw:
@@ -45,14 +95,18 @@ class Draw:
     # -- numbers
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        return low + (high - low) * float(torch.rand((), generator=self.generator))
+        fresh = torch.rand((), generator=self.generator)
+        return low + (high - low) * float(_on_tape("uniform", fresh))
 
     def log_uniform(self, low: float, high: float) -> float:
         return math.exp(self.uniform(math.log(low), math.log(high)))
 
     def integer(self, low: int, high: int) -> int:
         """Uniform in low..high, both included."""
-        return int(torch.randint(low, high + 1, (), generator=self.generator))
+        drawn = int(torch.randint(low, high + 1, (), generator=self.generator))
+        count = high + 1 - low
+        share = torch.tensor((drawn - low + 0.5) / count, dtype=torch.float64)
+        return low + min(int(float(_on_tape("uniform", share)) * count), count - 1)
 
     def choose(self, *options):
         return options[self.integer(0, len(options) - 1)]
@@ -77,7 +131,13 @@ class Draw:
     # -- matrices, float64 on the CPU
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=self.generator)
+        fresh = torch.randn(*shape, dtype=torch.float64, generator=self.generator)
+        return _on_tape("normal", fresh)
+
+    def shares(self, *shape: int) -> Tensor:
+        """Uniform in [0, 1)."""
+        fresh = torch.rand(*shape, dtype=torch.float64, generator=self.generator)
+        return _on_tape("uniform", fresh)
 
     def frame(self, n: int, r: int) -> Tensor:
         """Orthonormal columns, uniform up to signs."""
@@ -85,7 +145,7 @@ class Draw:
 
     def spectrum(self, r: int, cond: float, smallest: float = 1.0) -> Tensor:
         """r decreasing values from cond * smallest to smallest, log-uniform between them."""
-        between = torch.rand(r, dtype=torch.float64, generator=self.generator)
+        between = self.shares(r).clone()
         between = between.sort(descending=True).values
         between[0], between[-1] = 1.0, 0.0
         return smallest * cond**between

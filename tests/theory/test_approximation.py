@@ -23,7 +23,6 @@ from theory.approximation import (
     koch_lubich,
     lipschitz,
     no_blow_up,
-    optimizer,
     prescribed_path,
     proportional,
     strongly_convex,
@@ -262,15 +261,6 @@ def test_cone_projection_is_one(device, seed, tau, r):
     assert float(((Z - g) * g).sum((1, 2)).abs().max()) < 1e-4
     assert bool((g.norm(dim=(1, 2)) <= Z.norm(dim=(1, 2)) + 1e-5).all())
     assert torch.allclose(cone(Y, g, r, tau), g, atol=1e-4)
-
-
-# -- the optimizer
-
-
-@pytest.mark.parametrize("tau", [None, 0.0, 0.1])
-def test_condlr_follows_its_flow_to_first_order(device, tau):
-    evidence = optimizer.check(optimizer.sample(1, F64, device, tau=tau))
-    assert evidence.holds, evidence
 
 
 # -- controls

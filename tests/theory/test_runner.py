@@ -11,11 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from theory import claims
+import theory
+from theory import catalogue, claims
 from theory.__main__ import main
-from theory.core import Claim, Control, Evidence, Source, identity, inequality, not_met
-from theory.report import write_json
+from theory.core import Claim, Control, Evidence, Extremal, Source, identity, inequality, not_met
+from theory.mutation import constants, measured_looseness, mutate
+from theory.report import as_csv, as_latex, claims_table, write_json
 from theory.runner import Settings, select, verify, verify_control
+from theory.sampling import Draw
+from theory.statistics import violation_bound
+from theory.text import to_text
 
 
 def drawn(seed, dtype, device):
@@ -169,7 +174,7 @@ def test_float32_states_the_tolerance_rules(capsys):
 
 def test_list_states_the_claim_without_running_it(capsys):
     assert run("--list", claims=[claim(broken)]) == 0
-    assert r"x \le 1" in capsys.readouterr().out
+    assert "x <= 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -180,6 +185,10 @@ def test_list_states_the_claim_without_running_it(capsys):
         ("--seed", "-1"),
         ("--dtype", "float16"),
         ("--device", "nonsense"),
+        ("--search", "-1"),
+        ("--jobs", "0"),
+        ("--replay", "group/name"),
+        ("--replay", "nothing:3"),
     ],
 )
 def test_senseless_arguments_exit_with_2(argv, capsys):
@@ -189,10 +198,10 @@ def test_senseless_arguments_exit_with_2(argv, capsys):
     assert argv[1] in capsys.readouterr().err
 
 
-def test_a_missing_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich", None)
+def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as stopped:
-        run()
+        run("--plots", tmp_path)
     assert stopped.value.code == 2
     assert "lrmanifold[demo]" in capsys.readouterr().err
 
@@ -243,7 +252,201 @@ def test_python_m_theory_runs():
     assert "geometry/sin-theta" in done.stdout
 
 
+def test_the_worst_sample_is_stored_and_replayed(tmp_path, capsys):
+    path = tmp_path / "run.json"
+    assert run("--json", path) == 0
+    worst = json.loads(path.read_text(encoding="utf-8"))["claims"][0]["worst"]
+    capsys.readouterr()
+    assert run("--replay", f"name:{worst['seed']}") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["ratio"] == worst["ratio"]
+    assert run("--replay", f"name:{worst['seed']}", claims=[claim(below(0.1))]) == 1
+
+
+def test_tables_for_papers(tmp_path):
+    csv, latex = tmp_path / "run.csv", tmp_path / "run.tex"
+    assert run("--csv", csv, "--latex", latex) == 0
+    header, row = csv.read_text(encoding="utf-8").splitlines()
+    assert header.startswith("id,source,kind")
+    assert row.startswith("group/name,classical,inequality,20,0,20")
+    assert latex.read_text(encoding="utf-8").count("tabular") == 2
+    assert as_csv([]) == header + "\n"
+    assert "group" not in as_latex([])
+
+
+def test_the_table_fits_80_columns():
+    verdicts = [
+        verify(claim(id="geometry/normal-component-other-point"), Settings(search=s))
+        for s in (0, 3)
+    ]
+    for shown in (verdicts, verdicts[:1]):
+        assert max(map(len, claims_table(shown).splitlines())) <= 80
+
+
+# -- extremal examples, mutations, search
+
+
+def one(seed, dtype, device):
+    return {"x": torch.ones((), dtype=dtype)}
+
+
+def sharp(sample, *, constant=1.0):
+    return inequality(sample["x"], constant)
+
+
+def test_a_constant_that_is_too_large_is_found_at_the_extremal_example():
+    found = verify(claim(sharp, extremal=(Extremal(one),)), Settings())
+    assert found.passed
+    assert found.attained == 1.0
+    loose = verify(claim(below(1.5), extremal=(Extremal(one),)), Settings())
+    assert not loose.passed
+    assert "constant is too large" in loose.failures[-1]
+
+
+def test_every_constant_is_scaled_and_must_be_noticed():
+    known = claim(sharp, extremal=(Extremal(one),))
+    assert constants(known) == {"constant": 1.0}
+    assert mutate(known, "constant", Settings()).passed
+
+    def loose(sample, *, constant=2.0, orders={"a": 1.0}):  # noqa: B006
+        return inequality(sample["x"], constant * orders["a"])
+
+    known = claim(loose)
+    assert set(constants(known)) == {"constant", "orders[a]"}
+    assert not mutate(known, "constant", Settings()).passed
+    factor = measured_looseness(known, "constant", Settings())
+    assert 0.4 < factor < 0.5
+    assert mutate(claim(loose, loose={"constant": factor}), "constant", Settings()).passed
+    # Declared looser than it is: 0.9 of the declared factor is not rejected.
+    assert not mutate(claim(loose, loose={"constant": 0.9}), "constant", Settings()).passed
+    assert not mutate(claim(loose, loose={"constant": 0.0}), "constant", Settings()).passed
+
+
+def test_runs_of_mutations_decide_the_exit_code(capsys):
+    assert run("--mutate", claims=[claim(sharp, extremal=(Extremal(one),))]) == 0
+    assert run("--mutate", claims=[claim(sharp)]) in (0, 1)
+    assert "constant" in capsys.readouterr().out
+
+
+def test_search_finds_what_sampling_does_not():
+    """A peak at one point of a square: a violation on a share of 10^-4 of the samples."""
+
+    def two(seed, dtype, device):
+        draw = Draw(seed, dtype, device)
+        return {"x": draw.uniform(), "z": draw.normal(2)}
+
+    def peak(sample):
+        x, z = sample["x"], sample["z"]
+        return inequality(1.03 - abs(x - 0.3) - 0.1 * float((z - 1.0).norm()), 1.0)
+
+    known = dataclasses.replace(claim(peak), sample=two)
+    assert verify(known, Settings()).passed
+    found = verify(known, Settings(search=400))
+    assert not found.passed
+    assert found.searched > 1.0
+    assert found.searched > found.ratio[2]
+    again = verify(known, Settings(search=400))
+    assert again.searched == found.searched
+
+
+def test_verify_takes_a_claim_of_ones_own_and_one_of_the_collection():
+    found = theory.verify(claim(), trials=30, seed=2)
+    assert found.passed
+    assert found.met == 30
+    assert "group/name" in str(found)
+    assert theory.verify("sin-theta", trials=3).id == "geometry/sin-theta"
+    with pytest.raises(ValueError, match="trials must be at least 1"):
+        theory.verify(claim(), trials=0)
+    with pytest.raises(ValueError, match="must be a Claim or the id"):
+        theory.verify("no-such-claim")
+
+
+def test_the_template_holds_and_its_control_is_rejected():
+    from theory.template import CLAIM
+
+    found = theory.verify(CLAIM, trials=40, search=40)
+    assert found.passed
+    assert verify_control(CLAIM, CLAIM.controls[0], Settings()).passed
+    assert mutate(CLAIM, "constant", Settings()).passed
+
+
+# -- coverage
+
+
+@pytest.mark.parametrize("n", [1, 9, 60, 500])
+def test_the_violation_bound_without_violations_is_known(n):
+    assert violation_bound(0, n) == pytest.approx(1 - 0.05 ** (1 / n), rel=1e-9)
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 20), (3, 50), (20, 50), (49, 50)])
+def test_the_violation_bound_is_that_of_the_beta_distribution(k, n):
+    stats = pytest.importorskip("scipy.stats")
+    assert violation_bound(k, n) == pytest.approx(stats.beta.ppf(0.95, k + 1, n - k), rel=1e-8)
+    assert violation_bound(n, n) == 1.0
+    with pytest.raises(ValueError, match="violations"):
+        violation_bound(n + 1, n)
+
+
 # -- the claims of the project
+
+
+def test_the_list_needs_no_torch_and_says_what_the_claims_say():
+    """Statements are read from the source: they must be those of the imported claims."""
+    known = {c.id: c for c in claims()}
+    entries = catalogue.entries()
+    assert [e.id for e in entries] == list(known)
+    for e in entries:
+        c = known[e.id]
+        assert (e.title, e.statement, e.hypotheses) == (c.title, c.statement, c.hypotheses)
+        assert (e.tag, e.reference) == (c.source.tag, c.source.reference)
+    root = Path(__file__).resolve().parents[2]
+    code = (
+        "import sys, theory.__main__ as m; m.main(['--list']); "
+        "assert 'torch' not in sys.modules and 'geoopt' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\\" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("latex", "text"),
+    [
+        (r"\|X\|\le\frac{a}{b+c}", "‖X‖ <= a/(b+c)"),
+        (r"\sqrt{1+\tau}\,\sigma_{r+1}^2", "sqrt(1+τ) σ_r+1²"),
+        (r"U^\top\dot V\in\mathbb{R}^{m}", "Uᵀ V̇ ∈ R^m"),
+    ],
+)
+def test_latex_becomes_text(latex, text):
+    assert to_text(latex).replace(" ", "") == text.replace(" ", "")
+
+
+def test_several_processes_give_what_one_gives(tmp_path):
+    one_path, two_path = tmp_path / "1.json", tmp_path / "2.json"
+    options = ["--only", "geometry/[st]*", "--trials", "3"]
+    assert main([*options, "--jobs", "1", "--json", str(one_path)]) == 0
+    assert main([*options, "--jobs", "2", "--json", str(two_path)]) == 0
+    alone, together = (json.loads(p.read_text("utf-8"))["claims"] for p in (one_path, two_path))
+    for a, b in zip(alone, together, strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+@pytest.mark.parametrize("group", ["conditioning", "networks", "geometry"])
+def test_every_constant_is_looked_at(group):
+    for known in catalogue.load(group):
+        for name in constants(known):
+            found = mutate(known, name, Settings())
+            assert found.passed, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["approximation", "training", "integrators"])
+def test_every_constant_of_the_flows_is_looked_at(group):
+    for known in catalogue.load(group):
+        for name in constants(known):
+            found = mutate(known, name, Settings())
+            assert found.passed, found
 
 
 def test_select_takes_globs_and_last_names():

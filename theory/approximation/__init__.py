@@ -15,7 +15,6 @@ from . import (
     koch_lubich,
     lipschitz,
     no_blow_up,
-    optimizer,
     prescribed_path,
     proportional,
     strongly_convex,
@@ -38,5 +37,4 @@ CLAIMS: tuple[Claim, ...] = (
     constrained_defect.CLAIM,
     constrained_linear.CLAIM,
     isometries.CLAIM,
-    optimizer.CLAIM,
 )

@@ -62,7 +62,7 @@ class Batch(Draw):
         self.batch = size
 
     def uniforms(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        x = torch.rand(self.batch, *shape, dtype=torch.float64, generator=self.generator)
+        x = self.shares(self.batch, *shape)
         return self.give(low + (high - low) * x)
 
     def normals(self, *shape: int) -> Tensor:
@@ -115,7 +115,7 @@ def best(W: Tensor, r: int) -> Tensor:
     return (P[..., :r] * s[..., None, :r]) @ Qh[..., :r, :]
 
 
-def _start_and_target(draw: Batch, m: int, n: int, at: Setting) -> tuple[Tensor, Tensor]:
+def start_and_target(draw: Batch, m: int, n: int, at: Setting) -> tuple[Tensor, Tensor]:
     X0 = draw.low_rank(m, n, draw.values(at.rank, at.spread))
     target = best(X0 + at.change * draw.units(m, n), at.rank)
     return X0 + at.noise * draw.units(m, n), target
@@ -128,7 +128,7 @@ def quadratic(seed: int, device: torch.device, at: Setting) -> Problem:
     the lower end is positive, weakly convex (λ > 0) if it is negative.
     """
     draw, low, high = Batch(seed, device), at.lowest_curvature, 2.0
-    W0, target = _start_and_target(draw, at.m, at.n, at)
+    W0, target = start_and_target(draw, at.m, at.n, at)
     A = target + at.noise * draw.units(at.m, at.n)
     Q1, Q2 = draw.frames(at.m, at.m), draw.frames(at.n, at.n)
     weights = draw.uniforms(at.m, at.n, low=low, high=high)
@@ -143,7 +143,7 @@ def quadratic(seed: int, device: torch.device, at: Setting) -> Problem:
 def completion(seed: int, device: torch.device, at: Setting) -> Problem:
     """Matrix completion: gradient flow of ½‖mask ∘ (W - A)‖², so ℓ = 1 and λ = 0."""
     draw = Batch(seed, device)
-    W0, target = _start_and_target(draw, at.m, at.n, at)
+    W0, target = start_and_target(draw, at.m, at.n, at)
     A = target + at.noise * draw.units(at.m, at.n)
     mask = (draw.uniforms(at.m, at.n) < 0.7).to(A.dtype)
 
@@ -159,7 +159,7 @@ def tanh_net(seed: int, device: torch.device, at: Setting) -> Problem:
     The teacher's weights are low-rank, its outputs noisy. No global λ, ℓ: both are measured.
     """
     draw, data = Batch(seed, device), 4 * at.n
-    (W1, T1), (W2, T2) = (_start_and_target(draw, *k, at) for k in ((at.m, at.n), (at.n, at.m)))
+    (W1, T1), (W2, T2) = (start_and_target(draw, *k, at) for k in ((at.m, at.n), (at.n, at.m)))
     inputs = draw.normals(at.n, data)
     targets = T2 @ torch.tanh(T1 @ inputs) + at.noise * draw.normals(at.n, data)
 

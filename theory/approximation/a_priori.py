@@ -24,7 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ._evidence import along_paths
 from ._extremal import sharp_lipschitz
 from ._flows import GRID, Measured, integrate, measure
@@ -97,6 +97,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 4.1, theorem A"),
     sample=sample,
     check=check,
+    extremal=(Extremal(short()),),
     controls=(
         Control("0.9 of b", partial(check, lipschitz=0.9, defect=0.9), short()),
         Control(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ._evidence import along_paths
 from ._flows import GRID, Path, best_factors, integrate, measure, norm
 from ._problems import Batch, Problem, best
@@ -81,7 +81,7 @@ def jumping(sample: Sample, path: Path) -> Tensor:
     return torch.cat((path.Y[0][:1], X[1:]))
 
 
-def check(sample: Sample, *, start: float = START) -> Evidence:
+def check(sample: Sample, *, start: float = START, defect: float = DEFECT) -> Evidence:
     at: Problem = sample["problem"]
     assert at.lipschitz is not None
     assert at.one_sided is not None
@@ -93,7 +93,7 @@ def check(sample: Sample, *, start: float = START) -> Evidence:
     met = eps < SHARE * s
     s_star = torch.minimum(s - eps, q["s_Y"].amin(0))
     gap = (s - 2.0 * eps).clamp_min(1e-12)
-    a, b = at.one_sided + mu / s_star, at.lipschitz + DEFECT * mu / gap
+    a, b = at.one_sided + mu / s_star, at.lipschitz + defect * mu / gap
     g = start * ((s - eps) / gap).sqrt().clamp_max(2.0)
     bound = eps * (g * (a * t).exp() + b * growth(a, t))
     detail: dict = {"problem": at.name}
@@ -117,6 +117,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 4.1, A4, with g in place of 2"),
     sample=sample,
     check=check,
+    extremal=(Extremal(nearly_low_rank),),
     controls=(
         Control("0.9 of g, W(0) of rank r", partial(check, start=0.9 * START), nearly_low_rank),
         Control(

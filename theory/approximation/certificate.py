@@ -37,7 +37,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ._evidence import LATE, along_paths, summary
 from ._extremal import constant_defect, sharp_exponent, sharp_lipschitz
 from ._flows import GRID, Measured, comparison, integrate, measure, refine
@@ -78,9 +78,15 @@ def certificate(
     return q, met, moved
 
 
-def check(sample: Sample, **constants: float) -> Evidence:
+def check(
+    sample: Sample,
+    *,
+    curvature: float = CURVATURE,
+    lipschitz: float = LIPSCHITZ,
+    defect: float = DEFECT,
+) -> Evidence:
     at: Problem = sample["problem"]
-    q, met, moved = certificate(at, **constants)
+    q, met, moved = certificate(at, curvature=curvature, lipschitz=lipschitz, defect=defect)
     late = slice(int(LATE * len(q["e"])), None)
     detail: dict = {"problem": at.name}
     if bool(met.any()):
@@ -137,6 +143,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 4.1, theorem A, a-posteriori form"),
     sample=sample,
     check=check,
+    extremal=(Extremal(sharp_exponent), Extremal(sharp_lipschitz), Extremal(constant_defect)),
     controls=(
         Control("0.9 of the ½ in κ", partial(check, curvature=0.9 * CURVATURE), sharp_exponent),
         Control("0.9 of ℓε", partial(check, lipschitz=0.9 * LIPSCHITZ), sharp_lipschitz),

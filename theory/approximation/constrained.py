@@ -32,12 +32,13 @@ from ._evidence import along_paths
 from .a_priori import growth
 
 DRIFT = 1.0  # of 2ε‖N_Y‖
+REACH = 1.0  # factor of the sharp c
 
 
-def check(sample: Sample, *, drift: float = DRIFT) -> Evidence:
+def check(sample: Sample, *, drift: float = DRIFT, reach: float = REACH) -> Evidence:
     at, tau = sample["problem"], sample["tau"]
-    q, met, moved = run(sample, drift=drift)
-    c, t = reach_constant(at.rank, tau), q["t"]
+    q, met, moved = run(sample, drift=drift, reach=reach)
+    c, t = reach * reach_constant(at.rank, tau), q["t"]
     eps, nu, s = q["eps"].amax(0), q["nu"].amax(0), q["s_Y"].amin(0)
     omega = 2.0 * q["lam_W"].amax(0) + 4.0 * c * nu / s
     source = drift * 2.0 * nu * eps * (1.0 + 2.0 * c * eps / s)

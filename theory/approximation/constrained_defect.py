@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ._constrained_paths import run, sample, trapezoid
 from ._evidence import along_paths
 from ._extremal import sharp_reach
@@ -55,6 +55,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 4.2, theorem C, with the sharp c"),
     sample=sample,
     check=check,
+    extremal=(Extremal(sharp_reach),),
     controls=(
         Control("0.9 of c, where it is attained", partial(check, reach=0.9 * REACH), sharp_reach),
         Control(

@@ -57,6 +57,9 @@ from ._problems import Batch, Layers, Problem
 
 STRETCH = 1.0  # of θ‖Ż‖
 FORCE = 1.0  # of ‖F(W) - F(Z~)‖
+DEFECT = 1.0  # of δ
+CURVATURE = 1.0  # of κ_D
+PUSH = 1.0  # of κψ' in it
 STEP_TOLERANCE = 1e-2
 
 
@@ -118,7 +121,15 @@ def sample(
 
 
 def measure(
-    at: Problem, tau: float, path: ConstrainedPath, *, stretch: float, force: float
+    at: Problem,
+    tau: float,
+    path: ConstrainedPath,
+    *,
+    stretch: float = STRETCH,
+    force: float = FORCE,
+    defect: float = DEFECT,
+    curvature: float = CURVATURE,
+    push: float = PUSH,
 ) -> Measured:
     """Y against Z~ along the path: e, the certificate D, ε = ‖W - Π_K W‖, and the hypotheses."""
     r, kappa, c = at.rank, 1.0 + tau, reach_constant(at.rank, tau)
@@ -149,14 +160,15 @@ def measure(
     turning = norm((torch.cat((U_p, V_p), -2),))
     delta = tail / (low - tail) * turning
     speed = (norm((M,)).square() + turning.square()).sqrt() + delta
-    push = torch.diff(psi, dim=0, append=psi[-1:]) / h
-    bend_Z = (spectral_norm(normal_part(U, V, FZ)) + kappa * push / one) / (2.0 * shifted[..., -1])
+    pushing = push * torch.diff(psi, dim=0, append=psi[-1:]) / h
+    normal = spectral_norm(normal_part(U, V, FZ))
+    bend_Z = (normal + kappa * pushing / one) / (2.0 * shifted[..., -1])
     bend_Y = c * norm((path.N,)) / linalg.svdvals(path.Y)[..., r - 1]
     gap = path.Y - Z
     e = norm((gap,))
     quotient = inner((gap,), (path.F - FZ,)) / e.square().clamp_min(1e-300)
-    rate = from_the_start(e, quotient) + bend_Y + bend_Z
-    source = stretch * theta * speed + delta + force * norm((FW - FZ,))
+    rate = from_the_start(e, quotient) + curvature * (bend_Y + bend_Z)
+    source = stretch * theta * speed + defect * delta + force * norm((FW - FZ,))
     growth = trapezoid(path.times, rate)
     D = growth.exp() * (e[0] + trapezoid(path.times, (-growth).exp() * source))
     return {
@@ -169,11 +181,21 @@ def measure(
     }
 
 
-def check(sample: Sample, *, stretch: float = STRETCH, force: float = FORCE) -> Evidence:
+def check(
+    sample: Sample,
+    *,
+    stretch: float = STRETCH,
+    force: float = FORCE,
+    defect: float = DEFECT,
+    curvature: float = CURVATURE,
+    push: float = PUSH,
+) -> Evidence:
     at, tau = sample["problem"], sample["tau"]
+    factors = {"stretch": stretch, "force": force, "defect": defect}
+    factors |= {"curvature": curvature, "push": push}
     first = GRID * max(2, round(0.08 / sample["eps"]))
     q, moved = refine(
-        lambda n: measure(at, tau, integrate(at, tau, n), stretch=stretch, force=force),
+        lambda n: measure(at, tau, integrate(at, tau, n), **factors),
         ("e", "D"),
         tolerance=STEP_TOLERANCE,
         first=first,
@@ -199,7 +221,7 @@ def figure(dtype: torch.dtype, device: torch.device):
         given = sample(5, dtype, device, eps=eps, attraction=0.0)
         at, tau = given["problem"], given["tau"]
         path = integrate(at, tau, GRID * round(0.5 / eps))
-        q = measure(at, tau, path, stretch=STRETCH, force=FORCE)
+        q = measure(at, tau, path)
         other, c = _constrained_paths.measure(at, tau, path), reach_constant(at.rank, tau)
         values = {"e": q["e"], "D": q["D"], "C": theorem_C(other, c, 1.0)}
         values["B"] = theorem_B(other, c, 1.0)

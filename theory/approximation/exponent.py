@@ -83,7 +83,7 @@ CLAIM = Claim(
         Control("0.9 of the exponent", partial(check, exponent=0.9)),
         Control("1.1 of the exponent", partial(check, exponent=1.1)),
     ),
-    trials=6,
+    trials=8,
     figure=figure,
     float32="float64 only: e starts at 10⁻³ σ and is compared to O(10⁻⁴) of itself",
     kind="identity",

@@ -24,7 +24,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from . import _constrained_paths as paths
 from ._constrained import integrate, reach_constant
 from ._evidence import along_paths
@@ -75,6 +75,7 @@ CLAIM = Claim(
     source=Source("ours", "theory/approximation/isometries.py"),
     sample=sample,
     check=check,
+    extremal=(Extremal(partial(sharp_reach, tau=0.0)),),
     controls=(
         Control(
             "0.9 of c, where it is attained",
@@ -83,6 +84,6 @@ CLAIM = Claim(
         ),
         Control("no defect of X", partial(check, defect=0.0), far),
     ),
-    trials=6,
+    trials=8,
     float32="float64 only: P_{T_K} is a difference quotient with step 10⁻⁶",
 )

@@ -38,15 +38,17 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
     return draw(seed, dtype, device, **{"noise": 10.0 ** -(2 + seed % 3), "change": 0.3, **fixed})
 
 
-def bounds(at: Problem, leading: float) -> tuple[Measured, dict[str, torch.Tensor]]:
+def bounds(
+    at: Problem, leading: float = LEADING, beta: float = BETA
+) -> tuple[Measured, dict[str, torch.Tensor]]:
     """Measured quantities; both bounds, and where that of Koch and Lubich is valid (times, B)."""
     assert at.lipschitz is not None
     assert at.one_sided is not None
     q, c = measured(at)
     rho = q["s_X"].cummin(0).values
-    beta = BETA * c["mu"] / rho
-    exponent = ((beta + at.one_sided) * q["t"]).exp()
-    classical = (leading * beta + at.lipschitz) * exponent * cumulative(q["t"][:, 0], q["eps"])
+    rate = beta * c["mu"] / rho
+    exponent = ((rate + at.one_sided) * q["t"]).exp()
+    classical = (leading * rate + at.lipschitz) * exponent * cumulative(q["t"][:, 0], q["eps"])
     near = c["eps"] <= NEAR * rho
     a, b = at.one_sided + c["mu"] / c["s"], at.lipschitz + c["mu"] / (c["s"] - c["eps"])
     ours = c["eps"] * b * growth(a, q["t"])
@@ -55,9 +57,9 @@ def bounds(at: Problem, leading: float) -> tuple[Measured, dict[str, torch.Tenso
     return q, {"classical": classical, "ours": ours, "valid": valid, "ours valid": ours_valid}
 
 
-def check(sample: Sample, *, leading: float = LEADING) -> Evidence:
+def check(sample: Sample, *, leading: float = LEADING, beta: float = BETA) -> Evidence:
     at: Problem = sample["problem"]
-    q, b = bounds(at, leading)
+    q, b = bounds(at, leading, beta)
     valid, met = b["valid"], b["valid"][1:].any(0)
     detail: dict = {
         "problem": at.name,

@@ -44,7 +44,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ..paths import Rotation
 from ..sampling import Draw
 from ._evidence import along_paths
@@ -145,10 +145,16 @@ def theorem_A(at: Problem, q: Measured, c: dict[str, Tensor]) -> Tensor:
     return c["eps"] * b * growth(a, q["t"])
 
 
-def check(sample: Sample, **factors: float) -> Evidence:
+def check(
+    sample: Sample,
+    *,
+    source: float = SOURCE,
+    linear: float = LINEAR,
+    quadratic: float = QUADRATIC,
+) -> Evidence:
     at: Problem = sample["problem"]
     q, c = measured(at, 4 * GRID)
-    bound = theorem_E(at, q, c, **factors)
+    bound = theorem_E(at, q, c, source=source, linear=linear, quadratic=quadratic)
     met = ((c["eps"] < SHARE * c["s"]) & (q["tail"] < q["s_X"])).all(0) & (bound[-1] < c["s"][-1])
     detail: dict = {"problem": at.name}
     if bool(met.any()):
@@ -193,6 +199,7 @@ CLAIM = Claim(
     source=Source("ours", "theory/approximation/no_blow_up.py"),
     sample=sample,
     check=check,
+    extremal=(Extremal(partial(constant_defect, tail=1e-3)),),
     controls=(
         Control(
             "0.9 of S, where it is attained",

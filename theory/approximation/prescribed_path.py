@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ._evidence import along_paths
 from ._extremal import constant_defect
 from ._problems import Problem, problem
@@ -50,6 +50,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 4.1, A2, sharpened by the -1"),
     sample=sample,
     check=check,
+    extremal=(Extremal(partial(constant_defect, horizon=0.05)),),
     controls=(
         Control(
             "0.9 of the 2, which t = 0 needs",

@@ -82,7 +82,7 @@ CLAIM = Claim(
         Control("order ½", partial(check, order=0.5)),
         Control("order 2", partial(check, order=2.0)),
     ),
-    trials=6,
+    trials=8,
     figure=figure,
     float32="float64 only: errors down to 10⁻⁴ of ‖W‖ are compared",
     kind="order",

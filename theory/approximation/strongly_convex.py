@@ -22,6 +22,7 @@ from ._problems import Problem, problem
 from .a_priori import measured
 
 LIPSCHITZ = 1.0  # of ℓ in the numerator
+BEND = 2.0  # of μ/s there
 SHARE = 0.5
 
 
@@ -36,14 +37,14 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
     return {"problem": problem(seed, device, families=("quadratic",), **options)}
 
 
-def check(sample: Sample, *, lipschitz: float = LIPSCHITZ) -> Evidence:
+def check(sample: Sample, *, lipschitz: float = LIPSCHITZ, curvature: float = BEND) -> Evidence:
     at: Problem = sample["problem"]
     assert at.lipschitz is not None
     assert at.one_sided is not None
     q, c = measured(at)
     m, bend = -at.one_sided, c["mu"] / c["s"]
     met = ((c["eps"] <= SHARE * c["s"]) & (m > bend) & (q["tail"] < q["s_X"])).all(0)
-    bound = c["eps"] * (1.0 + (lipschitz * at.lipschitz + 2.0 * bend) / (m - bend))
+    bound = c["eps"] * (1.0 + (lipschitz * at.lipschitz + curvature * bend) / (m - bend))
     detail = {"μ/s over m": float((bend / m)[:, met].mean()) if bool(met.any()) else None}
     reason = "m <= μ/s or ε > s/2"
     return along_paths(q["distance"], bound, met, reason=reason, detail=detail)

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ._evidence import ROUNDING, along_paths
 from ._problems import Problem
 from .a_priori import growth, measured, short
@@ -33,14 +33,14 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
     return draw(seed, dtype, device, **fixed)
 
 
-def check(sample: Sample, *, size: float = SIZE) -> Evidence:
+def check(sample: Sample, *, size: float = SIZE, curvature: float = CURVATURE) -> Evidence:
     at: Problem = sample["problem"]
     assert at.lipschitz is not None
     assert at.one_sided is not None
     q, c = measured(at)
     s = q["s_X"].cummin(0).values
     met = ((c["eps"] < s) & (q["tail"] < q["s_X"])).all(0)
-    a = at.one_sided + CURVATURE * c["mu"] / s
+    a = at.one_sided + curvature * c["mu"] / s
     b = size * (at.lipschitz + c["mu"] / (s - c["eps"]))
     E = c["eps"] * b * growth(a, q["t"])
     valid = (SHARE * s) >= E
@@ -62,6 +62,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 4.1, A5"),
     sample=sample,
     check=check,
+    extremal=(Extremal(short(falling=True)),),
     controls=(
         Control("0.9 of b, σ_r(Y) falling", partial(check, size=0.9 * SIZE), short(falling=True)),
     ),

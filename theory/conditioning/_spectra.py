@@ -20,7 +20,7 @@ def draw_core(draw: Draw, *, lowest: int = 1) -> Tensor:
     s = draw.spectrum(r, draw.cond(), draw.log_uniform(0.1, 10.0))
     kind = draw.integer(0, 2)
     if kind == 1:
-        s = s[-1] * (1.0 + 0.3 * torch.rand(r, dtype=s.dtype, generator=draw.generator))
+        s = s[-1] * (1.0 + 0.3 * draw.shares(r))
     elif kind == 2 and r > 2:
         s[1:-1] = s[0] if draw.uniform() < 0.5 else s[-1]
     return draw.core(s.sort(descending=True).values)

@@ -21,7 +21,7 @@ import torch
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 from ._spectra import draw_tau
 
@@ -75,6 +75,7 @@ CLAIM = Claim(
     source=Source("classical", "convexity of the cone; mathematics 5"),
     sample=sample,
     check=check,
+    extremal=(Extremal(feasible),),
     controls=(
         Control("0.9 of the constant, feasible spectra", partial(check, constant=0.9), feasible),
         Control("matrices in place of spectra", check_matrices, nearly_singular),

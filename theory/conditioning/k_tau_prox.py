@@ -29,7 +29,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 from ._spectra import draw_tau
 from .k_tau_projection import project
@@ -50,14 +50,14 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
     tau = draw_tau(draw)
     kappa, scale = 1.0 + tau, draw.log_uniform(0.3, 3.0)
     high = draw.integer(1, max(r - 1, 1))  # how many σ_i are largest; the last is smallest
-    s = 1.0 + tau * torch.rand(r, dtype=torch.float64, generator=draw.generator)
+    s = 1.0 + tau * draw.shares(r)
     s = s.sort(descending=True).values
     s = s / s[-1]
     if r > 1 and draw.uniform() < 0.85:
         s[:high], s[-1] = kappa, 1.0
     U, V = torch.linalg.qr(draw.normal(m, m)).Q, torch.linalg.qr(draw.normal(n, n)).Q
     largest, smallest = (s >= s[0] - 1e-12), (s <= s[-1] + 1e-12)
-    weights = torch.rand(r, r, dtype=torch.float64, generator=draw.generator)
+    weights = draw.shares(r, r)
     weights = weights * largest[:, None] * smallest[None, :]
     active = r > 1 and bool(s[0] >= kappa * s[-1] - 1e-12)
     normal = (weights.sum(1) - kappa * weights.sum(0)) * (draw.uniform() if active else 0.0)
@@ -133,6 +133,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics L4.3, with a sharper second constant"),
     sample=sample,
     check=check,
+    extremal=(Extremal(attained),),
     controls=(
         Control("0.9 of ½", partial(check, half=0.9 * HALF), attained),
         Control("0.9 of c", partial(check, factor=0.9), attained),

@@ -19,7 +19,7 @@ import torch
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 from ._spectra import core_sample, with_spectrum
 
@@ -60,6 +60,7 @@ CLAIM = Claim(
     source=Source("ours", "Bhatia and Davis 2000; mathematics 5"),
     sample=sample,
     check=check,
+    extremal=(Extremal(two_values),),
     controls=(
         Control("0.9 of ½, two values", partial(check, constant=0.9 * CONSTANT), two_values),
     ),

@@ -24,7 +24,7 @@ import torch
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 from ._spectra import core_sample, with_spectrum
 
@@ -56,7 +56,7 @@ def midway(seed: int, dtype: torch.dtype, device: torch.device) -> Sample:
     """σ² = (1 + δ, 1, …, 1, 1 - δ)."""
     draw = Draw(seed, dtype, device)
     squared = torch.ones(draw.integer(2, 6), dtype=torch.float64)
-    delta = draw.uniform(0.01, 0.05)
+    delta = draw.uniform(0.002, 0.01)
     squared[0], squared[-1] = 1.0 + delta, 1.0 - delta
     scale = draw.log_uniform(0.1, 10.0)
     return {"S": with_spectrum(squared, seed, dtype, device, scale)}
@@ -70,6 +70,7 @@ CLAIM = Claim(
     source=Source("published", "arXiv 2505.08022; the sharper form ours, mathematics 5"),
     sample=sample,
     check=check,
+    extremal=(Extremal(midway),),
     controls=(
         Control("0.9 of 1/√2, small spread", partial(check, constant=0.9 * CONSTANT), midway),
         Control("0.9 of √2 in the sharper form", partial(check, sharp=0.9 * SHARP), midway),

@@ -31,7 +31,7 @@ import torch
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality, not_met
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, not_met
 from ..sampling import Draw, eps
 from ._spectra import core_sample, with_spectrum
 
@@ -55,7 +55,7 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
     return core_sample(seed, dtype, device, lowest=2, **moderate)
 
 
-def check(sample: Sample, *, two: float = TWO) -> Evidence:
+def check(sample: Sample, *, half: float = 1.0 / TWO) -> Evidence:
     S, r = sample["S"], sample["S"].shape[-1]
     s = torch.linalg.svdvals(S)
     rho = float(linalg.conditioning_penalty(S) / s.square().mean())
@@ -63,9 +63,9 @@ def check(sample: Sample, *, two: float = TWO) -> Evidence:
         return not_met("ρ² >= r/(r - 1): S may be singular")
     kappa = float(s[0] / s[-1])
     measured = (kappa**2 - 1) / (kappa**2 + 1)
-    theta, weaker = sharp(rho, r, two), samuelson(rho, r)
+    theta, weaker = sharp(rho, r, 1.0 / half), samuelson(rho, r)
     rounding = ROUNDING * eps(S) * (1.0 + theta**3)
-    if two == TWO and theta > weaker + rounding:
+    if half == 1.0 / TWO and theta > weaker + rounding:
         return inequality(theta, weaker)
     detail = {"r": r, "rho": rho, "kappa": kappa, "Samuelson": measured / weaker if weaker else 0.0}
     return inequality(measured, theta, tolerance=rounding, detail=detail)
@@ -130,11 +130,12 @@ CLAIM = Claim(
     source=Source("ours", "sharpens mathematics 5"),
     sample=sample,
     check=check,
+    extremal=(Extremal(attained),),
     controls=(
         Control(
-            "2 replaced by 2/0.81 (0.9 of the bound)", partial(check, two=TWO / 0.81), attained
+            "2 replaced by 2/0.81 (0.9 of the bound)", partial(check, half=0.81 / TWO), attained
         ),
-        Control("2 replaced by 3", partial(check, two=3.0), attained),
+        Control("2 replaced by 3", partial(check, half=1.0 / 3.0), attained),
     ),
     trials=120,
     figure=figure,

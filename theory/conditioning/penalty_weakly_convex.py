@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality, not_met
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, not_met
 from ..sampling import Draw, eps
 from ._spectra import draw_core
 
@@ -91,6 +91,7 @@ CLAIM = Claim(
     source=Source("ours", "proved here"),
     sample=sample,
     check=check,
+    extremal=(Extremal(attained),),
     controls=(
         Control("0.9 of the constant, at a singular S", partial(check, factor=0.9), attained),
         Control("claimed to be convex", partial(check, factor=0.0)),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ..sampling import Draw, eps
 from .penalty_weakly_convex import constant
 from .stability import STEPS, TIME, draw_flow, integrate
@@ -91,13 +91,14 @@ CLAIM = Claim(
     id="conditioning/stability-linear",
     title="Long-time stability of the regularised core, O(β)",
     statement=(
-        r"\|S(t)-M\|\le e^{-at}\|S(0)-M\|+\beta\|\nabla R(M)\|\frac{1-e^{-at}}a,\quad"
+        r"\|S(t)-M\|\le e^{-at}\|S(0)-M\|+\beta\|\nabla R(M)\|\frac{1-e^{-at}}a,\quad "
         r"a=1-2\beta\sqrt{\tfrac{r-1}r}>0"
     ),
     hypotheses=("2β sqrt((r - 1)/r) < 1", "L(W) = ½‖W - A‖², fixed bases, M = UᵀAV"),
     source=Source("ours", "sharpens arXiv 2505.08022, eq. (5), for small β"),
     sample=sample,
     check=check,
+    extremal=(Extremal(from_the_target),),
     controls=(
         Control("0.9 of ‖∇R(M)‖, start at M", partial(check, factor=0.9), from_the_target),
         Control(

@@ -57,7 +57,7 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
     size = draw.log_uniform(1e-3, 0.1 / math.sqrt(eps(dtype)))
     Delta = Z - U @ (U.mT @ Z)
     left, _, right = torch.linalg.svd(Delta, full_matrices=False)
-    s = torch.rand(r, dtype=torch.float64, generator=draw.generator)
+    s = draw.shares(r).clone()
     s[0], s[-1] = 1.0, (0.0 if r > 1 else 1.0)  # a kernel: cond(A) is then as large as it can be
     Delta = size * left @ torch.diag(s) @ right
     return {"U": draw.give(U), "Delta": draw.give(Delta), "size": size}

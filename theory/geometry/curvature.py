@@ -25,7 +25,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 from ._pairs import one_sided, pair, projector_distance, smallest
 
@@ -101,6 +101,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics L3.3"),
     sample=sample,
     check=check,
+    extremal=(Extremal(attained),),
     controls=(
         Control(
             "0.9 of the constant, where it is attained", partial(check, constant=0.9), attained

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 from ._pairs import circle, pair, projector_distance, smallest
 
@@ -49,6 +49,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics L3.3"),
     sample=sample,
     check=check,
+    extremal=(Extremal(attained),),
     controls=(
         Control("0.9 of √2, nearly attained", partial(check, constant=0.9 * CONSTANT), attained),
         Control("no √2", partial(check, constant=1.0), attained),

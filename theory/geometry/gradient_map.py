@@ -104,7 +104,7 @@ CLAIM = Claim(
     id="geometry/gradient-map",
     title="Riemannian gradient from factor gradients; gauge identities",
     statement=(
-        r"M=g_S,\ U_p=(I-UU^\top)g_US^{-\top},\ V_p=(I-VV^\top)g_VS^{-1};\quad"
+        r"M=g_S,\ U_p=(I-UU^\top)g_US^{-\top},\ V_p=(I-VV^\top)g_VS^{-1};\quad "
         r"U^\top g_U=g_SS^\top,\ V^\top g_V=g_S^\top S"
     ),
     hypotheses=("S invertible, not necessarily symmetric", "L differentiable at W"),

@@ -144,7 +144,7 @@ CLAIM = Claim(
             "I + ΔᵀΔ in place of the true Gram matrix", partial(check, true=False), slow_but_long
         ),
     ),
-    trials=10,
+    trials=60,
     figure=figure,
     float32="no slack in the one-step bound; identities to 64 eps r",
 )

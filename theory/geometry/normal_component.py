@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 from ._pairs import circle, pair, smallest, tangent
 
@@ -69,6 +69,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics C3.5"),
     sample=sample,
     check=check,
+    extremal=(Extremal(attained),),
     controls=(
         Control("0.9 of ½, on the circle", partial(check, constant=0.9 * CONSTANT), attained),
         Control("σ_r at the other point", check_other_point, ill_conditioned_here),

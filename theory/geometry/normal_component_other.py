@@ -26,7 +26,7 @@ import torch
 
 from lrmanifold import Factors
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, dense, eps
 from ._pairs import circle, pair, smallest, tangent
 
@@ -38,12 +38,12 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
     return pair(seed, dtype, device, both_sides=True, **fixed)
 
 
-def check(sample: Sample, *, two: float = TWO, factor: float = 1.0) -> Evidence:
+def check(sample: Sample, *, half: float = 0.5, factor: float = 1.0) -> Evidence:
     X, Y, D = sample["X"], sample["Y"], sample["D"]
     measured = (D - tangent(Y, D)).norm()  # (I - P_Y) Y = 0, and D is not the larger of the two
     sigma, d = float(smallest(X)), float(torch.linalg.matrix_norm(D, 2))
     # Where d >= σ the second line is the smaller one, or the only one.
-    root = max(two * sigma**2 - d**2, sigma**2)
+    root = max(sigma**2 / half - d**2, sigma**2)
     bound = factor * d * float(D.norm()) / math.sqrt(root)
     tolerance = ROUNDING * eps(D) * (float(D.norm()) + bound)
     return inequality(measured, bound, tolerance=tolerance)
@@ -52,7 +52,7 @@ def check(sample: Sample, *, two: float = TWO, factor: float = 1.0) -> Evidence:
 def near(seed: int, dtype: torch.dtype, device: torch.device) -> Sample:
     """Rank 1, θ small, Y the nearest point of the turned spaces: the limit 1/√2."""
     draw = Draw(seed, dtype, device)
-    theta = draw.uniform(0.05, 0.1)
+    theta = draw.uniform(0.01, 0.03)
     given = circle(theta, 1.0, dtype, device)
     X, Y = given["X"], given["Y"]
     Y = Factors(Y.U, Y.U.mT @ dense(X) @ Y.V, Y.V)
@@ -76,10 +76,11 @@ CLAIM = Claim(
     source=Source("ours", "sharpens Wei, Cai, Chan, Leung 2016, lemma 4.1; mathematics C3.5"),
     sample=sample,
     check=check,
+    extremal=(Extremal(near), Extremal(orthogonal)),
     controls=(
         Control("0.9 of the constant, near pairs", partial(check, factor=0.9), near),
         Control("0.9 of the constant, orthogonal pairs", partial(check, factor=0.9), orthogonal),
-        Control("3σ² in place of 2σ²", partial(check, two=3.0), near),
+        Control("3σ² in place of 2σ²", partial(check, half=1.0 / 3.0), near),
     ),
     trials=240,
     float32="64 eps (‖X - Y‖ + bound): P_Y is a projector to eps",

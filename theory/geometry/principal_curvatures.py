@@ -170,7 +170,7 @@ CLAIM = Claim(
         Control("σ_j(X)² in place of σ_j(X)", partial(check, eigenvalues=inverse_square)),
         Control("no negative curvatures", partial(check, eigenvalues=positive_only)),
     ),
-    trials=40,
+    trials=60,
     figure=figure,
     float32="8 eps^(2/3) (1 + σ_r⁻³ + cond): central differences with h = eps^(1/3)",
     kind="identity",

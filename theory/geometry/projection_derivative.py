@@ -121,7 +121,7 @@ CLAIM = Claim(
         Control("P_X alone", partial(check, sign=0.0), far),
         Control("0.9 of the norm", partial(check, norm=0.9), far),
     ),
-    trials=40,
+    trials=60,
     figure=figure,
     float32="8 eps^(2/3) (1 + (σ_r - ‖N‖₂)⁻³)(1 + ‖A‖): central differences of the SVD",
     kind="identity",

@@ -22,7 +22,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, dense, eps
 from ._pairs import circle, draw_pair, smallest, tangent
 
@@ -124,6 +124,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics L3.4"),
     sample=sample,
     check=check,
+    extremal=(Extremal(attained),),
     controls=(
         Control("0.9 of ½, on the circle", partial(check, constant=0.9 * CONSTANT), attained),
         Control("N not normal", check, not_normal),

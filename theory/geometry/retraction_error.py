@@ -24,7 +24,7 @@ import torch
 
 from lrmanifold import FixedRank, retractions
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality, not_met
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, not_met
 from ..sampling import Draw, eps
 
 CONSTANT = 1.0
@@ -106,6 +106,7 @@ CLAIM = Claim(
     source=Source("ours", "Absil and Oseledets 2015 for the exact form; mathematics 2"),
     sample=sample,
     check=check,
+    extremal=(Extremal(attained),),
     controls=(
         Control("0.9 of the constant, rank 1", partial(check, constant=0.9), attained),
         Control("σ_r + t‖M‖₂ in place of σ_r - t‖M‖₂", check_without_room, against_the_core),

@@ -155,7 +155,7 @@ CLAIM = Claim(
         Control("svd claimed third order", claiming("svd", 3), only("svd")),
         Control("ksl claimed first order", claiming("ksl", 1), only("ksl")),
     ),
-    trials=48,
+    trials=60,
     figure=figure,
     float32="last three steps of 0.18 … 1/32 (1/32 … 1/1024), errors > 30 eps ‖W‖; 0.45 (0.1)",
     kind="order",

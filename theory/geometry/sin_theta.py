@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, dense, eps
 from ._pairs import angle, one_sided, pair, smallest, truncated
 
@@ -73,6 +73,7 @@ CLAIM = Claim(
     source=Source("classical", "Wedin 1972; mathematics L3.1"),
     sample=sample,
     check=check,
+    extremal=(Extremal(attained),),
     controls=(
         Control(
             "0.9 of the constant, where it is attained", partial(check, constant=0.9), attained

@@ -156,7 +156,7 @@ CLAIM = Claim(
             "polar second order for the canonical metric", wrong("polar", "general", "canonical", 2)
         ),
     ),
-    trials=24,
+    trials=60,
     figure=figure,
     float32="last three steps of 1/2 … 1/32 (1/16 … 1/1024) with errors above 30 eps; 0.45 (0.1)",
     kind="order",

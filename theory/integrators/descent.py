@@ -36,7 +36,7 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
     """L(W) = ½‖weights ∘ (W - A)‖² + quartic/4 Σ W_ij⁴, the weights 0 or 1 for completion."""
     draw = Draw(seed, dtype, device, **fixed)
     m, n, r = draw.size(3, 8)
-    random = torch.rand(m, n, dtype=torch.float64, generator=draw.generator)
+    random = draw.shares(m, n)
     weights = (random < 0.6).double() if seed % 2 else 0.1 + random
     return {
         "weights": draw.give(weights),
@@ -111,6 +111,6 @@ CLAIM = Claim(
         Control("after truncation", partial(check, scheme="truncated"), near_minimum),
         Control("BUG without augmentation", partial(check, scheme="BUG"), misleading_bases),
     ),
-    trials=40,
+    trials=60,
     float32="64 eps L(Y₀): the loss is a sum of squares, each rounded once",
 )

@@ -103,7 +103,7 @@ CLAIM = Claim(
             partial(check, exact=("projected Euler + SVD",), not_exact=()),
         ),
     ),
-    trials=40,
+    trials=60,
     float32="30 eps (‖A(t₀)‖ + ‖A(t₁)‖)/σ_min(overlaps)²: rounding of K, S, L and their bases",
     kind="identity",
 )

@@ -38,7 +38,7 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
     m, n, r = draw.integer(8, 12), draw.integer(8, 12), int(draw.fixed.get("r", draw.integer(3, 4)))
     frames = [draw.give(torch.linalg.qr(draw.normal(BATCH, k, k)).Q) for k in (m, n)]
     R1, R2 = (Rotation.random(draw.give(draw.normal(BATCH, k, k)), 2.0) for k in (m, n))
-    mask = draw.give(torch.rand(BATCH, m, n, dtype=torch.float64, generator=draw.generator))
+    mask = draw.give(draw.shares(BATCH, m, n))
     return {"frames": frames, "R": (R1, R2), "mask": mask, "r": r}
 
 

@@ -54,7 +54,7 @@ def random_net(draw: Draw, *, batch: int, sizes: tuple[int, ...], rank: int, tau
     for n_in, n_out in pairwise(sizes):
         r = min(rank, n_in, n_out)
         Q_u, Q_v, P, Q = (torch.linalg.qr(draw.normal(batch, k, r)).Q for k in (n_out, n_in, r, r))
-        values = torch.rand(batch, 1, r, dtype=torch.float64, generator=draw.generator)
+        values = draw.shares(batch, 1, r)
         for blocks, block in ((U, Q_u), (S, (P * (1.0 + tau * values)) @ Q.mT), (V, Q_v)):
             blocks.append(draw.give(block))
     return Net(tuple(U), tuple(S), tuple(V))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 from ._networks import norm
 
@@ -67,7 +67,7 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
     draw = Draw(seed, dtype, device, **fixed)
     n = draw.integer(1, 40)
     box = draw.uniform(0.1, BOX)
-    z = box * (2.0 * torch.rand(50, n, dtype=torch.float64, generator=draw.generator) - 1.0)
+    z = box * (2.0 * draw.shares(50, n) - 1.0)
     names = list(ACTIVATIONS)
     return {"name": names[seed % len(names)], "z": draw.give(z)}
 
@@ -150,6 +150,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 6"),
     sample=sample,
     check=check,
+    extremal=(Extremal(partial(extremal, names=ZERO_AT_ZERO)),),
     controls=(
         Control(
             "0.9 of it, n = 40 000",

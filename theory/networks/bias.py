@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 
 CONSTANT = 1.0
@@ -78,6 +78,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 6"),
     sample=sample,
     check=check,
+    extremal=(Extremal(small_bias),),
     controls=(
         Control("κ(W)/cos θ(x, row W)", partial(check, augmented=False), cancelling),
         Control("0.9 of it, bias near 0", partial(check, constant=0.9), small_bias),

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 from ._networks import condition
 
@@ -68,6 +68,7 @@ CLAIM = Claim(
     source=Source("classical", "mathematics 6"),
     sample=sample,
     check=check,
+    extremal=(Extremal(aligned),),
     controls=(Control("0.9 of it, aligned layers", partial(check, constant=0.9), aligned),),
     trials=60,
     float32="50 eps of the bound: products of a few small matrices",

@@ -92,7 +92,7 @@ CLAIM = Claim(
             partial(sample, n=6, k=8, m=6),
         ),
     ),
-    trials=20,
+    trials=60,
     float32="2 eps^(2/3) (1 + ‖W₁‖²‖x‖² + 1/cond): central differences with step eps^(1/3)",
     kind="identity",
 )

@@ -111,6 +111,6 @@ CLAIM = Claim(
             partial(sample, full_rank=False, paddings=("circular",)),
         ),
     ),
-    trials=40,
+    trials=60,
     float32="100 eps κ² relative: σ_min(T) is known to eps σ_max(T)",
 )

@@ -22,7 +22,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ..sampling import Draw, eps
 from ._convolution import convolve, matricised, operator
 
@@ -111,6 +111,7 @@ CLAIM = Claim(
     source=Source("ours", "theory/networks/convolution_corrected.py"),
     sample=sample,
     check=check,
+    extremal=(Extremal(constant),),
     controls=(
         Control("0.9 of it, constant image", partial(check, constant=0.9), constant),
         Control("without the cosine", partial(check, cosine=False), almost_unseen),

@@ -77,6 +77,6 @@ CLAIM = Claim(
     controls=(
         Control("kernels of full column rank", check, partial(sample, kind="full column rank")),
     ),
-    trials=30,
+    trials=60,
     float32="σ_min(T) below eps σ_max(T) counts as eps σ_max(T)",
 )

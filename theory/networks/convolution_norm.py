@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 from ._convolution import matricised, operator
 
@@ -67,6 +67,7 @@ CLAIM = Claim(
     source=Source("classical", "mathematics 6"),
     sample=sample,
     check=check,
+    extremal=(Extremal(constant_kernel),),
     controls=(
         Control("0.9 of it, constant kernel", partial(check, constant=0.9), constant_kernel),
         Control(

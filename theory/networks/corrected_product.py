@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ..sampling import Draw, eps
 from ._networks import Net, bounds, random_net
 from .plain_product import near_kernel
@@ -112,6 +112,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 6"),
     sample=sample,
     check=check,
+    extremal=(Extremal(attained),),
     controls=(
         Control("0.9 of it, one layer", partial(check, constant=0.9), attained),
         Control("without the cosines", partial(check, cosine=False), attained),

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality, not_met
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, not_met
 from ..sampling import Draw, eps
 from ._networks import condition
 
@@ -71,10 +71,11 @@ CLAIM = Claim(
     source=Source("classical", "mathematics 6"),
     sample=sample,
     check=check,
+    extremal=(Extremal(opposite),),
     controls=(
         Control("0.9 of it, g = diag(q, -q)", partial(check, constant=0.9), opposite),
         Control("1 + q: the denominator forgotten", partial(check, formula="norm"), opposite),
     ),
-    trials=40,
+    trials=60,
     float32="50 eps/(1 - q) relative: x + g(x) cancels by at most that",
 )
