@@ -128,13 +128,14 @@ def one_step(given: Sample) -> list[dict[str, float]]:
     Y, X, force, h, tau = (given[key] for key in ("Y", "X", "force", "h", "tau"))
     dense = nn.Sequential(nn.Linear(Y.shape[1], Y.shape[0], bias=False)).double()
     with torch.no_grad():
-        dense[0].weight.copy_(Y)
+        next(dense.parameters()).copy_(Y)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = lrm.factorize(copy.deepcopy(dense), rank=given["r"], tau=tau, keep_larger=True)
     with torch.no_grad():
         # The monitor's set is smaller by rounding of float32: X must be in that one.
-        dense[0].weight.copy_(project(X, given["r"], (1.0 + tau) * (1.0 - 1e-5) - 1.0))
+        inside = (1.0 + tau) * (1.0 - 1e-5) - 1.0
+        next(dense.parameters()).copy_(project(X, given["r"], inside))
     eye = torch.eye(Y.shape[1], dtype=Y.dtype)
 
     def loss(net: nn.Module) -> Tensor:
