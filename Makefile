@@ -37,6 +37,7 @@ test-integration: $(STAMP)
 theory: $(STAMP)
 	$(PY) -m theory
 	$(PY) -m theory --controls
+	$(PY) -m theory --mutate
 
 # Under 20 minutes on two cores; FULL=--full adds MNIST and Fashion-MNIST (hours). Go on by calling
 # it again: nothing is repeated.

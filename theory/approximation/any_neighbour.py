@@ -124,6 +124,7 @@ CLAIM = Claim(
             "as if Y began at the best point: g = 0", partial(check, start=0.0), nearly_low_rank
         ),
     ),
+    loose={"defect": 0},
     trials=18,
     float32="float64 only: the comparison needs e >> rounding, and says nothing about float32",
 )

@@ -63,6 +63,7 @@ CLAIM = Claim(
             partial(constant_defect, tail=0.02, turning=True, horizon=3.0),
         ),
     ),
+    loose={"growth": 0.188},
     trials=18,
     float32="float64 only: the comparison needs e >> rounding, and says nothing about float32",
 )
