@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
-from .._arguments import check_instance, check_integer, check_module, check_number
+from .._arguments import check_instance, check_integer, check_module, check_number, check_text
 from ..factors import unpack
 from ..manifolds import Factors, WellConditioned
 from ..nn.layer import LowRankLayer
@@ -97,6 +97,9 @@ class RankScheduler:
         self.every = check_integer("every", every, low=1)
         self.coefficient_steps = check_integer("coefficient_steps", coefficient_steps, low=1)
         self.augment = None if augment is None else check_integer("augment", augment, low=0)
+        for key, rule in (("tol", tol), ("min_rank", min_rank), ("max_rank", max_rank)):
+            for pattern in rule if isinstance(rule, Mapping) else ():
+                check_text(f"a pattern in {key}", pattern)
         ends: dict[str, Any] = {"low": 0.0, "open_low": True, "open_high": True}
         if target_compression is not None:
             check_number("target_compression", target_compression, high=1.0, **ends)

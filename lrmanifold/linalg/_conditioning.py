@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .._arguments import check_choice, check_number
 from ._certificate import certified, condition_bound, relative_defect
 from ._common import check_square, checked, compute_dtype
 from ._newton_schulz import inverse_square_root
@@ -39,10 +40,9 @@ def condition_number(S: Tensor) -> Tensor:
 
 
 def _check_tau(tau: float) -> float:
-    tau = float(tau)
-    if not 0.0 <= tau < float("inf"):
-        raise ValueError(f"tau must be a finite number >= 0, got {tau}")
-    return tau
+    if type(tau) is float and 0.0 <= tau < float("inf"):
+        return tau  # each step comes here
+    return check_number("tau", tau, low=0.0)
 
 
 def metric_threshold(s: Tensor, kappa: float) -> Tensor:
@@ -166,13 +166,12 @@ def spectral_clip(
         If `tau`, `centre` or `margin` is none of these; on the CPU if `S` is zero or not finite.
     """
     tau = _check_tau(tau)
-    if centre not in ("metric", "mean"):
-        raise ValueError(f"centre must be 'metric' or 'mean', got {centre!r}")
+    check_choice("centre", centre, ("metric", "mean"))
     if not 0.0 <= margin < 1.0:
         raise ValueError(f"margin must be in [0, 1), got {margin}")
+    check_square(S, "S")
     dtype = S.dtype
     S = checked(S, "S")
-    check_square(S, "S")
     if S.numel() == 0:
         return S.to(dtype)
     on_cpu = S.device.type == "cpu"

@@ -11,6 +11,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from .. import linalg
+from .._arguments import (
+    check_device,
+    check_flag,
+    check_instance,
+    check_module,
+    check_number,
+    check_tensor,
+)
 from .._wrappers import parameters_without_wrappers, unwrapped
 from ..errors import GeometryError
 from ..factors import pack, unpack
@@ -43,8 +51,10 @@ def average_points(manifold: FixedRank, X: Tensor, Y: Tensor, weight: float) -> 
     ValueError
         If `weight` is out of range.
     """
-    if not 0.0 <= weight <= 1.0:
-        raise ValueError(f"weight must be in [0, 1], got {weight}")
+    check_instance("manifold", manifold, FixedRank, "an lrmanifold.FixedRank")
+    check_tensor("X", X)
+    check_tensor("Y", Y)
+    weight = check_number("weight", weight, low=0.0, high=1.0)
     wide = linalg.compute_dtype(Y.dtype)
     A, B = (unpack(Z.to(wide), manifold.m, manifold.n) for Z in (X, Y))
     Q_u, R_u = linalg.qr(torch.cat((A.U, B.U), -1), rank_deficient=True)
@@ -170,6 +180,9 @@ def retracting_average(
     >>> average = lrmanifold.optim.retracting_average(model, decay=0.99)
     >>> optimizer.step(); average.update_parameters(model)
     """
-    if decay is not None and not 0.0 <= decay < 1.0:
-        raise ValueError(f"decay must be in [0, 1) or None, got {decay}")
+    check_module("model", model)
+    if decay is not None:
+        decay = check_number("decay", decay, low=0.0, high=1.0, open_high=True)
+    check_device("device", device)
+    check_flag("use_buffers", use_buffers)
     return RetractingAverage(model, decay, device, use_buffers)

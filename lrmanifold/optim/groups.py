@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .._arguments import check_module, check_number, check_rate
 from ..errors import GeometryError
 from ..manifolds import FixedRank
 from ..parameter import manifold_of
@@ -37,7 +38,14 @@ def param_groups(
     ------
     GeometryError
         If a low-rank layer's weight has lost its manifold.
+    TypeError, ValueError
+        If an argument has a wrong type or is out of range.
     """
+    check_module("model", model)
+    if lr is not None:
+        lr = check_rate("lr", lr)  # type: ignore[assignment]
+    if weight_decay is not None:
+        weight_decay = check_number("weight_decay", weight_decay, low=0.0)
     for name, module in model.named_modules():
         owned = getattr(module, "manifold", None)
         weight = getattr(module, "weight", None)

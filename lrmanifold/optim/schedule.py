@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .._arguments import check_callable, check_instance, check_text
+
 
 class OptionScheduler:
     """Set an option of every group by a function of the step, as LambdaLR does for the rate.
@@ -32,6 +34,10 @@ class OptionScheduler:
     def __init__(
         self, optimizer: torch.optim.Optimizer, option: str, function: Callable[[int], float]
     ) -> None:
+        kind = torch.optim.Optimizer
+        check_instance("optimizer", optimizer, kind, "a torch.optim.Optimizer")
+        check_text("option", option)
+        check_callable("function", function, "a function of the step")
         missing = [i for i, g in enumerate(optimizer.param_groups) if option not in g]
         if missing:
             raise ValueError(

@@ -271,9 +271,10 @@ def functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str,
         "RankScheduler": (
             scheduled, {"tol": 0.1},
             {"model": "module", "optimizer": ("optimizer", {"bad": (None,)}), "every": size,
-             "tol": ("number", {"bad": (-1.0,)}), "min_rank": size,
+             "tol": ("number", {"bad": (-1.0,)}),
+             "min_rank": ("integer", {"optional": True, "bad": (0, -1)}),
              "max_rank": ("integer", {"optional": True, "bad": (0, -1)}),
-             "augment": ("integer", {"optional": True, "bad": (0, -1)})},
+             "augment": ("integer", {"optional": True, "bad": (-1,)})},
         ),
         "OptionScheduler": (
             lrm.optim.OptionScheduler,
