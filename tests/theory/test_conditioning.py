@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import lrmanifold as lrm
 from theory import conditioning
 from theory.conditioning import (
+    enclosed,
     exact_projection,
     k_tau_projection,
     k_tau_prox,
@@ -29,7 +30,10 @@ taus = st.one_of(st.sampled_from((0.0, 1e-3, 0.1, 1.0, 10.0)), st.floats(0.0, 20
 
 FLOWS = ("stability", "stability-linear")
 OF_MATRICES = ("k-tau-projection", "k-tau-prox")
-OF_CORES = [c for c in conditioning.CLAIMS if c.id.split("/")[1] not in FLOWS + OF_MATRICES]
+ENCLOSED = ("enclosed",)
+OF_CORES = [
+    c for c in conditioning.CLAIMS if c.id.split("/")[1] not in FLOWS + OF_MATRICES + ENCLOSED
+]
 
 
 def agrees(evidence) -> bool:
@@ -54,6 +58,13 @@ def test_claim_about_k_tau_holds(module, dtype, device, m, n, share, tau, seed):
     assert agrees(evidence), evidence
 
 
+@pytest.mark.parametrize("k", [0, 1, 120, 239])
+def test_closed_forms_are_enclosed_on_whole_boxes(k, device):
+    pytest.importorskip("mpmath")
+    evidence = enclosed.check(enclosed.sample(k, torch.float64, device))
+    assert evidence.holds, evidence
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("module", [stability, stability_linear])
 @pytest.mark.parametrize("r", [2, 3, 6])
@@ -71,7 +82,7 @@ def test_regularised_flow_stays_inside_its_estimate(module, dtype, device, r, se
     ids=lambda x: getattr(x, "id", None) or x.name,
 )
 def test_control_is_rejected(claim, control, dtype, device):
-    trials = 2 if claim.id.split("/")[1] in FLOWS else 16
+    trials = 2 if claim.id.split("/")[1] in FLOWS + ENCLOSED else 16
     found = verify_control(claim, control, Settings(trials=trials, dtype=dtype, device=device))
     assert found.passed, found
 

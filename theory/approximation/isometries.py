@@ -84,6 +84,7 @@ CLAIM = Claim(
         ),
         Control("no defect of X", partial(check, defect=0.0), far),
     ),
+    loose={"defect": 0.5},
     trials=8,
     float32="float64 only: P_{T_K} is a difference quotient with step 10⁻⁶",
 )

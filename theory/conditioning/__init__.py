@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..core import Claim
 from . import (
     cone_projection,
+    enclosed,
     exact_projection,
     k_tau_projection,
     k_tau_prox,
@@ -35,4 +36,5 @@ CLAIMS: tuple[Claim, ...] = (
     stability_linear.CLAIM,
     k_tau_projection.CLAIM,
     k_tau_prox.CLAIM,
+    enclosed.CLAIM,
 )

@@ -188,7 +188,7 @@ CLAIM = Claim(
             partial(sample, h=0.01, noise=1e-3, change=0.3),
         ),
     ),
-    loose={"transport": 0.0},
+    loose={"transport": 0},
     trials=12,
     figure=figure,
     float32="float64 only: differences of steps are compared",

@@ -165,7 +165,7 @@ CLAIM = Claim(
         Control("h² in place of h", partial(check, order=2.0)),
         Control("a thousandth of the bound", partial(check, size=1e-3)),
     ),
-    loose={"size": 0.0},
+    loose={"size": 0},
     trials=3,
     figure=figure,
     float32="float64 only: squared distances of O(hσ²) are compared",

@@ -70,7 +70,7 @@ def turned(Y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, r: int, angle: flo
 def attained(seed: int, dtype: torch.dtype, device: torch.device) -> Sample:
     """r - 1 equal largest singular values, one smallest, and X with the last pair replaced."""
     draw = Draw(seed, dtype, device)
-    r, tau = draw.integer(2, 4), draw.choose(0.0, 0.3, 1.0)
+    r, tau = draw.integer(2, 4), draw.choose(0.3, 1.0)
     U, V = draw.frame(r + 3, r + 1), draw.frame(r + 2, r + 1)
     s = torch.full((r,), (1.0 + tau) * draw.uniform(1.2, 3.0), dtype=torch.float64)
     s[-1] = 1.0

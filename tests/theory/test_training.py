@@ -1,0 +1,98 @@
+"""The theorems about what is really trained, at drawn seeds, and their extremal examples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from theory import training
+from theory.runner import Settings, verify_control
+from theory.training import (
+    constrained_steps,
+    discrete,
+    momentum,
+    noise,
+    outputs,
+    product,
+    projected_step,
+    transport,
+)
+
+F64 = torch.float64
+seeds = st.integers(0, 2**31 - 1)
+FEW = settings(max_examples=max(2, settings().max_examples // 8))
+QUICK = [product, projected_step, outputs]
+TRAINED = [discrete, momentum, constrained_steps]
+
+
+@pytest.mark.parametrize("module", QUICK, ids=lambda m: m.__name__.split(".")[-1])
+@given(seed=seeds)
+def test_claim_holds(module, device, seed):
+    evidence = module.check(module.sample(seed, F64, device))
+    assert evidence.holds or not evidence.hypotheses_met, evidence
+
+
+@pytest.mark.parametrize("module", TRAINED, ids=lambda m: m.__name__.split(".")[-1])
+@FEW
+@given(seed=seeds)
+def test_training_stays_inside_its_bound(module, device, seed):
+    assert module.check(module.sample(seed, F64, device)).holds
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+@FEW
+@given(seed=st.integers(0, 10**6))
+def test_momentum_is_transported_for_every_retraction(device, dtype, seed):
+    assert transport.check(transport.sample(seed, dtype, device)).holds
+
+
+@pytest.mark.parametrize(
+    ("module", "extremal"),
+    [
+        (discrete, discrete.resting),
+        (momentum, momentum.resting),
+        (product, product.one_layer),
+        (projected_step, projected_step.attained),
+        (constrained_steps, constrained_steps.attained),
+        (outputs, outputs.aligned),
+        (outputs, outputs.flipped),
+    ],
+    ids=lambda x: getattr(x, "__name__", "").split(".")[-1],
+)
+def test_sharp_constants_are_attained(device, module, extremal):
+    for seed in range(3):
+        evidence = module.check(extremal(seed, F64, device))
+        assert evidence.holds
+        assert evidence.ratio > 0.99
+
+
+def test_the_bootstrap_interval_holds_a_known_slope():
+    torch.manual_seed(0)
+    h = torch.tensor([1.0 / n for n in noise.LADDER], dtype=F64)
+    squares = h[:, None] * torch.randn(len(h), noise.SEEDS, dtype=F64).square()
+    low, high = noise.interval(squares, 0)
+    assert low < 1.0 < high
+    assert high - low < 0.5
+
+
+@pytest.mark.parametrize(
+    ("claim", "control"),
+    [
+        (c, k)
+        for c in training.CLAIMS
+        for k in c.controls
+        if c.id.split("/")[1] not in ("catching-up", "noise", "discrete-a-priori")
+    ],
+    ids=lambda x: getattr(x, "id", None) or x.name,
+)
+def test_control_is_rejected(device, claim, control):
+    assert verify_control(claim, control, Settings(trials=4, device=device)).passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("claim", training.CLAIMS, ids=lambda c: c.id)
+def test_every_control_is_rejected(device, claim):
+    for control in claim.controls:
+        assert verify_control(claim, control, Settings(device=device)).passed
