@@ -162,11 +162,15 @@ def potential(seed: int, *, choice: bool = False, **changes: Any) -> Run:
 
 
 def tree(seed: int, *, choice: bool = False, **changes: Any) -> Run:
-    """CIFAR-10 at 36/255: patches as channels at every level, no norm that needs an iteration."""
+    """CIFAR-10 at 36/255: patches as channels at every level, no norm that needs an iteration.
+
+    Head and rate from tries on 8,000 training images (3 epochs, tested on 2,000 others): verified
+    30.3 with head 1 at 3e-3, 28.8 at 8e-3; with head 8, whose loss rises at first, 19.2 and 4.8.
+    """
     settings: dict[str, Any] = {
         "group": "cifar36", "data": "cifar10", "method": "low rank", "network": "tree",
         "widths": (128, 256, 256, 256), "rank": 128, "eps": 36 / 255, "eps_train": 40 / 255,
-        "epochs": 10, "lr": 8e-3, "seed": seed, "flip": True, "choice": choice,
+        "epochs": 10, "lr": 3e-3, "head": 1.0, "seed": seed, "flip": True, "choice": choice,
     }  # fmt: skip
     return Run(**{**settings, **changes})
 
