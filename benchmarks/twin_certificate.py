@@ -144,7 +144,9 @@ def draw(found: dict[str, dict[str, Any]], save: Callable[[Any], None]) -> None:
     name, run_ = next(iter(found.items()))
     rows = run_["rows"]
     for k, term in enumerate(t for t in TERMS if t != "start"):
-        y = [max(row[f"flow/part/{term}"], 1e-12) for row in rows[1:]]
+        y = [row[f"flow/part/{term}"] for row in rows[1:]]
+        if max(y) <= 0.0:
+            continue  # lowers the bound
         axes[1].semilogy(
             [row["step"] for row in rows[1:]], y, marker=MARKERS[k], markersize=3, markevery=4,
             color=[*COLOURS[1:], "0.4"][k], label=term,
@@ -152,11 +154,11 @@ def draw(found: dict[str, dict[str, Any]], save: Callable[[Any], None]) -> None:
     axes[0].set(xlabel="step", ylabel="Frobenius norm, all parameters")
     axes[0].set(title="Distance of the weights, and its bound", xlim=(0, None))
     axes[1].set(xlabel="step", ylabel="added to E² since the start", xlim=(0, None))
-    axes[1].set(title=f"Where the bound grows ({name}; negative terms not shown)")
+    axes[1].set(title="Where the bound grows")
     axes[2].set(xlabel="step", ylabel="test images, %", ylim=(-2, 102), xlim=(0, None))
     axes[2].set(title="Same class as the dense twin")
-    for ax in axes:
-        ax.legend(fontsize=8)
+    for ax, place in zip(axes, ("best", "lower right", "center right"), strict=True):
+        ax.legend(fontsize=8, loc=place)
     save(fig)
 
 
