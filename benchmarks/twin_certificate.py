@@ -157,7 +157,7 @@ def draw(found: dict[str, dict[str, Any]], save: Callable[[Any], None]) -> None:
     axes[1].set(title="Where the bound grows")
     axes[2].set(xlabel="step", ylabel="test images, %", ylim=(-2, 102), xlim=(0, None))
     axes[2].set(title="Same class as the dense twin")
-    for ax, place in zip(axes, ("best", "lower right", "center right"), strict=True):
+    for ax, place in zip(axes, ("best", "lower right", "lower left"), strict=True):
         ax.legend(fontsize=8, loc=place)
     save(fig)
 
