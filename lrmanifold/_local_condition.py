@@ -51,7 +51,7 @@ def condition_number(
             return condition_number(lambda z: f(z[0])[None], x[None], iters=iters, tol=tol)[0]
     with torch.inference_mode(False), evaluation_mode(f):
         x = x.detach().clone()
-        fx, pull = torch.func.vjp(f, x)[:2]
+        fx, pull = torch.func.vjp(_only_tensors(f), x)[:2]
         if x.ndim == 0 or fx.shape[:1] != x.shape[:1] or len(x) == 0:
             raise ValueError(
                 "f must map (B, ...) to (B, ...), B >= 1, or batched be False; got "
@@ -87,6 +87,21 @@ def condition_number(
             if len(runs) > 1 and bool((top[0] - top[1] <= 2 * tol * top[0]).all()):
                 return (top[0] * sizes[0] / sizes[1]).to(x)
     raise RuntimeError(f"||J||_2: 4 runs differ by more than tol={tol:g}; is f deterministic?")
+
+
+def _only_tensors(f: Model) -> Model:
+    """f, with an error that names what it returns instead of a tensor."""
+
+    def checked(x: Tensor) -> Tensor:
+        fx = f(x)
+        if not isinstance(fx, Tensor):
+            raise TypeError(
+                f"f must return a tensor, got an object of class {type(fx).__name__}: pass a "
+                "function that takes the tensor out of it, such as lambda x: f(x)[0]"
+            )
+        return fx
+
+    return checked
 
 
 def _root_of_largest_eigenvalue(product: Model, z: Tensor, iters: int, tol: float) -> Tensor:

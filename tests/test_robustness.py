@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 
@@ -34,6 +35,9 @@ class Linear2(nn.Module):
         return torch.stack([torch.zeros_like(z), z], 1)
 
 
+cross_entropy = functools.partial(nn.functional.cross_entropy, reduction="none")
+
+
 # ------------------------------------------------------------------------------ against foolbox
 
 
@@ -52,14 +56,15 @@ def test_attacks_equal_those_of_foolbox(method, norm, normalized, device):
     attacks = foolbox.attacks
     eps = 0.1 if norm == "linf" else 1.0
     if method == "fgsm":
-        ours = fgsm(net, x, y, eps, norm=norm, **channels)
+        ours = fgsm(net, x, y, eps, norm=norm, loss=cross_entropy, **channels)
         cls = attacks.LinfFastGradientAttack if norm == "linf" else attacks.L2FastGradientAttack
         theirs = cls()
     else:
         step = 0.3 * eps
         ours = pgd(
-            net, x, y, eps, steps=7, step_size=step, random_start=False, norm=norm, **channels
-        )
+            net, x, y, eps, steps=7, step_size=step, random_start=False, norm=norm,
+            loss=cross_entropy, **channels,
+        )  # fmt: skip
         linf = attacks.LinfProjectedGradientDescentAttack
         cls = linf if norm == "linf" else attacks.L2ProjectedGradientDescentAttack
         theirs = cls(abs_stepsize=step, steps=7, random_start=False)
@@ -73,12 +78,16 @@ def test_float32_attacks_equal_those_of_foolbox_to_1e_5(device):
     x, y = images(device, dtype=torch.float32)
     other = foolbox.PyTorchModel(net, bounds=(0, 1), device=device)
     expected, _, _ = foolbox.attacks.LinfFastGradientAttack()(other, x, y, epsilons=0.05)
-    torch.testing.assert_close(fgsm(net, x, y, 0.05), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        fgsm(net, x, y, 0.05, loss=cross_entropy), expected, rtol=0, atol=1e-5
+    )
     theirs = foolbox.attacks.L2ProjectedGradientDescentAttack(
         abs_stepsize=0.1, steps=5, random_start=False
     )
     expected, _, _ = theirs(other, x, y, epsilons=0.3)
-    ours = pgd(net, x, y, 0.3, steps=5, step_size=0.1, random_start=False, norm="l2")
+    ours = pgd(
+        net, x, y, 0.3, steps=5, step_size=0.1, random_start=False, norm="l2", loss=cross_entropy
+    )
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
@@ -93,7 +102,7 @@ def test_unclipped_fgsm_is_the_scaled_attack_on_normalised_input(device):
     loss = nn.functional.cross_entropy(net(x_norm), y)
     (g,) = torch.autograd.grad(loss, x_norm)
     expected = x_norm + 0.3 * g.sign() / std
-    z = fgsm(net, x, y, 0.3, clip=None, mean=MEAN, std=STD)
+    z = fgsm(net, x, y, 0.3, clip=None, mean=MEAN, std=STD, loss=cross_entropy)
     assert z.min() < 0
     assert z.max() > 1
     torch.testing.assert_close((z - mean) / std, expected.detach(), rtol=0, atol=1e-12)
@@ -170,17 +179,43 @@ def test_the_result_lies_in_the_ball_and_in_the_clip_range(
 
 
 def test_random_starts_fill_the_ball_evenly(device):
-    """P(|d|_2 <= s eps) = s^n and P(|d_i| <= s eps) = s, at a fixed seed."""
-    still = Linear2(torch.zeros(3, dtype=torch.float64, device=device))  # no gradient: no step
+    """P(|d|_2 <= s eps) = s^n and P(|d_i| <= s eps) = s, at a fixed seed; the first run is at x."""
     x = torch.zeros(4000, 3, dtype=torch.float64, device=device)
     y = torch.zeros(4000, dtype=torch.int64, device=device)
     for norm in ("linf", "l2"):
+        seen = []
+
+        def still(z, seen=seen):  # no gradient: no step
+            seen.append(z.detach().clone())
+            return torch.cat((z.sum(1, keepdim=True) * 0, z[:, :1] * 0), 1)
+
         generator = torch.Generator().manual_seed(0)
-        d = pgd(still, x, y, 0.5, norm=norm, clip=None, steps=1, generator=generator) / 0.5
+        pgd(still, x, y, 0.5, norm=norm, clip=None, steps=1, generator=generator)
+        assert torch.equal(seen[0], x)
+        assert torch.equal(seen[1], x)  # the result of the first run
+        d = seen[2] / 0.5
         assert d.mean(0).abs().max() < 0.05
         share = (d.abs() < 0.8).double().mean() if norm == "linf" else (d.norm(dim=1) < 0.8)
         expected = 0.8 if norm == "linf" else 0.8**3
         assert abs(float(share.double().mean()) - expected) < 0.03
+
+
+def test_two_runs_are_the_default_and_the_first_starts_at_x(device):
+    """On a linear model l2 random starts fall short of the exact gain; from x it is reached."""
+    w = torch.randn(2, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model, eps = Linear2(w.to(device)), 0.5
+    x = torch.zeros(6, 2, 30, dtype=torch.float64, device=device)
+    y = torch.zeros(6, dtype=torch.int64, device=device)
+    options = {"norm": "l2", "clip": None, "steps": 4}
+    default = pgd(model, x, y, eps, generator=torch.Generator().manual_seed(1), **options)
+    two = pgd(model, x, y, eps, restarts=2, generator=torch.Generator().manual_seed(1), **options)
+    assert torch.equal(default, two)
+    for z in (default, pgd(model, x, y, eps, restarts=1, **options)):
+        gain = model(z)[:, 1] / (eps * w.norm())
+        torch.testing.assert_close(gain, torch.ones_like(gain), rtol=0, atol=1e-12)
+    unused = torch.Generator().manual_seed(3)
+    pgd(model, x, y, eps, random_start=False, generator=unused, **options)
+    assert torch.equal(unused.get_state(), torch.Generator().manual_seed(3).get_state())
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -64,15 +64,12 @@ def projected_gradient(
     with evaluation_mode(model):
         standing = _right(model, x, y, torch.arange(len(y), device=y.device))
         for eps in sorted(strengths):
-            for _ in range(restarts):
-                kept = []
-                for part in standing.split(250):
-                    options: dict[str, Any] = {"steps": steps, "norm": norm}
-                    z = pgd(model, x[part], y[part], eps, generator=generator, **options)
-                    kept.append(part[_right(model, z, y[part])])
-                standing = torch.cat(kept)
-                if not len(standing):
-                    break
+            kept = []
+            for part in standing.split(250):
+                options: dict[str, Any] = {"steps": steps, "restarts": restarts, "norm": norm}
+                z = pgd(model, x[part], y[part], eps, generator=generator, **options)
+                kept.append(part[_right(model, z, y[part])])
+            standing = torch.cat(kept)
             found[f"{eps:g}"] = len(standing) / len(y)
     return found
 

@@ -30,25 +30,7 @@ EXCLUDE = "fc3"
 SHOWN = (0.05, 0.1, 0.15)
 
 
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """max_{j != y} z_j - z_y, shape (B,): positive where the model is fooled, never saturated."""
-    own = logits.gather(1, y[:, None])[:, 0]
-    return logits.scatter(1, y[:, None], -torch.inf).amax(1) - own
-
-
-def two_pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, **options: Any) -> Tensor:
-    """PGD on the cross entropy; where that fails to fool the model, PGD on the margin.
-
-    A confident network's cross entropy saturates: its gradient vanishes, and with it the attack.
-    """
-    z = robustness.pgd(model, x, y, eps, **options)
-    other = robustness.pgd(model, x, y, eps, loss=margin, **options)
-    with torch.no_grad(), robustness.evaluation_mode(model):
-        fooled = model(z).argmax(1) != y
-    return torch.where(fooled.view(-1, *[1] * (x.ndim - 1)), z, other)
-
-
-ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": robustness.fgsm, "pgd": two_pgd}
+ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": robustness.fgsm, "pgd": robustness.pgd}
 
 
 @dataclass(frozen=True)

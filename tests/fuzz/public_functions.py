@@ -65,6 +65,19 @@ def functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str,
     layer = {"rank": rank, "tau": tau(), "gradient": "name", "retraction": optional_name,
              "device": "device", "dtype": ("dtype", {"optional": True})}  # fmt: skip
     sizes = ("integer", {"bad": (0, -1, (1, 2, 3), (1, "x"))})
+    worst = {
+        "model": "function",
+        "eps": ("number", {"bad": (-1.0,)}),
+        "norm": "name",
+        "attacks": ("patterns", {"bad": (["zzz"],)}),
+        "steps": size,
+        "restarts": size,
+        "queries": size,
+        "individually": "flag",
+        "batch_size": size,
+        "device": "device",
+        "data": "tensor",
+    }
     attack = {"model": "function", "x": "tensor", "y": "tensor", "eps": ("number", {"bad": (-1,)}),
               "norm": "name", "loss": "function",
               "clip": ("number", {"optional": True, "bad": ((1.0, 0.0), (0, 1, 2), (0, "1"))}),
@@ -154,9 +167,21 @@ def functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str,
         "fgsm": (lrm.robustness.fgsm, {"model": Net(), "x": x, "y": y, "eps": 0.1}, attack),
         "pgd": (
             lrm.robustness.pgd, {"model": Net(), "x": x, "y": y, "eps": 0.1, "steps": 2},
-            {**attack, "steps": size, "restarts": size, "random_start": "flag",
+            {**attack, "steps": size, "random_start": "flag",
+             "restarts": ("integer", {"bad": (0, -1), "optional": True}),
              "step_size": ("number", {"optional": True, "bad": (-1.0,)}),
              "generator": ("optimizer", {})},
+        ),
+        "worst_case": (
+            lrm.robustness.worst_case,
+            {"model": Net(), "data": (x, y), "eps": 0.1, "attacks": ("pgd",), "steps": 2}, worst,
+        ),
+        "check_masking": (
+            lrm.robustness.check_masking,
+            {"model": Net(), "data": (x, y % 3), "eps": 0.1, "steps": 2, "queries": 500},
+            {"model": "function", "eps": ("number", {"bad": (-1.0, 0.0)}), "norm": "name",
+             "steps": size, "tolerance": ("number", {"bad": (-1.0,)}),
+             "batch_size": size, "device": "device"},
         ),
         "accuracy_under_attack": (
             lrm.robustness.accuracy_under_attack,

@@ -1,0 +1,133 @@
+"""The attacks of pyautoattack, an independent package, behind our signature."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._common import Model, project
+from ._loss import ordinary_factor
+
+FOREIGN = ("apgd-ce", "apgd-t", "fab-t", "square")
+LEAST_CLASSES = {"apgd-t": 4}  # the targeted DLR loss divides by a difference of four logits
+_NORMS = {"linf": "Linf", "l2": "L2"}
+_SMALLEST = 5  # Square in l2 tiles an image by fifths of its height
+_log = logging.getLogger("lrmanifold.robustness")
+
+
+def require() -> None:
+    """ImportError that says what to install, if pyautoattack is missing."""
+    try:
+        import pyautoattack  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "the attacks 'apgd-ce', 'apgd-t', 'fab-t' and 'square' are those of the package "
+            "pyautoattack, which is not installed: pip install 'lrmanifold[attacks]'"
+        ) from error
+
+
+def run(
+    name: str,
+    f: Model,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    norm: str,
+    box: tuple[float, float],
+    *,
+    steps: int,
+    queries: int,
+    seed: int,
+) -> Tensor:
+    """Images of attack `name` on x, each inside the ball and the box, dtype of x.
+
+    The package works in float32 on images in [0, 1] of shape (B, C, H, W), H, W >= 5, and seeds
+    torch's global generator; here its results are projected, and the generator is given back.
+    """
+    fold, unfold = _grid(x)
+    low, high = box
+    width = high - low
+    with torch.no_grad():
+        scale = ordinary_factor(f(x)).median()
+        classes = f(x[:1]).shape[1]
+
+    def predict(u: Tensor) -> Tensor:
+        if not len(u):  # Square asks for none where a first margin is exactly 0
+            return torch.zeros(0, classes, device=x.device)
+        return f((low + width * unfold(u)).to(x.dtype)).float() * scale
+
+    attack = _attack(name, predict, eps / width, norm, x.device, classes, steps, queries, seed)
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        u = attack(fold(((x.float() - low) / width).clamp(0, 1)), y)
+        z = (low + width * unfold(u)).to(x.dtype)
+        z = torch.where(torch.isfinite(z), z, x)
+        return (x + project(z - x, eps, norm)).clamp(*box)
+
+
+def _attack(
+    name: str,
+    predict: Model,
+    eps: float,
+    norm: str,
+    device: torch.device,
+    classes: int,
+    steps: int,
+    queries: int,
+    seed: int,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+    from pyautoattack.square import SquareAttack
+
+    common: dict[str, Any] = {"norm": _NORMS[norm], "eps": eps, "seed": seed, "device": device}
+    targets = min(9, classes - 1)
+    if name == "apgd-ce":
+        attack = APGDAttack(predict, n_iter=steps, logger=_log, **common)
+    elif name == "apgd-t":
+        attack = APGDAttack_targeted(
+            predict, n_iter=steps, n_target_classes=targets, logger=_log, **common
+        )
+    elif name == "fab-t":
+        attack = _fab()(predict, n_iter=steps, targeted=True, n_target_classes=targets, **common)
+    else:
+        attack = SquareAttack(predict, n_queries=queries, resc_schedule=False, **common)
+    return attack.perturb
+
+
+def _fab() -> Any:
+    """FAB with gradients of the images only: the package's would add to `.grad` of the model."""
+    from pyautoattack.fab_pt import FABAttack_PT
+
+    class FAB(FABAttack_PT):  # type: ignore[misc]
+        def get_diff_logits_grads_batch_targeted(
+            self, imgs: Tensor, la: Tensor, la_target: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                image = imgs.clone().requires_grad_()
+                z = self.predict(image)
+                change = (z.gather(1, la_target[:, None]) - z.gather(1, la[:, None]))[:, 0]
+                (g,) = torch.autograd.grad(change.sum(), image)
+            return change.detach()[:, None], g[:, None]
+
+    return FAB
+
+
+def _grid(x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """x to images (B, C, H, W) that the package takes, and back."""
+    if x.ndim == 4 and min(x.shape[2:]) >= _SMALLEST:
+        return (lambda z: z), (lambda u: u)
+    size = math.prod(x.shape[1:])
+    side = max(_SMALLEST, math.isqrt(size - 1) + 1)
+
+    def fold(z: Tensor) -> Tensor:
+        flat = z.flatten(1)
+        # pixels that the model never sees
+        rest = flat.new_full((len(flat), side * side - size), 0.5)
+        return torch.cat((flat, rest), 1).view(-1, 1, side, side)
+
+    return fold, lambda u: u.flatten(1)[:, :size].reshape(-1, *x.shape[1:])

@@ -1,0 +1,155 @@
+"""What every attack needs: checked arguments, normalisation inside the model, gradients of x."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._arguments import (
+    check_callable,
+    check_choice,
+    check_instance,
+    check_numbers,
+    check_tensor,
+    shown,
+)
+from .._evaluation import module_of
+
+Model = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+Norm = Literal["linf", "l2"]
+Clip = tuple[float, float] | None
+PerChannel = float | Sequence[float] | Tensor | None
+Data = Iterable[tuple[Tensor, Tensor]] | tuple[Tensor, Tensor]
+
+
+def prepare(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    norm: str,
+    clip: Clip,
+    mean: PerChannel,
+    std: PerChannel,
+) -> tuple[Tensor, Tensor, Model, tuple[float, float]]:
+    """Checked copies of x and y, the model with the normalisation inside, and the clip range."""
+    check_callable("model", model, "a module or a function of images")
+    check_choice("norm", norm, ("linf", "l2"))
+    if clip is not None:
+        clip = check_numbers("clip", clip, 2)  # type: ignore[assignment]
+    check_batch(x, y)
+    x, y = x.detach().clone(), y.detach().clone().long()
+    low, high = (-torch.inf, torch.inf) if clip is None else clip
+    if not low < high:
+        raise ValueError(f"clip must be (low, high) with low < high, got {clip}")
+    # an image computed back as x_norm * std + mean may miss the range by some roundings
+    slack = 0.0 if clip is None else 4 * torch.finfo(x.dtype).eps * max(abs(low), abs(high))
+    if not bool((torch.isfinite(x) & (x >= low - slack) & (x <= high + slack)).all()):
+        raise ValueError(
+            f"x must be finite and inside clip={clip}, got values in [{x.min().item():g}, "
+            f"{x.max().item():g}]: give images before normalisation (and mean, std), or clip=None"
+        )
+    return x, y, normalized(model, x, mean, std), (low, high)
+
+
+def check_batch(x: Tensor, y: Tensor) -> None:
+    check_tensor("x", x)
+    check_tensor("y", y, real=False)
+    wrong_y = y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool
+    if not x.is_floating_point() or x.ndim < 2 or wrong_y:
+        raise ValueError(
+            "x must be floating point of shape (B, ...) and y hold B integer classes, got "
+            f"{x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"
+        )
+
+
+def batches(
+    data: Data, size: int, model: Model, device: torch.device | str | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Checked pairs (x, y) on the device of the model, of two tensors or of batches."""
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
+        raise TypeError(f"data must be (x, y) or batches of it, got {shown(data)}")
+    module = module_of(model)
+    if device is None and isinstance(module, nn.Module):
+        device = next((p.device for p in module.parameters()), None)
+    pairs: Any = data
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor):
+        check_batch(*data)
+        pairs = zip(data[0].split(size), data[1].split(size), strict=True)
+    for batch in pairs:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(f"data must give pairs (x, y), got {shown(batch)}")
+        x, y = batch
+        check_batch(x, y)
+        yield x.to(device), y.to(device)
+
+
+def normalized(model: Model, x: Tensor, mean: PerChannel, std: PerChannel) -> Model:
+    if mean is None and std is None:
+        return model
+    given = (math.nan if v is None else v for v in (mean, std))  # one missing fails the test below
+    shift, scale = (torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1) for v in given)
+    fits = all(len(v) in (1, x.shape[1]) for v in (shift, scale))
+    if not fits or not bool(torch.isfinite(shift).all() & (scale > 0).all()):
+        raise ValueError(
+            f"mean and std go together, finite, std positive, 1 or {x.shape[1]} numbers each (x "
+            f"has shape {tuple(x.shape)}, channels second), got mean={mean}, std={std}"
+        )
+    shift, scale = (v.view(-1, *[1] * (x.ndim - 2)) for v in (shift, scale))
+    return lambda z: model((z - shift) / scale)
+
+
+def gradient(f: Model, loss: Loss, x: Tensor, y: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = loss(checked_logits(f, x, y), y).sum()
+        if not value.requires_grad:
+            raise ValueError("the model's output does not depend differentiably on x")
+        (g,) = torch.autograd.grad(value, x)
+    if not bool(torch.isfinite(g).all()):
+        raise ValueError("the gradient of the loss with respect to x is not finite")
+    return g
+
+
+def checked_logits(f: Model, x: Tensor, y: Tensor) -> Tensor:
+    logits = f(x)
+    if not isinstance(logits, Tensor):
+        kind = type(logits).__name__
+        raise TypeError(
+            f"model must return a tensor of logits (B, classes), got an object of class {kind}: "
+            "pass a function that takes the logits out of it, such as lambda x: model(x)[0] or "
+            "lambda x: model(x).logits, and put the model in evaluation mode yourself"
+        )
+    shape = tuple(logits.shape)
+    if len(shape) != 2 or shape[0] != len(x) or shape[1] < 2:
+        raise ValueError(f"model must give logits ({len(x)}, classes >= 2), got shape {shape}")
+    if not logits.is_floating_point():
+        raise TypeError(f"model must give logits of a floating point dtype, got {logits.dtype}")
+    if bool(((y < 0) | (y >= shape[1])).any()):  # on a GPU cross-entropy would kill the process
+        raise ValueError(f"y must be in 0..{shape[1] - 1}, got {y.min()}..{y.max()}")
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("the model's logits are not finite (has its training diverged?)")
+    return logits
+
+
+def right(f: Model, x: Tensor, y: Tensor) -> Tensor:
+    """Which samples are classified rightly, shape (B,), bool."""
+    with torch.no_grad():
+        return checked_logits(f, x, y).argmax(1) == y
+
+
+def project(change: Tensor, eps: float, norm: str) -> Tensor:
+    """The nearest change inside the ball of radius eps."""
+    if norm == "linf":
+        return change.clamp(-eps, eps)
+    flat, least = change.flatten(1), max(eps, torch.finfo(change.dtype).tiny)
+    return (flat * (eps / flat.norm(dim=1, keepdim=True).clamp_min(least))).view_as(change)
+
+
+def check_generator(generator: Any) -> None:
+    if generator is not None:
+        check_instance("generator", generator, torch.Generator, "a torch.Generator")

@@ -1,0 +1,283 @@
+"""The worst case of many attacks, and signs of masked gradients, against pyautoattack itself."""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lrmanifold.robustness import check_masking, pgd, worst_case
+
+pyautoattack = pytest.importorskip("pyautoattack")
+
+FAST = {"steps": 10, "queries": 60}
+OURS = ("pgd",)
+
+
+def network(device, classes=5, shape=(2, 6, 6), dtype=torch.float32):
+    torch.manual_seed(0)
+    size = math.prod(shape)
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(size, 24), nn.BatchNorm1d(24), nn.Tanh(), nn.Dropout(0.3),
+        nn.Linear(24, classes),
+    )  # fmt: skip
+    with torch.no_grad():
+        net[-1].weight.mul_(60)
+    return net.to(device, dtype).eval()
+
+
+def labelled(net, device, count=60, shape=(2, 6, 6), dtype=torch.float32, wrong=6):
+    x = torch.rand(count, *shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    y = net(x).argmax(1)
+    y[:wrong] = (y[:wrong] + 1) % net[-1].out_features
+    return x, y
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.03), ("l2", 0.12)])
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "fab-t", "square"])
+def test_each_attack_is_that_of_the_package(name, norm, eps, device):
+    net = network(device)
+    x, y = labelled(net, device)
+    spread = net(x).amax(1) - net(x).amin(1)
+    assert 8 < spread.median() < 64  # ordinary: no factor
+    found = worst_case(net, (x, y), eps, norm=norm, attacks=(name,), **FAST)
+    theirs = pyautoattack.AutoAttack(
+        net, attacks=[name], version="custom", eps=eps, seed=0, device=device,
+        norm={"linf": "Linf", "l2": "L2"}[norm],
+    )  # fmt: skip
+    for attack in (theirs.apgd, theirs.apgd_targeted, theirs.fab):
+        attack.n_iter, attack.n_restarts = FAST["steps"], 1
+    for attack in (theirs.apgd, theirs.apgd_targeted):
+        attack.n_iter_2, attack.n_iter_min, attack.size_decr = 2, 1, 1
+    theirs.apgd_targeted.n_target_classes = theirs.fab.n_target_classes = 4
+    theirs.square.n_queries = FAST["queries"]
+    z, _ = theirs.run_standard_evaluation(x, y)
+    expected = net(z).argmax(1) == y
+    assert torch.equal(found.robust, expected.cpu())
+    assert found.clean == pytest.approx(0.9)
+    assert (net(x).argmax(1) == y).sum() - expected.sum() > 0
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.025), ("l2", 0.1)])
+def test_a_sample_is_robust_only_if_every_attack_fails(norm, eps, device):
+    net = network(device)
+    x, y = labelled(net, device)
+    found = worst_case(net, (x, y), eps, norm=norm, individually=True, **FAST)
+    names = list(found.after)
+    assert names == ["pgd", "apgd-ce", "apgd-t", "fab-t", "square"]
+    single = {n: worst_case(net, (x, y), eps, norm=norm, attacks=(n,), **FAST) for n in names}
+    expected = torch.stack([s.robust for s in single.values()]).all(0)
+    assert torch.equal(found.robust, expected)
+    assert found.alone == {n: s.accuracy for n, s in single.items()}
+    assert found.accuracy == pytest.approx(float(expected.double().mean()))
+    assert 0 < found.accuracy <= min(found.alone.values()) < found.clean
+    left = [found.clean, *found.after.values()]
+    assert left == sorted(left, reverse=True)
+    assert left[-1] == found.accuracy
+    assert [name == "" for name in found.fooled_by] == found.robust.tolist()
+    assert found.fooled_by[:6] == ("clean",) * 6
+    assert "worst" in str(found)
+
+
+def test_a_sample_that_only_one_attack_fools_does_not_count_as_robust(device):
+    """No gradient anywhere: only Square, which needs none, can fool this model."""
+    net = network(device)
+    x, y = labelled(net, device, wrong=0)
+
+    def steps(z):
+        return net((50 * z).round() / 50)
+
+    found = worst_case(steps, (x, y), 0.06, **FAST | {"queries": 300})
+    assert found.after["fab-t"] > found.accuracy + 0.2
+    assert set(found.fooled_by) >= {"square"}
+
+
+def test_the_scale_of_the_logits_does_not_matter(device):
+    net = network(device)
+    x, y = labelled(net, device)
+    found = [
+        worst_case(lambda z, c=c: c * net(z), (x, y), 0.03, **FAST).robust
+        for c in (2.0**-10, 2.0**-5, 2.0**10, 2.0**20)
+    ]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[3])
+    assert (found[0] != found[2]).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 4), (1, 3, 3), (2, 2, 2, 2), (1, 6, 9)])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_inputs_of_every_shape_dtype_and_range(shape, norm, device):
+    for dtype in (torch.float64, torch.bfloat16):
+        net = network(device, shape=shape, dtype=dtype)
+        low, high = -1.0, 3.0
+        x, _ = labelled(net, device, count=20, shape=shape, dtype=dtype)
+        x = low + (high - low) * x
+        y = net(x).argmax(1)
+        eps = 0.5
+        seen = []
+
+        def watched(z, net=net, seen=seen, low=low, high=high):
+            seen.append((z.dtype, z.shape[1:], float(z.min()) >= low, float(z.max()) <= high))
+            return net(z)
+
+        found = worst_case(watched, (x, y), eps, norm=norm, clip=(low, high), **FAST)
+        assert found.clean == 1
+        assert found.accuracy < 1
+        assert {(kind, part) for kind, part, _, _ in seen} == {(dtype, x.shape[1:])}
+        assert all(above and below for _, _, above, below in seen)
+
+
+@pytest.mark.parametrize(("classes", "skipped"), [(2, ("apgd-t",)), (3, ("apgd-t",)), (4, ())])
+def test_few_classes_skip_what_is_not_defined_for_them(classes, skipped, device):
+    net = network(device, classes)
+    x, y = labelled(net, device)
+    found = worst_case(net, (x, y), 0.05, **FAST)
+    assert found.skipped == skipped
+    assert not set(skipped) & set(found.after)
+    assert found.accuracy < found.clean
+
+
+@pytest.mark.parametrize("call", [worst_case, check_masking])
+def test_the_model_its_gradients_and_the_random_numbers_are_left_as_found(call, device):
+    net = network(device)
+    x, y = labelled(net, device)
+    net.train()
+    net[1].weight.grad = torch.ones_like(net[1].weight)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    state = torch.get_rng_state()
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with context():
+            # 0.9 as in evaluation mode: dropout is off
+            options = FAST if call is worst_case else {"steps": 10, "queries": 500}
+            result = call(net.forward, (x, y), 0.03, **options)
+    assert call is check_masking or result.clean == pytest.approx(0.9)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(m.training for m in net.modules())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(p.requires_grad for p in net.parameters())
+    assert torch.equal(net[1].weight.grad, torch.ones_like(net[1].weight))
+    assert net[5].weight.grad is None
+
+
+def test_without_the_package_the_error_says_what_to_install(monkeypatch, device):
+    real = builtins.__import__
+
+    def missing(name, *rest):
+        if name.startswith("pyautoattack"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    net = network(device)
+    data = labelled(net, device)
+    monkeypatch.setattr(builtins, "__import__", missing)
+    for call in (worst_case, check_masking):
+        with pytest.raises(ImportError, match=r"pip install 'lrmanifold\[attacks\]'"):
+            call(net, data, 0.03)
+    assert worst_case(net, data, 0.03, attacks=OURS, steps=5).accuracy < 0.9
+
+
+def test_strength_zero_is_clean_accuracy(device):
+    net = network(device)
+    found = worst_case(net, labelled(net, device), 0.0, **FAST)
+    assert found.accuracy == found.clean == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"eps": -1.0}, ValueError, "eps must be"),
+        ({"norm": "l1"}, ValueError, "norm must be"),
+        ({"clip": None}, ValueError, r"clip must be \(low, high\), got None"),
+        ({"attacks": ("fab",)}, ValueError, "attacks must be"),
+        ({"attacks": ()}, ValueError, "attacks must be different names"),
+        ({"attacks": ("pgd", "pgd")}, ValueError, "attacks must be different names"),
+        ({"attacks": "pgd"}, TypeError, "attacks must be"),
+        ({"steps": 0}, ValueError, "steps must be"),
+        ({"queries": 0}, ValueError, "queries must be"),
+        ({"individually": "yes"}, TypeError, "individually must be"),
+        ({"data": []}, ValueError, "0 samples"),
+        ({"model": lambda x: (x,)}, TypeError, "model must return a tensor of logits"),
+    ],
+)
+def test_wrong_arguments_are_named(change, kind, message, device):
+    net = network(device)
+    arguments = {"model": net, "data": labelled(net, device), "eps": 0.1} | change
+    with pytest.raises(kind, match=message):
+        worst_case(**arguments)
+
+
+# ------------------------------------------------------------------------------------ masking
+
+
+def plain(net):
+    return net
+
+
+def rounded(net):
+    """Gradients are zero: the classical shattered gradient."""
+    return lambda z: net((50 * z).round() / 50)
+
+
+class Backwards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+def backwards(net):
+    """Gradients point the wrong way."""
+    return lambda z: net(Backwards.apply(z))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("mask", [plain, rounded, backwards])
+def test_masked_gradients_are_noticed_and_sound_ones_pass(mask, norm, device):
+    net = network(device)
+    x, y = labelled(net, device)
+    eps = 0.03 if norm == "linf" else 0.15
+    found = check_masking(mask(net), (x, y), eps, norm=norm, steps=40)
+    failed = {name for name, ok in found.verdicts.items() if not ok}
+    if mask is plain:
+        assert failed == set(), str(found)
+        assert found.unlimited == 0
+        assert found.path[-1] > found.path[0]
+        assert len(found.path) == 41
+        z = pgd(net, x, y, eps, norm=norm, steps=40, generator=torch.Generator().manual_seed(0))
+        assert found.many_steps <= float((net(z).argmax(1) == y).float().mean()) + 0.02
+    else:
+        assert failed >= {"the loss rises along the path", "without a limit all are fooled"}
+        assert "the black box is not stronger" in failed
+    if mask is rounded:
+        assert "gradients do not vanish" in failed
+    assert found.passed == (mask is plain)
+    assert ("NO" in str(found)) == (mask is not plain)
+
+
+def test_the_budget_of_the_black_box_doubles_until_it_has_converged(device):
+    net = network(device)
+    x, y = labelled(net, device)
+    found = check_masking(net, (x, y), 0.03, steps=10)
+    budgets = list(found.black_box)
+    assert budgets == [250 * 2**k for k in range(len(budgets))]
+    values = list(found.black_box.values())
+    assert values[-2] - values[-1] <= 0.02
+    assert all(a >= b for a, b in itertools.pairwise(values))
+    one = worst_case(net, (x, y), 0.03, attacks=("square",), queries=budgets[-1])
+    assert one.accuracy == pytest.approx(values[-1])
+
+
+def test_nothing_right_is_nothing_to_measure(device):
+    net = network(device)
+    x, y = labelled(net, device, wrong=60)
+    with pytest.raises(ValueError, match="none classified rightly"):
+        check_masking(net, (x, y), 0.03)
+    with pytest.raises(ValueError, match="eps must be"):
+        check_masking(net, (x, y), 0.0)
