@@ -178,7 +178,9 @@ def functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str,
         ),
         "check_masking": (
             lrm.robustness.check_masking,
-            {"model": Net(), "data": (x, y % 3), "eps": 0.1, "steps": 2, "queries": 500},
+            # Labels that the network finds, or there is nothing to attack.
+            {"model": (net := Net()), "data": (x, net(x).argmax(-1)), "eps": 0.1, "steps": 2,
+             "queries": 500},
             {"model": "function", "eps": ("number", {"bad": (-1.0, 0.0)}), "norm": "name",
              "steps": size, "tolerance": ("number", {"bad": (-1.0,)}),
              "batch_size": size, "device": "device"},
