@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lrmanifold.robustness import check_masking, pgd, worst_case
+from lrmanifold.robustness import _autoattack, check_masking, pgd, worst_case
 
 pyautoattack = pytest.importorskip("pyautoattack")
 
@@ -106,6 +106,42 @@ def test_the_scale_of_the_logits_does_not_matter(device):
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[2], found[3])
     assert (found[0] != found[2]).float().mean() < 0.05
+
+
+def test_the_cross_entropy_of_the_package_does_not_saturate(device):
+    net = network(device)
+    x, y = labelled(net, device)
+    large, ordinary = (
+        worst_case(lambda z, c=c: c * net(z), (x, y), 0.03, attacks=("apgd-ce",), **FAST)
+        for c in (2.0**20, 1.0)
+    )
+    assert abs(large.accuracy - ordinary.accuracy) < 0.1 < ordinary.clean - ordinary.accuracy
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.03), ("l2", 0.12)])
+def test_the_range_of_the_images_is_only_a_unit(norm, eps, device):
+    net = network(device)
+    x, y = labelled(net, device)
+    names = ("apgd-ce", "apgd-t", "fab-t", "square")
+    unit = worst_case(net, (x, y), eps, norm=norm, attacks=names, individually=True, **FAST)
+    other = worst_case(
+        lambda z: net((z + 1) / 4), (4 * x - 1, y), 4 * eps, norm=norm, attacks=names,
+        individually=True, clip=(-1, 3), **FAST,
+    )  # fmt: skip
+    for name in names:  # roundings may decide a sample
+        assert abs(unit.alone[name] - other.alone[name]) <= 2 / 60
+    assert (unit.robust != other.robust).sum() <= 2
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_image_outside_the_ball_or_with_nan_fools_nobody(norm, monkeypatch, device):
+    """The package is not believed: what it returns is projected and tried again."""
+    net = network(device)
+    x, y = labelled(net, device)
+    for bad in (lambda u: 1 - u, lambda u: u * math.nan):
+        monkeypatch.setattr(_autoattack, "_attack", lambda *_, bad=bad: lambda u, labels: bad(u))
+        found = worst_case(net, (x, y), 1e-6, norm=norm, attacks=("square",))
+        assert found.accuracy == found.clean
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4), (1, 3, 3), (2, 2, 2, 2), (1, 6, 9)])
