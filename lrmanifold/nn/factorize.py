@@ -38,6 +38,9 @@ def factorize(
 ) -> nn.Module:
     """Replace linear and convolutional layers by low-rank ones, in place.
 
+    Factorize first, then build the optimizer: one built before holds the old weights, and never
+    moves the new ones.
+
     The module tree and all names stay; a module used in several places is replaced once and stays
     shared. Biases are taken themselves, so that they stay tied to what they are tied to; hooks,
     buffers and attributes that somebody added go on to the new layer.
@@ -46,7 +49,10 @@ def factorize(
     that the old one did: their weight is tied to another one or shares memory with it, is computed
     (pruned, normalised, parametrized), is read directly by another module or a hook (inside
     ``nn.MultiheadAttention``), is complex, quantized or sparse; they are subclasses, or compiled.
-    The plan says why for each. A warning is given if no layer was replaced at all, with what the
+    With a share as rank, `compression` or `energy` the output layer stays dense, too, unless
+    `include` (or a name without wildcards in `rank`) names it: it is the last linear layer, if it
+    has fewer than 64 outputs or more than 4 times as many inputs as outputs. The plan says why for
+    each. A warning is given if no layer was replaced at all, with what the
     model holds instead.
 
     Parameters

@@ -124,6 +124,31 @@ def unsupported(model: nn.Module) -> list[str]:
     return [f"{len(n)} x {kind} ({sum(n):,} weights)" for kind, n in found.items()]
 
 
+def output_layer(model: nn.Module) -> str | None:
+    """Name of the layer whose outputs are the model's own; None if no layer looks like it.
+
+    It is the last linear layer of the module tree, if it has fewer than 64 outputs or more than 4
+    times as many inputs as outputs. Exactly 4 times is usual in the feed-forward parts of
+    transformers.
+    """
+    kinds = (nn.Linear, LowRankLinear)
+    last = [(n, x) for n, x in model.named_modules(remove_duplicate=False) if isinstance(x, kinds)]
+    if not last or last[-1][1] is model or not isinstance(last[-1][1], nn.Linear):
+        return None
+    module = last[-1][1]
+    if module.out_features >= 64 and module.in_features <= 4 * module.out_features:
+        return None
+    return next(n for n, x in model.named_modules() if x is module)
+
+
+def _names_it(rule: Any, name: str) -> bool:
+    """Whether the rank's rule leaves the output layer to the user: an int, or its own name."""
+    if isinstance(rule, Mapping):
+        pattern = next((p for p in rule if fnmatchcase(name, p)), None)
+        return pattern is None or pattern == name or _names_it(rule[pattern], name)
+    return isinstance(rule, numbers.Integral)
+
+
 def _matches(name: str, patterns: Sequence[str] | None) -> bool:
     return any(fnmatchcase(name, p) for p in patterns or ())
 
@@ -233,6 +258,10 @@ def make_plan(
     include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     _check_patterns(model, include=include, exclude=exclude)
     candidates = _candidates(model, include, exclude)
+    output = output_layer(model)
+    if output is not None and not _matches(output, include) and not _names_it(rank, output):
+        reason = "output layer: include names it to factorize it"
+        candidates = [(n, x, why or (reason if n == output else "")) for n, x, why in candidates]
     if isinstance(rank, Mapping):
         for pattern in rank:
             if not any(fnmatchcase(name, pattern) for name, _, _ in candidates):

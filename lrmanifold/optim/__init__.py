@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ._watch import warn_of_foreign_optimizer
 from .accelerator import force_accelerator
 from .adam import CondLRAdam
 from .adam_step import adam_update
@@ -15,6 +18,8 @@ from .rank import resize
 from .recipes import capped_dlrt, robust_dlrt
 from .schedule import OptionScheduler
 from .step import condlr_update
+
+register_optimizer_step_post_hook(warn_of_foreign_optimizer)
 
 __all__ = [
     "DLRT",

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._arguments import check_flag, check_number, check_rate
 from ..manifolds import FixedRank
 from ..parameter import gathered, is_sharded, manifold_of, sharded_like
+from ._watch import SkipWatch
 from .accelerator import is_accelerated
 from .arithmetic import PlainArithmetic
 from .coordinates import is_factored, tangent_of_velocity
@@ -56,6 +57,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
     def _start(self) -> None:
         # Caches: results do not depend on them.
         self._memory, self._engine = GeometryMemory(), Engine(self.rule)
+        self._skips = SkipWatch()
 
     # -- groups and options
 
@@ -200,7 +202,13 @@ class GeometricOptimizer(torch.optim.Optimizer):
         """
         arithmetic = PlainArithmetic(p.device.type for g in self.param_groups for p in g["params"])
         with arithmetic.plain():
-            return self._advance(closure, arithmetic)
+            loss = self._advance(closure, arithmetic)
+        self._look_for_skips()
+        return loss
+
+    @torch.compiler.disable
+    def _look_for_skips(self) -> None:
+        self._skips.look(self)
 
     def _advance(self, closure: Callable[[], Any] | None, arithmetic: PlainArithmetic) -> Any:
         loss = None if closure is None else arithmetic.evaluate(closure)

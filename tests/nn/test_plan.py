@@ -72,10 +72,10 @@ def test_compression_hits_the_target_and_no_larger_share_does(model, target, see
     removed = {s: removed_at(model, s) for s in shares}
     if 1 - (before - removed[Fraction(0)]) / before < target:
         with pytest.raises(ValueError, match="cannot be reached"):
-            lrm.factorize(model, compression=target, tau=None)
+            lrm.factorize(model, compression=target, tau=None, include="*")
         assert count(model) == before
         return
-    plan = plan_of(model, compression=target, tau=None, init="random")
+    plan = plan_of(model, compression=target, tau=None, init="random", include="*")
     after = count(model)
     assert 1 - after / before >= target
     assert plan.compression == pytest.approx(1 - after / before, abs=1e-12)
@@ -86,7 +86,7 @@ def test_compression_hits_the_target_and_no_larger_share_does(model, target, see
 @given(model=models(), share=st.floats(0.01, 1.0))
 def test_a_share_is_one_of_the_smaller_side(model, share):
     top = limits(model)
-    plan = plan_of(model, rank=share, tau=None, keep_larger=True, init="random")
+    plan = plan_of(model, rank=share, tau=None, keep_larger=True, init="random", include="*")
     for d in plan.decisions:
         assert d.rank == max(1, round(share * top[d.name]))
         layer = model.get_submodule(d.name)
@@ -106,7 +106,7 @@ def test_a_rank_is_cut_to_what_the_layer_has(model, rank):
 def test_energy_keeps_the_smallest_rank_with_that_share(model, energy, seed):
     torch.manual_seed(seed)
     dense = copy.deepcopy(model)
-    plan = plan_of(model, energy=energy, tau=None, keep_larger=True)
+    plan = plan_of(model, energy=energy, tau=None, keep_larger=True, include="*")
     for d in plan.decisions:
         layer = dense.get_submodule(d.name)
         g = getattr(layer, "groups", 1)

@@ -1,0 +1,90 @@
+"""Training that goes wrong is not silent: foreign optimizers, skipped steps, weights off course."""
+
+import warnings
+
+import geoopt
+import pytest
+import torch
+from torch import nn
+
+import lrmanifold as lrm
+
+
+def low_rank(device):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 5))
+    return lrm.factorize(model, rank=4, tau=0.1, exclude="2").to(device)
+
+
+def step(model, optimizer, device, scale=1.0):
+    optimizer.zero_grad()
+    (scale * model(torch.randn(8, 20, device=device)).square().mean()).backward()
+    optimizer.step()
+
+
+def test_a_foreign_optimizer_is_warned_of_once(device):
+    model = low_rank(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with pytest.warns(UserWarning, match="AdamW moved 1 low-rank weights"):
+        step(model, optimizer, device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, optimizer, device)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: lrm.optim.CondLR(m.parameters(), lr=0.01),
+        lambda m: lrm.optim.CondLRAdam(m.parameters(), lr=0.01),
+        lambda m: geoopt.optim.RiemannianSGD(m.parameters(), lr=0.01),
+        lambda m: geoopt.optim.RiemannianAdam(m.parameters(), lr=0.01),
+        lambda m: torch.optim.SGD(m[2].parameters(), lr=0.01),
+        lambda m: torch.optim.SGD(m.parameters(), lr=0.0),
+    ],
+)
+def test_optimizers_that_keep_or_leave_alone_the_weights_are_not_warned_of(make, device):
+    model = low_rank(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, make(model), device)
+
+
+def test_checkpoints_refuse_what_a_foreign_optimizer_left(tmp_path, device):
+    model = low_rank(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with pytest.warns(UserWarning, match="leave their manifold"):
+        step(model, optimizer, device)
+    for _ in range(49):
+        step(model, optimizer, device)
+    with pytest.raises(lrm.checkpoint.CheckpointError, match="manifold"):
+        lrm.checkpoint.save(tmp_path / "model.pt", model)
+    assert not (tmp_path / "model.pt").exists()
+
+
+def test_skipped_steps_are_warned_of_with_their_number(device):
+    model = low_rank(device)
+    optimizer = lrm.optim.CondLR(model.parameters(), lr=0.01)
+    said = []
+    for i in range(40):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            step(model, optimizer, device, scale=float("nan"))
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()
+        said += [(i, str(w.message)) for w in found]
+    assert all("left out" in text for _, text in said)
+    if torch.device(device).type == "cpu":
+        assert [(i, f"left out {i + 1} of" in text) for i, text in said] == [(0, True), (9, True)]
+    else:
+        assert said
+    assert lrm.monitor(model, optimizer).measure()["skipped_steps"] == 40 * 4
+
+
+def test_finite_steps_are_not_warned_of(device):
+    model = low_rank(device)
+    optimizer = lrm.optim.CondLR(model.parameters(), lr=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(40):
+            step(model, optimizer, device)
