@@ -93,8 +93,8 @@ def print_demo(result: demos.Comparison) -> None:
         f"layer and seed, of all singular values for dense, of the {demo.rank} nonzero ones for "
         "the others (of the product A Bᵀ).",
         f"All methods: {demo.epochs} epochs, batch {demo.batch_size}, lr {demo.lr:g} with a cosine "
-        f"to 0, momentum {demo.momentum:g}. Attacks: linf; PGD with 20 steps on cross entropy, "
-        "then on the margin.",
+        f"to 0, momentum {demo.momentum:g}. Attacks: linf; PGD with 20 steps "
+        "and 2 runs, the first from the image itself.",
         *result.verdicts(),
     ):
         console.print(line, highlight=False, markup=False)
