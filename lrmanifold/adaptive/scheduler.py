@@ -18,6 +18,7 @@ from ..nn.layer import LowRankLayer
 from ..optim.rank import augment, nearest_rank, rank_for_tolerance, resize, truncate
 from ..parameter import replace_data
 from .budget import excess, meet_budget
+from .directions import directions_of, point_of
 
 Rule = float | Mapping[str, float]
 
@@ -72,8 +73,7 @@ class RankScheduler:
     Raises
     ------
     ValueError
-        For options out of range, a budget that `min_rank` forbids, or a layer without bound whose
-        gradients need S⁻¹.
+        For options out of range, budgets that `min_rank` forbids, and gradients that need S⁻¹.
     """
 
     def __init__(
@@ -113,7 +113,6 @@ class RankScheduler:
         for name, layer in model.named_modules():
             if not isinstance(layer, LowRankLayer) or _rule(tol, name) is None:
                 continue
-            # A weight that layers share is adapted once, under the first one's name.
             if all(layer.weight is not known.weight for known in self._layers.values()):
                 self._layers[name] = layer
         if not self._layers:
@@ -166,15 +165,14 @@ class RankScheduler:
         capped = {k: v for k, v in layers.items() if self._capped(v)}
         if capped and closure is None:
             raise ValueError(
-                f"step needs a closure: {next(iter(capped))} has a bound on its condition number, "
-                "and new directions must be tried out before they may enter"
+                f"step needs a closure: {next(iter(capped))} has a bound on its condition number"
             )
         self.count += 1
         if self.count % self.every:
             return
         saved = [(x, x.rank, x.weight.data.clone(), dict(self._state(x))) for x in layers.values()]
         try:
-            directions = {k: _directions(v) for k, v in layers.items() if k not in capped}
+            directions = {k: directions_of(v) for k, v in layers.items() if k not in capped}
             if (
                 directions
                 and self.augment != 0
@@ -212,7 +210,7 @@ class RankScheduler:
     def truncate(self) -> None:
         """Cut every layer to its tolerance (and the budget), and project it onto its set."""
         layers = self._trained()
-        points = {name: _point(layer) for name, layer in layers.items()}
+        points = {name: point_of(layer) for name, layer in layers.items()}
         spectra = {name: linalg.svdvals(X.S) for name, X in points.items()}
         ranks = {name: self._tolerated(name, s) for name, s in spectra.items()}
         if self.target_compression is not None:
@@ -252,7 +250,7 @@ class RankScheduler:
         if found is not None:
             wanted = layer.rank if self.augment is None else self.augment
             room = min(wanted, found[0].shape[-1], self._limits(name, layer)[1] - layer.rank)
-            self._set(layer, augment(_point(layer), *found, max(0, room)))
+            self._set(layer, augment(point_of(layer), *found, max(0, room)))
 
     def _tolerated(self, name: str, s: Tensor) -> int:
         low, high = self._limits(name, self._layers[name])
@@ -275,7 +273,7 @@ class RankScheduler:
         with torch.enable_grad():
             closure()
         for name, layer in layers.items():
-            self._widen(name, layer, _directions(layer))
+            self._widen(name, layer, directions_of(layer))
         for _ in range(self.coefficient_steps):
             with torch.enable_grad():
                 closure()
@@ -320,19 +318,3 @@ def _rule(rule: Any, name: str) -> float | None:
     if isinstance(rule, Mapping):
         return next((v for pattern, v in rule.items() if fnmatchcase(name, pattern)), None)
     return rule
-
-
-def _point(layer: LowRankLayer) -> Factors:
-    M, wide = layer.manifold, linalg.compute_dtype(layer.weight.dtype)
-    return unpack(layer.weight.detach().to(wide).clone(), M.m, M.n)
-
-
-def _directions(layer: LowRankLayer) -> tuple[Tensor, Tensor] | None:
-    """Blocks U_p and V_p of the Riemannian gradient: what is new in GV and GᵀU."""
-    grad = layer.weight.grad
-    if grad is None or not bool(torch.isfinite(grad).all()):
-        return None
-    wide = linalg.compute_dtype(grad.dtype)
-    xi = layer.manifold.egrad2rgrad(layer.weight.detach().to(wide), grad.to(wide))
-    blocks = layer.manifold.unpack(xi)
-    return blocks.U.clone(), blocks.V.clone()
