@@ -21,8 +21,8 @@ logger = logging.getLogger("lrmanifold")
 
 def factorize(
     model: nn.Module,
-    *,
     rank: int | float | Mapping[str, int | float] | None = None,
+    *,
     compression: float | None = None,
     energy: float | None = None,
     tau: float | None = 0.1,

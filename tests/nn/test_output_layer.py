@@ -44,3 +44,7 @@ def test_a_layer_alone_and_what_is_left_of_a_second_call_are_no_output_layers():
     assert output_layer(nn.Linear(64, 10)) is None
     model = lrm.factorize(net(), rank=4)
     assert output_layer(model) is None
+
+
+def test_the_rank_may_be_given_by_position():
+    assert lrm.factorize(net(), 4)[0].rank == 4
