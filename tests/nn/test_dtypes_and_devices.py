@@ -47,7 +47,7 @@ def odd(request):
 def test_odd_layers_stay_and_the_others_become_low_rank(odd, how):
     model = nn.ModuleDict({"odd": odd, "plain": nn.Linear(30, 30)})
     plans: list[Plan] = []
-    lrm.factorize(model, summary=plans.append, keep_larger=True, **how)
+    lrm.factorize(model, summary=plans.append, keep_larger=True, include="*", **how)
     assert model["odd"] is odd
     assert isinstance(model["plain"], LowRankLinear)
     reasons = {d.name: d.reason for d in plans[0].decisions}

@@ -88,3 +88,17 @@ def test_finite_steps_are_not_warned_of(device):
         warnings.simplefilter("error")
         for _ in range(40):
             step(model, optimizer, device)
+
+
+@pytest.mark.parametrize(("drift", "repaired"), [(0.09, True), (0.11, False)])
+def test_small_drifts_are_repaired_and_larger_ones_refused(drift, repaired, device):
+    model = low_rank(device)
+    optimizer = lrm.optim.CondLR(model.parameters(), lr=0.01)
+    with torch.no_grad():
+        model[0].weight[:20] *= (1 + drift) ** 0.5
+    if repaired:
+        step(model, optimizer, device)
+        assert lrm.report(model).layers[0].drift < 1e-5
+    else:
+        with pytest.raises(lrm.GeometryError, match="not orthonormal"):
+            step(model, optimizer, device)
