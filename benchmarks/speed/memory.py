@@ -29,8 +29,11 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind the tensors, each counted once."""
     sizes = {}
     for t in tensors:
-        storage = t.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
+        try:
+            storage = t.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        except (NotImplementedError, RuntimeError):
+            continue  # sparse and functional tensors of others in the process have no storage
     return sum(sizes.values())
 
 
