@@ -38,7 +38,7 @@ def condition_number(
         False: x is one sample of any shape, f(x) has any shape, and the result has shape ().
     iters, tol : int, float
         Most steps, and relative tolerance of ||J||_2 (None: 1e-8 in float64, 1.2e-5 in float32);
-        RuntimeError when the former do not reach the latter.
+        RuntimeError when `iters` steps do not reach `tol`.
     """
     check_callable("f", f, "a module or a function of x")
     steps = check_integer("iters", iters, low=1)

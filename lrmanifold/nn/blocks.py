@@ -74,7 +74,7 @@ class ConvexPotential(nn.Module):
 
     One explicit Euler step of the gradient flow of a convex potential. Its Jacobian is
     :math:`I - 2 Q^\top D Q` with :math:`0 \le D \le I`, so its eigenvalues lie in [-1, 1]. W is the
-    low-rank weight of `layer`, whose own bias is b; with τ = 0 its norm is :math:`\|S\|_F/\sqrt r`,
+    low-rank weight of `layer` and b its bias; with τ = 0 its norm is :math:`\|S\|_F/\sqrt r`,
     free and differentiable, and the layer changes a signal in r directions only, losing none.
 
     Parameters
