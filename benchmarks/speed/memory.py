@@ -32,8 +32,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
         try:
             storage = t.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-        except (NotImplementedError, RuntimeError):
-            continue  # sparse and functional tensors of others in the process have no storage
+        except (NotImplementedError, RuntimeError, ValueError):
+            continue  # sparse, functional and lazy tensors of others have no storage
     return sum(sizes.values())
 
 
