@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core import Claim, Control, Evidence, Sample, Source, inequality
 from ..paths import Rotation
 from ..sampling import Draw
-from ._schemes import ROBUST, SCHEMES, dense, from_dense, integrate
+from .schemes import ROBUST, SCHEMES, dense, from_dense, integrate
 
 SIGMAS = (6e-2, 1e-3, 1e-6, 1e-9, 1e-12, 1e-15)
 STEPS = 32
