@@ -96,7 +96,7 @@ def figure(dtype: torch.dtype, device: torch.device):
     fig, ax = new(width=7.4, height=4.8)
     for k, name in enumerate(SCHEMES):
         naive = name == NAIVE
-        colour = (*COLOURS[1:2], *COLOURS[3:7], "0.6", COLOURS[0], COLOURS[7], COLOURS[2])[k]
+        colour = (*COLOURS[1:2], *COLOURS[3:7], "0.6", COLOURS[0], "#8B4513", COLOURS[2])[k]
         style = {"linewidth": 3.0, "zorder": 5} if naive else {}
         y = [row[name] for row in rows]
         ax.loglog(
