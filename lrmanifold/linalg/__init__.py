@@ -26,7 +26,15 @@ from ._convolution_norms import (
     overlaps,
 )
 from ._newton_schulz import inverse_square_root
-from ._orthonormal import gram, inverse, orthonormalize, polar, qr, solve_right
+from ._orthonormal import (
+    gram,
+    inverse,
+    orthonormalize,
+    polar,
+    polar_decomposition,
+    qr,
+    solve_right,
+)
 from ._products import SERIES_LIMIT, clip_by_products, constant, inverse_grams, polar_pair
 from ._spectral_bound import (
     gram_norm,
@@ -61,6 +69,7 @@ __all__ = [
     "orthonormalize",
     "overlaps",
     "polar",
+    "polar_decomposition",
     "polar_pair",
     "qr",
     "rounding_of_products",

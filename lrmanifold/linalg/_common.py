@@ -13,16 +13,21 @@ from ..precision import compute_dtype
 
 def checked(A: Tensor, name: str) -> Tensor:
     """Validate a matrix argument and lift it to its compute dtype."""
+    check_matrix(A, name)
+    A = A.to(compute_dtype(A.dtype))
+    if A.device.type == "cpu" and not all_finite(A):
+        raise ValueError(f"{name} must be finite, got NaN or Inf in a tensor of {tuple(A.shape)}")
+    return A
+
+
+def check_matrix(A: Tensor, name: str) -> None:
+    """Raise unless `A` is a batch of real floating point matrices."""
     if not isinstance(A, Tensor):
         raise TypeError(f"{name} must be a tensor, got {shown(A)}")
     if A.ndim < 2:
         raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(A.shape)}")
     if not A.is_floating_point():
         raise TypeError(f"{name} must be a real floating point tensor, got {A.dtype}")
-    A = A.to(compute_dtype(A.dtype))
-    if A.device.type == "cpu" and not all_finite(A):
-        raise ValueError(f"{name} must be finite, got NaN or Inf in a tensor of {tuple(A.shape)}")
-    return A
 
 
 def all_finite(A: Tensor) -> bool:

@@ -34,8 +34,8 @@ def adam(M: Ambient, X: Blocks, G: Blocks, state: State, o: Mapping[str, Any]) -
     if M.low_rank:
         # Transport moves momentum from block to block, away from the second moment that it was
         # gathered with: unlimited, a step can grow without end.
-        size = M.block_moments(X, M.scaled(first, scale))
-        scale = scale * size.clamp_min(1.0).rsqrt()
+        size = M.block_moments(X, first).sqrt() * scale
+        scale = scale / size.clamp_min(1.0)
         force = core_force(X, o)
     Y, moved = M.advance(X, first, scale, force, o["lr"])
     return Y, {"exp_avg": moved, "exp_avg_sq": second}

@@ -42,11 +42,35 @@ def combine(x: Any, y: Any, a: float) -> Any:
     return x._make(torch.add(p, q, alpha=a) for p, q in zip(x, y, strict=True))
 
 
-def plus_product(b: Tensor, mu: float, g: Tensor, A: Tensor) -> Tensor:
-    """mu b + g A in one call."""
-    if g.ndim == 2:
-        return torch.addmm(b, g, A, beta=mu)
-    return torch.baddbmm(b, g, A, beta=mu) if g.ndim == 3 else mu * b + g @ A
+def plus_product(
+    b: Tensor,
+    P: Tensor,
+    Q: Tensor,
+    *,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """beta b + alpha P Q in one call, into `out`, which may be `b`."""
+    if b.ndim <= 3:
+        product = torch.addmm if b.ndim == 2 else torch.baddbmm
+        return product(b, P, Q, beta=beta, alpha=alpha, out=out)
+    return torch.add(beta * b, P @ Q, alpha=alpha, out=out)
+
+
+def room_for(X: Factors) -> Factors:
+    """Blocks like those of `X`, to be written to, of one new packed tensor."""
+    m, r, n = (b.shape[-2] for b in X)
+    return unpack(X.U.new_empty(*X.U.shape[:-2], m + r + n, r), m, n)
+
+
+def packed_of(x: Factors) -> Tensor | None:
+    """The tensor that :func:`room_for` has made for these blocks; None for others."""
+    whole, starts = x.U._base, [b.storage_offset() for b in x]
+    rows = sum(b.shape[-2] for b in x)
+    if whole is None or any(b._base is not whole for b in x) or starts != sorted(starts):
+        return None
+    return whole if whole.shape == (*x.U.shape[:-2], rows, x.U.shape[-1]) else None
 
 
 def along(x: Tensor, d: Tensor, lr: float | Tensor) -> Tensor:
@@ -180,26 +204,34 @@ class Ambient:
 class Velocities(Ambient):
     """Velocities of the factors, (..., m, r), (..., r, r), (..., n, r), by thin products."""
 
+    def join(self, x: Factors) -> Tensor:
+        packed = packed_of(x)
+        return pack(*x) if packed is None else packed
+
     def velocity(
         self, X: Factors, G: Factors, metric: str, b: Any = None, mu: float = 0.0
     ) -> Factors:
         """(g_U (SSᵀ)⁻¹, g_S, g_V (SᵀS)⁻¹) + mu b; the scalar metric has r/‖S‖² for inverses."""
-        probe = self.manifold.gradient == "probe"
         if metric == "scalar":
-            c = X.S.shape[-1] / X.S.square().sum((-2, -1), keepdim=True)
-            if not probe:
-                xi = Factors(c * G.U, G.S, c * G.V)
-                return xi if b is None else combine(xi, b, mu)
-            A_u, A_v = c * X.S.mT, c * X.S
-        elif probe:
-            inverse = self.inverse(X.S)
-            A_u, A_v = inverse, inverse.mT
+            A_u = A_v = X.S.shape[-1] / X.S.square().sum((-2, -1), keepdim=True)
+            if self.manifold.gradient == "probe":
+                A_u, A_v = A_u * X.S.mT, A_u * X.S
+        elif self.manifold.gradient == "probe":
+            A_u = self.inverse(X.S)
+            A_v = A_u.mT
         else:
             A_u, A_v = self.inverse_grams(X.S)
+        product = torch.mul if A_u.shape != X.S.shape else torch.matmul
         if b is None:
-            return Factors(G.U @ A_u, G.S, G.V @ A_v)
-        U_dot, V_dot = plus_product(b.U, mu, G.U, A_u), plus_product(b.V, mu, G.V, A_v)
-        return Factors(U_dot, torch.add(G.S, b.S, alpha=mu), V_dot)
+            return Factors(product(G.U, A_u), G.S, product(G.V, A_v))
+        v = room_for(X)
+        torch.add(G.S, b.S, alpha=mu, out=v.S)
+        for g, A, before, new in ((G.U, A_u, b.U, v.U), (G.V, A_v, b.V, v.V)):
+            if product is torch.mul:
+                torch.add(g * A, before, alpha=mu, out=new)
+            else:
+                plus_product(before, g, A, beta=mu, out=new)
+        return v
 
     def project(self, X: Factors, v: Factors) -> Factors:
         """Take the motions within the bases out of U̇ and V̇, in place."""
@@ -231,14 +263,18 @@ class Velocities(Ambient):
         s_u, s_s, s_v = (s[..., None, None] for s in scale.unbind(-1))
         inverse = self.inverse(X.S)
         N_u, N_v = lr * s_u * inverse, lr * s_v * inverse.mT
-        Q, P = self.polars(X.U - v.U @ N_u, X.V - v.V @ N_v)
+        Y_u = plus_product(X.U, v.U, N_u, alpha=-1.0)
+        Y_v = plus_product(X.V, v.V, N_v, alpha=-1.0)
+        Q, P, H_u, H_v = self.decompositions(Y_u, Y_v)
         core = s_s * v.S if force is None else s_s * v.S + force
-        a, c, b, d = Q.mT @ X.U, Q.mT @ v.U, X.V.mT @ P, v.V.mT @ P
-        right, left = v.S @ b + d, (a @ v.S + c).mT
+        c, d = Q.mT @ v.U, P.mT @ v.V
+        a, b = plus_product(H_u, c, N_u), plus_product(H_v, d, N_v)  # QᵀU, PᵀV
+        right = plus_product(d.mT, v.S, b.mT)
+        left = plus_product(c, a, v.S).mT
         moved = Factors(
-            self.outside(Q, v.U, N_u @ right + b, c, 0),
-            a @ right + c @ b,
-            self.outside(P, v.V, N_v @ left + a.mT, d.mT, 1),
+            self.outside(Q, v.U, plus_product(b.mT, N_u, right), c, 0),
+            plus_product(a @ right, c, b.mT),
+            self.outside(P, v.V, plus_product(a.mT, N_v, left), d, 1),
         )
         return Factors(Q, self.project_core(along(X.S, core, lr)), P), moved
 
@@ -255,15 +291,24 @@ class Velocities(Ambient):
         U, V = (Y if Y.shape[-2] == Y.shape[-1] else linalg.polar(Y) for Y in (Y_u, Y_v))
         return U, V
 
+    def decompositions(self, Y_u: Tensor, Y_v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The polar factors Q of both moved bases, then the two QᵀY."""
+        (Q, H_u), (P, H_v) = (
+            (Y, Y.mT @ Y) if Y.shape[-2] == Y.shape[-1] else linalg.polar_decomposition(Y)
+            for Y in (Y_u, Y_v)
+        )
+        return Q, P, H_u, H_v
+
     def perp(self, Q: Tensor, Z: Tensor, side: int, out: Tensor | None = None) -> Tensor:
         """(I - QQᵀ) Z; 0 where the basis is square. `out` may be `Z`."""
-        if Q.ndim > 2 or Q.shape[-2] == Q.shape[-1]:
-            return perp(Q, Z)
-        return torch.addmm(Z, Q, Q.mT @ Z, alpha=-1.0, out=out)
+        if Q.shape[-2] == Q.shape[-1]:
+            return torch.zeros_like(Z) if out is None else out.zero_()
+        return plus_product(Z, Q, Q.mT @ Z, alpha=-1.0, out=out)
 
     def outside(self, Q: Tensor, Z: Tensor, B: Tensor, overlap: Tensor, side: int) -> Tensor:
         """(I - QQᵀ) Z B, where `overlap` is QᵀZ."""
-        return torch.sub(Z @ B, Q @ (overlap @ B))
+        found = Z @ B
+        return plus_product(found, Q, overlap @ B, alpha=-1.0, out=found)
 
     def inverse(self, S: Tensor) -> Tensor:
         """S⁻¹."""

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..factors import Factors
 from ..linalg import all_finite
 from ..manifolds import FixedRank
 from ..precision import compute_dtype
 from .accelerator import Flat, Padded, is_accelerated, may_be_padded, partition, real_view
-from .coordinates import Ambient, Velocities, is_factored
+from .coordinates import Ambient, Velocities, is_factored, packed_of
 from .items import Item, Rule, blocks_of
 
 # Flops of a step below which its calls take longer than its work: on the CPU such weights of equal
@@ -199,9 +200,8 @@ class Engine:
         for name in (None, *new):
             value = Y if name is None else new[name]
             targets = [self._target(item, name) for item in items]
-            if len(items) == 1 and len(blocks := blocks_of(value)) > 1:
-                for old, part in zip(M.split(targets[0]), blocks, strict=True):
-                    old.copy_(part)
+            if len(items) == 1 and isinstance(value, Factors):
+                self._write_one(M, items[0], name, targets[0], value)
                 continue
             moment = name in self.rule.moments
             parts = (
@@ -211,6 +211,16 @@ class Engine:
             )
             for old, part in zip(targets, parts, strict=True):
                 old.copy_(part.view(old.shape))
+
+    @staticmethod
+    def _write_one(M: Any, item: Item, name: str | None, old: Tensor, value: Factors) -> None:
+        """Put one weight's blocks into place; state that is packed already takes the place."""
+        packed = packed_of(value)
+        if name is not None and packed is not None and packed.dtype == old.dtype:
+            item.state[name] = packed
+            return
+        for there, block in zip(M.split(old), value, strict=True):
+            there.copy_(block)
 
     def _target(self, item: Item, name: str | None) -> Tensor:
         """Where to write: the point, or an entry of the state, made when it is first needed."""

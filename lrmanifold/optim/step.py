@@ -34,13 +34,12 @@ def condlr(M: Ambient, X: Blocks, G: Blocks, state: State, o: Mapping[str, Any])
     the singular values alone, so they act on S; the penalty is a force of the present core and does
     not enter the momentum. D. Savostianova et al., NeurIPS 2023; mathematics 1.
     """
-    mu, decay = o["momentum"], core_force(X, o, penalty=False)
+    mu = o["momentum"]
+    G = M.add_to_core(G, core_force(X, o, penalty=False))
     before = state["momentum_buffer"] if mu else None
-    b = M.velocity(X, G, o["metric"], before, mu)
-    d = b = M.project(X, M.add_to_core(b, decay))
+    d = b = M.project(X, M.velocity(X, G, o["metric"], before, mu))
     if o["nesterov"]:
-        xi = M.project(X, M.add_to_core(M.velocity(X, G, o["metric"]), decay))
-        d = combine(xi, b, mu)
+        d = combine(M.project(X, M.velocity(X, G, o["metric"])), b, mu)
     Y = M.retract(X, M.add_to_core(d, core_force(X, o, decay=False)), o["lr"])
     return Y, {"momentum_buffer": M.transport(X, Y, b)} if mu else {}
 
@@ -84,7 +83,7 @@ def condlr_update(
 ) -> tuple[Tensor, Tensor | None]:
     """One CondLR step of one point, with tangent vectors as the manifold has them.
 
-    The rule ``condlr`` by the manifold's own `egrad2rgrad`, `retr` and `transp`. It works on
+    The rule :func:`condlr` by the manifold's own `egrad2rgrad`, `retr` and `transp`. It works on
     every geoopt manifold and is the reference for what :class:`CondLR` computes.
 
     Parameters

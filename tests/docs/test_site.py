@@ -38,8 +38,7 @@ def public_names() -> set[str]:
     return names
 
 
-# Of use inside the library and its benchmarks only.
-UNDOCUMENTED = {"lrmanifold.viz.need_matplotlib", "lrmanifold.viz.plain_log_ticks"}
+UNDOCUMENTED = {"lrmanifold.viz.need_matplotlib"}  # of use inside the library only
 
 
 def test_every_public_name_is_in_the_reference():

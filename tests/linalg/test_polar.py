@@ -69,6 +69,19 @@ def test_products_only_path_near_orthonormal_matrices_agrees_with_the_svd(size, 
     assert orthonormality(linalg.polar(A)) <= 0.25 * TOLERANCE[dtype]
 
 
+@given(sizes, spectra, st.sampled_from((1e0, 1e1, 1e3)), seeds, dtypes, st.booleans())
+def test_the_second_polar_factor_is_the_root_of_the_gram_matrix(size, kind, cond, seed, dtype, one):
+    A = tall(size, kind, cond, seed, dtype)
+    A = A[0] if one else A
+    Q, H = linalg.polar_decomposition(A)
+    wide, eigenvalues = A.double(), torch.linalg.eigvalsh(H.double())
+    assert torch.equal(Q, linalg.polar(A))
+    assert relative(Q.double() @ H.double(), wide) <= cond * TOLERANCE[dtype]
+    assert relative(H.double() @ H.double(), wide.mT @ wide) <= cond * TOLERANCE[dtype]
+    assert relative(H, H.mT) <= cond * TOLERANCE[dtype]
+    assert float(eigenvalues.min()) >= -TOLERANCE[dtype] * float(eigenvalues.max())
+
+
 def test_a_batch_with_near_and_far_matrices_equals_its_elements():
     near = orthonormal(8, 3, seed=0)
     batch = torch.stack((near, near + gaussian(8, 3, seed=1), 5.0 * near))

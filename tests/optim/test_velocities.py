@@ -76,6 +76,26 @@ def test_steps_are_those_of_the_plain_formulas(device, size, lead, tau, gradient
             assert float((ours - plain).norm()) <= 1e-8 * (1 + float(plain.norm()))
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_a_step_keeps_gradient_and_earlier_momentum_as_they_were(decay, penalty):
+    torch.manual_seed(0)
+    p = weight(60, 200, 40, 0.1)
+    optimizer = CondLR([p], lr=0.05, momentum=0.9, weight_decay=decay, penalty=penalty)
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        grad, before = p.grad.clone(), optimizer.state[p].get("momentum_buffer")
+        copied = None if before is None else before.clone()
+        optimizer.step()
+        after = optimizer.state[p]["momentum_buffer"]
+        assert torch.equal(p.grad, grad)
+        assert after.shape == p.shape
+        assert after.is_contiguous()
+        assert after._base is None
+        if before is not None and after is not before:
+            assert torch.equal(before, copied)
+
+
 @given(seed=seeds, tau=st.sampled_from([0.0, 0.1]), momentum=st.sampled_from([0.0, 0.9]))
 def test_a_gradient_edited_entry_by_entry_is_projected_in_full(seed, tau, momentum):
     torch.manual_seed(seed)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lrmanifold import linalg
 
-from .problems import Layers, Problem
+from ._problems import Layers, Problem
 
 Measured = Mapping[str, Tensor]
 
