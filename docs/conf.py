@@ -31,6 +31,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "sphinxcontrib.bibtex",
+    "sphinx-mathjax-offline",  # formulas are set by files of the site, not by a content network
 ]
 exclude_patterns = ["_build"]
 
@@ -48,7 +49,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(.*GeometricOptimizer|block_moments|FixedRank\.(egrad2rgrad|ehess2rhess))"),
     # Type aliases and private bases, which have no entry of their own.
     ("py:.*", r"(lrmanifold\.)?(\w+\.)*(Array|Clip|Gradient|Loss|Metric|Model|Norm|PerChannel)"),
-    ("py:.*", r"(lrmanifold\.)?(\w+\.)*(Retraction|Rule|Rank|Centre|Integrator|_\w+)"),
+    ("py:.*", r"(lrmanifold\.)?(\w+\.)*(Retraction|Rule|Rank|Centre|Integrator|WholeWeight|_\w+)"),
 ]
 
 # -- lessons: executed at build, in the time that they promise
@@ -92,15 +93,17 @@ copybutton_prompt_is_regexp = True
 
 
 def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
-    """Docstrings here are plain text: |x| is an absolute value, **options are arguments.
+    """Docstrings here are plain text: |x| is an absolute value, **options and *shape are arguments.
 
-    reStructuredText would see a substitution and the beginning of bold type.
+    reStructuredText would see a substitution and the beginning of bold or italic type.
     """
     for i, line in enumerate(lines):
         if "|" in line:
             line = re.sub(r"(?<![\\`])\|", r"\\|", line)
         if line.count("**") % 2:
             line = line.replace("**", r"\*\*")
+        if line.count("*") % 2:
+            line = re.sub(r"(?<![\\`*])\*(?=\w)", r"\*", line)
         lines[i] = line
 
 

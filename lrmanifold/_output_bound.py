@@ -42,7 +42,8 @@ def output_bound(
             lipschitz = _norm_of_map(theirs, ours, x.shape[2:])
             # A bias acts at every pixel.
             places = math.prod(z.shape[2:]) if theirs.bias is not None else 0
-            known = lipschitz * known + (_exactly(ours, x) - z).flatten(1).norm(dim=1)
+            if distance is None:
+                known = lipschitz * known + (_exactly(ours, x) - z).flatten(1).norm(dim=1)
             reached = (patches * x.flatten(1).norm(dim=1)).square() + places
             squares = lipschitz**2 * squares + reached
         x = z

@@ -65,7 +65,7 @@ class Job:
     @property
     def steps(self) -> int:
         """Of the whole training."""
-        return self.settings.epochs * -(-len(self.images.train_y) // self.settings.batch_size)
+        return self.settings.steps(self.images)
 
     @property
     def checkpoint(self) -> Path:
@@ -76,7 +76,7 @@ class Job:
         """The parts of ``results.json`` that are known beforehand."""
         return {
             "settings": {
-                **dataclasses.asdict(self.settings),
+                **self.settings.to_dict(),
                 "data": self.images.name,
                 "model": self.model,
                 "method": dataclasses.asdict(self.method),

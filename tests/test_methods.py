@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lrmanifold.experiments.data import Dataset, batches
 from lrmanifold.experiments.factors import TwoFactors, spectrum, two_factors
 from lrmanifold.experiments.methods import Method, comparison, train
 from lrmanifold.experiments.models import mlp
+from lrmanifold.experiments.stream import crop_and_flip
 from lrmanifold.experiments.training import History, Normalized, Settings, fit
 
 SETTINGS = Settings(epochs=2, batch_size=16, lr=0.1, momentum=0.3, seed=3)
@@ -89,9 +91,9 @@ def test_batches_come_in_the_same_order_for_every_method(blobs, monkeypatch):
     def spy(x, y, size, **options):
         found = list(batches(x, y, size, **options))
         orders.append(torch.cat([labels for _, labels in found]))
-        return found
+        return iter(found)
 
-    monkeypatch.setattr("lrmanifold.experiments.training.batches", spy)
+    monkeypatch.setattr("lrmanifold.experiments.stream.batches", spy)
     for method in comparison():
         if method.kind != "svd":
             run(method, blobs)
@@ -254,6 +256,109 @@ def test_unknown_kind_and_settings_are_refused(blobs):
     for wrong in ({"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"momentum": 1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Settings(**wrong)
+
+
+def test_options_that_came_later_are_written_only_where_they_were_set():
+    """So a run or a checkpoint from before such an option is still the same run."""
+    plain = Settings(3, 32, 0.2, 0.5, 7).to_dict()
+    assert plain == {"epochs": 3, "batch_size": 32, "lr": 0.2, "momentum": 0.5, "seed": 7}
+    assert Settings(weight_decay=0.1, optimizer="adam").to_dict() == {
+        **Settings().to_dict(), "optimizer": "adam", "weight_decay": 0.1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"optimizer": "lion"}, {"schedule": "step"}, {"augment": "mixup"}, {"weight_decay": -1.0},
+        {"label_smoothing": 1.0}, {"warmup": 1.0}, {"optimizer": "adam", "nesterov": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_options_are_named(wrong):
+    with pytest.raises(ValueError, match=list(wrong)[-1]):
+        Settings(**wrong)
+
+
+def rates(optimizer, blobs, **options):
+    """The rate of every step."""
+    found = []
+    settings = Settings(epochs=4, batch_size=16, lr=0.2, **options)
+    model = Normalized(build(), blobs)
+    optimizer = optimizer(model.parameters(), settings.lr)
+    optimizer.register_step_pre_hook(lambda o, *_: found.append(o.param_groups[0]["lr"]))
+    fit(model, optimizer, blobs, settings)
+    return found
+
+
+def test_rates_rise_linearly_and_fall_to_zero(blobs):
+    """20 steps, 5 of them rising: lr k / 5, then down by lr / 15 a step; the last one is not 0."""
+    linear = rates(torch.optim.SGD, blobs, schedule="linear", warmup=0.25)
+    rise = [0.2 * k / 5 for k in range(1, 6)]
+    assert linear == pytest.approx([*rise, *(0.2 * (20 - k) / 15 for k in range(5, 20))])
+    cosine = rates(torch.optim.SGD, blobs, warmup=0.25)
+    assert cosine[:6] == pytest.approx([*rise, 0.2])
+    plain = rates(torch.optim.SGD, blobs)
+    assert plain == pytest.approx([0.1 * (1 + math.cos(math.pi * k / 20)) for k in range(20)])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_options_reach_the_training_and_equal_torchs(optimizer, blobs):
+    """A dense network with decay, smoothing and Nesterov: a plain loop with torch's own classes."""
+    nesterov = optimizer == "sgd"
+    settings = Settings(
+        1, 16, 0.05, 0.6, 3, optimizer, weight_decay=0.1, label_smoothing=0.2, nesterov=nesterov
+    )
+    found = run(Method("dense", "dense"), blobs, settings).model
+    torch.manual_seed(3)
+    model = Normalized(build(), blobs)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    free = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": free, "weight_decay": 0.0}]
+    if optimizer == "sgd":
+        rule = torch.optim.SGD(groups, 0.05, momentum=0.6, nesterov=True)
+    else:
+        rule = torch.optim.AdamW(groups, 0.05)
+    generator = torch.Generator().manual_seed(3)
+    order = list(batches(blobs.train_x, blobs.train_y, 16, generator=generator))
+    for k, (x, y) in enumerate(order):
+        for group in rule.param_groups:
+            group["lr"] = 0.025 * (1 + math.cos(math.pi * k / len(order)))
+        rule.zero_grad()
+        nn.functional.cross_entropy(model(x), y, label_smoothing=0.2).backward()
+        rule.step()
+    for p, q in zip(found.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+def test_optimizers_with_several_evaluations_a_step_see_as_many_batches(blobs):
+    model = Normalized(lrm.factorize(build(), rank=5, tau=None, gradient="probe"), blobs)
+    optimizer = lrm.optim.DLRT(model.parameters(), 0.1, s_steps=3)
+    steps, taken = [], []
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    history = fit(model, optimizer, blobs, SETTINGS, closure=True, on_step=lambda: taken.append(1))
+    assert len(steps) < 2 * 5 <= len(taken) < 2 * 5 + 5
+    assert len(history.loss) == SETTINGS.epochs
+    assert len(history.cond) == SETTINGS.epochs + 1
+
+
+def test_crops_and_flips_move_images_whole():
+    """Each image of a moving gradient is one of the 50 that shifts by 2 pixels and mirrors make."""
+    x = torch.arange(2 * 3 * 6 * 7.0).reshape(2, 3, 6, 7).repeat(20, 1, 1, 1)
+    moved = crop_and_flip(x, torch.Generator().manual_seed(0))
+    padded = nn.functional.pad(x, (2, 2, 2, 2), mode="reflect")
+    seen = set()
+    for k, image in enumerate(moved):
+        places = [
+            (i, j, flip)
+            for i in range(5)
+            for j in range(5)
+            for flip in (False, True)
+            if torch.equal(image.flip(-1) if flip else image, padded[k, :, i : i + 6, j : j + 7])
+        ]
+        assert places
+        seen.update(places)
+    assert len(seen) > 20
 
 
 def test_empty_history_of_a_dense_model():

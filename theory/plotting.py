@@ -1,7 +1,4 @@
-"""One look for all pictures: colour-blind safe (Okabe-Ito), thin grids, labelled axes.
-
-matplotlib is of the extra ``[demo]`` and is imported when a picture is asked for, not before.
-"""
+"""The look of :mod:`lrmanifold.viz`, and what pictures of orders and bounds need beside it."""
 
 from __future__ import annotations
 
@@ -9,35 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-# Okabe and Ito 2008; the first is for text and lines of reference.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+from lrmanifold.viz import MARKERS, PALETTE, legend_below, new_figure
 
-_RC: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "grid.linewidth": 0.5,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.constrained_layout.use": True,
-}
+__all__ = ["COLOURS", "MARKERS", "diagonal", "legend_below", "new", "powers_of_two", "slope"]
 
-
-def new(columns: int = 1, *, width: float = 6.0, height: float = 4.4, **subplots: Any) -> Any:
-    """A figure without global state, and its axes (one, or an array of `columns`)."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(width * columns, height), layout="constrained")
-        return figure, figure.subplots(1, columns, **subplots)
+# The first is for text and lines of reference.
+COLOURS = PALETTE
+new = new_figure
 
 
 def powers_of_two(ax: Any) -> None:
@@ -45,14 +20,6 @@ def powers_of_two(ax: Any) -> None:
     ax.set_yscale("log")
     ax.set_xscale("log", base=2)
     ax.minorticks_off()
-
-
-def legend_below(figure: Any, ax: Any, *, columns: int = 2, title: str | None = None) -> None:
-    """A legend outside of the axes, where it hides nothing."""
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=columns, title=title, frameon=False
-    )
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:

@@ -14,11 +14,9 @@ from lrmanifold.experiments.data import Dataset
 from lrmanifold.experiments.factors import TwoFactors
 from lrmanifold.nn import (
     ConvexPotential,
-    LowRankConv2d,
     LowRankLayer,
     LowRankLinear,
     MaxMin,
-    Patchify,
 )
 
 from .plan import Run
@@ -72,6 +70,33 @@ def _linear(run: Run) -> Callable[[int, int], nn.Module]:
     return make
 
 
+class Tokens(nn.Module):
+    """Images as their 4 x 4 patches, (B, C, H, W) to (B, HW / 16, 16 C), four neighbours together.
+
+    The order is that of a quadtree, so the patches of every level lie side by side: a tree of
+    Patchify and 1 x 1 convolutions is then linear layers on views. H = W must be 4 times a power
+    of 2.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A permutation of entries."""
+        batch, channels, side = x.shape[0], x.shape[1], x.shape[-1]
+        levels = (side // 4).bit_length() - 1
+        x = x.reshape(batch, channels, *(2,) * levels, 4, *(2,) * levels, 4)
+        rows = [2 + k for k in range(levels + 1)]
+        columns = [3 + levels + k for k in range(levels + 1)]
+        pairs = [d for pair in zip(rows[:-1], columns[:-1], strict=True) for d in pair]
+        x = x.permute(0, *pairs, 1, rows[-1], columns[-1])
+        return x.reshape(batch, 4**levels, 16 * channels)
+
+
+def _tokens(module: Tokens, context: certify.Context) -> certify.Bound:
+    return certify.Bound(1.0, "rearranges entries", slope=0.0)
+
+
+certify.register_bound(Tokens, _tokens)
+
+
 def build(run: Run, data: Dataset) -> nn.Sequential:
     """The network of a run, from torch's global generator."""
     channels, height, width = data.image_shape
@@ -88,18 +113,16 @@ def build(run: Run, data: Dataset) -> nn.Sequential:
         layers = [nn.Flatten(), LowRankLinear(first, last, 2 * run.rank, tau=0.0), MaxMin()]
         layers += [ConvexPotential(last, run.rank) for _ in run.widths[1:]]
     elif run.network == "tree":
-        layers, last, side = [], channels, height
+        layers, last, tokens = [Tokens()], 16 * channels, height * width // 16
         for i, m in enumerate(run.widths):
-            if i < 3:
-                step = 4 if i == 0 else 2
-                n, side = last * step * step, side // step
-                rank = min(run.rank, n, m)
-                layers += [Patchify(step), LowRankConv2d(n, m, 1, rank, tau=0.0), MaxMin()]
-            else:
-                n = last if i > 3 else last * side * side
-                layers += [nn.Flatten()] if i == 3 else []
-                layers += [make(n, m), MaxMin()]
+            if i > 0 and tokens > 1:
+                # four neighbours side by side: a view, because of the order of the patches
+                tokens, last = tokens // 4, 4 * last
+                layers += [nn.Unflatten(1, (tokens, 4)), nn.Flatten(2)]
+            layers += [make(last, m), MaxMin(-1)]
             last = m
+        layers += [nn.Flatten()]
+        last *= tokens
     else:
         raise ValueError(f"network must be 'mlp', 'potential' or 'tree', got {run.network!r}")
     head = nn.Linear(last, classes)

@@ -79,7 +79,7 @@ def conditioning(groups: Sequence[Group]) -> Figure | None:
         style: Any = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
         axis.plot(range(length), mean, label=group.label, lw=1.8, ms=5, **style)
     axis.set_yscale("log")
-    viz._plain_log_ticks([axis], [np.concatenate([row["cond"] for g in shown for row in g.rows])])
+    viz.plain_log_ticks([axis], [np.concatenate([row["cond"] for g in shown for row in g.rows])])
     axis.set_xlabel("epoch")
     axis.set_ylabel("largest cond of a layer")
     _tidy(axis)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .. import certify
 from .._arguments import check_callable, check_instance
 from ..nn import LowRankLayer, densify, factorize
-from ..optim import CondLR, CondLRAdam
+from ..optim import CondLR, CondLRAdam, param_groups
 from .data import Dataset, check_dataset
 from .factors import Rank, two_factors
 from .training import History, Normalized, Objective, Settings, check_settings, fit
@@ -149,29 +150,40 @@ def train(
     elif method.kind != "dense":
         raise ValueError(f"kind must be dense, svd, factors or condlr, got {method.kind!r}")
     model = Normalized(network, data).to(device)
-    # The same class for all: on ordinary parameters CondLR is torch.optim.SGD.
-    optimizer: torch.optim.Optimizer = CondLR(
-        model.parameters(), settings.lr, momentum=settings.momentum
-    )
     if certified is not None:
-        optimizer = CondLRAdam(model.parameters(), settings.lr)
+        settings = dataclasses.replace(settings, optimizer="adam")
         loop["objective"] = _objective(model, data, settings, certified)
         loop["about"] = f"certified loss, eps {certified!r}"
-    history = fit(model, optimizer, data, settings, **loop)
+    history = fit(model, _optimizer(model, settings), data, settings, **loop)
     return Trained(model, history, *_shares(model, size))
+
+
+def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """The same class for all methods: on ordinary parameters they are SGD and AdamW."""
+    decay = settings.weight_decay
+    params: Any = param_groups(model, weight_decay=decay) if decay else model.parameters()
+    if settings.optimizer == "adam":
+        return CondLRAdam(params, settings.lr, weight_decay=decay)
+    return CondLR(
+        params,
+        settings.lr,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        weight_decay=decay,
+    )
 
 
 def _objective(model: nn.Module, data: Dataset, settings: Settings, eps: float) -> Objective:
     """The certified loss as a function of the step: a run that was cut off goes on alike."""
-    steps = settings.epochs * -(-len(data.train_y) // settings.batch_size)
+    steps = settings.steps(data)
     bound = certify.LipschitzBound(model, data.image_shape)
     done = [0]
     loss = certify.CertifiedLoss(eps, lambda _: min(1.0, done[0] / max(1, steps // 2)))
 
-    def objective(z: Tensor, y: Tensor, step: int) -> Tensor:
+    def objective(model: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
         done[0] = step
         bound.forget()  # a checkpoint has no warm starts
-        return loss(bound, z, y)
+        return loss(bound, model(x), y)
 
     return objective
 

@@ -76,7 +76,7 @@ def lenet5(in_channels: int = 1, classes: int = 10, image_size: int = 28) -> nn.
 
 
 def build(name: str, dataset: Dataset) -> nn.Sequential:
-    """The named model, one of :data:`NAMES`, with the input and output sizes of `dataset`."""
+    """The named model, one of `NAMES`, with the input and output sizes of `dataset`."""
     if not hasattr(dataset, "image_shape") or not hasattr(dataset, "classes"):
         raise TypeError(f"dataset must be a Dataset, got {shown(dataset)}")
     channels, height, width = dataset.image_shape

@@ -160,7 +160,7 @@ def identity(
 ) -> dict[str, Any]:
     """What two runs must have in common for one to go on where the other stopped."""
     return {
-        **dataclasses.asdict(settings),
+        **settings.to_dict(),
         "data": data.name,
         "training images": len(data.train_y),
         "images (CRC-32)": checksum(data.train_x),

@@ -1,25 +1,38 @@
-"""One training loop for all methods: cosine rate, seeded batches, spectra recorded on the way."""
+"""One training loop for all methods: rates, seeded batches, spectra recorded on the way."""
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._arguments import check_instance, check_integer, check_module, check_number, check_text
+from .._arguments import (
+    check_choice,
+    check_flag,
+    check_instance,
+    check_integer,
+    check_module,
+    check_number,
+    check_text,
+)
 from ..checkpoint import CheckpointError
-from .data import Dataset, batches, check_dataset
+from .data import Dataset, check_dataset
 from .factors import spectrum
 from .resume import Keeper, Position, identity
+from .stream import AUGMENTATIONS, Stream
 
-Objective = Callable[[Tensor, Tensor, int], Tensor]
+Objective = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 # What torch's generators take.
 SEEDS = (-(2**63), 2**64 - 1)
+OPTIMIZERS = ("sgd", "adam")
+SCHEDULES = ("cosine", "linear")
 
 
 @dataclass(frozen=True)
@@ -30,10 +43,24 @@ class Settings:
     ----------
     epochs, batch_size : int
     lr : float
-        Rate at the start; it follows a cosine to 0 over all steps.
+        The largest rate; it falls to 0 over all steps.
     momentum : float
+        Of "sgd".
     seed : int
         Of the order of the batches (and, by the callers, of the initial weights).
+    optimizer : {"sgd", "adam"}
+        CondLR or CondLRAdam, which are SGD and AdamW on ordinary parameters.
+    weight_decay : float
+        Of matrices and larger tensors; on a low-rank weight it acts on the core alone.
+    label_smoothing : float
+    nesterov : bool
+    schedule : {"cosine", "linear"}
+        How the rate falls.
+    warmup : float
+        Share of the steps over which it rises first, linearly.
+    augment : {"none", "crop-flip"}
+    bfloat16 : bool
+        Forward passes under autocast; weights and steps stay in float32.
 
     Raises
     ------
@@ -46,17 +73,53 @@ class Settings:
     lr: float = 0.1
     momentum: float = 0.3
     seed: int = 0
+    optimizer: str = "sgd"
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    nesterov: bool = False
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    augment: str = "none"
+    bfloat16: bool = False
 
     def __post_init__(self) -> None:
+        share: dict[str, Any] = {"low": 0.0, "high": 1.0, "open_high": True}
         checked = {
             "epochs": check_integer("epochs", self.epochs, low=1),
             "batch_size": check_integer("batch_size", self.batch_size, low=1),
             "lr": check_number("lr", self.lr, low=0.0, open_low=True),
-            "momentum": check_number("momentum", self.momentum, low=0.0, high=1.0, open_high=True),
+            "momentum": check_number("momentum", self.momentum, **share),
             "seed": check_integer("seed", self.seed, low=SEEDS[0], high=SEEDS[1]),
+            "optimizer": check_choice("optimizer", self.optimizer, OPTIMIZERS),
+            "weight_decay": check_number("weight_decay", self.weight_decay, low=0.0),
+            "label_smoothing": check_number("label_smoothing", self.label_smoothing, **share),
+            "nesterov": check_flag("nesterov", self.nesterov),
+            "schedule": check_choice("schedule", self.schedule, SCHEDULES),
+            "warmup": check_number("warmup", self.warmup, **share),
+            "augment": check_choice("augment", self.augment, AUGMENTATIONS),
+            "bfloat16": check_flag("bfloat16", self.bfloat16),
         }
         for name, value in checked.items():  # in Python's own types: they are written to files
             object.__setattr__(self, name, value)
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            raise ValueError("nesterov needs optimizer 'sgd' and a momentum > 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For files: options that came after the first five only where they are not the default.
+
+        So runs and checkpoints from before such an option stay the same runs.
+        """
+        fields = dataclasses.fields(self)
+        values = {f.name: getattr(self, f.name) for f in fields}
+        return {
+            f.name: values[f.name]
+            for i, f in enumerate(fields)
+            if i < 5 or values[f.name] != f.default
+        }
+
+    def steps(self, data: Dataset) -> int:
+        """Batches of the whole training."""
+        return self.epochs * -(-len(data.train_y) // self.batch_size)
 
 
 def check_settings(value: Settings) -> Settings:
@@ -126,6 +189,7 @@ def fit(
     save_every: int = 1,
     objective: Objective | None = None,
     about: str | None = None,
+    closure: bool = False,
 ) -> History:
     """Train, with cross entropy by default; the loop that every comparison uses.
 
@@ -134,24 +198,29 @@ def fit(
     model : nn.Module
         Takes images in [0, 1].
     optimizer : torch.optim.Optimizer
-        Its rates are scheduled by a cosine to 0.
+        Its rates are scheduled as `settings` say; its other options count, not those there.
     data : Dataset
     settings : Settings
     on_step : callable, optional
-        Called after every step (progress bars); for those of a run that is taken up, at its start.
+        Called for every batch after its step (progress bars); for those of a run that is taken up,
+        at its start.
     on_resume : callable, optional
-        Called with the number of steps done, if the run is taken up from `checkpoint`.
+        Called with the number of batches done, if the run is taken up from `checkpoint`.
     checkpoint : path, optional
-        A file to which the run is written every `save_every` steps and at its end, whole or not at
-        all. If it is there already the run goes on from it, with results equal to the bit to those
-        of a run that was never cut off. The file is kept; delete it after saving results.
+        A file to which the run is written every `save_every` batches and at its end, whole or not
+        at all. If it is there already the run goes on from it, with results equal to the bit to
+        those of a run that was never cut off. The file is kept; delete it after saving results.
     save_every : int
         With 1 a process that is killed loses the current step only.
     objective : callable, optional
-        From logits, classes and the number of steps done to the loss, in place of cross entropy.
+        From the model, images, classes and the number of batches done to the loss, in place of
+        cross entropy.
     about : str
         The objective in words, its name by default: a checkpoint of a run with another one is
         refused.
+    closure : bool
+        For optimizers that evaluate several batches a step: ``step`` gets a function that draws the
+        next one. The number of batches is the same, so they make fewer steps.
 
     Returns
     -------
@@ -173,9 +242,8 @@ def fit(
         about = "cross entropy" if objective is None else _name(objective)
     check_text("about", about)
     device = next(check_module("model", model).parameters()).device
-    steps = settings.epochs * -(-len(data.train_y) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(settings.seed)
+    schedule = _schedule(optimizer, settings, settings.steps(data))
+    stream = Stream(data, settings, device)
     history, keeper, at = History(), None, None
     if checkpoint is not None:
         same = identity(settings, data, model, optimizer, about)
@@ -183,42 +251,68 @@ def fit(
         at = keeper.resume(history)
     if at is None:
         history.record(model)
-        at = Position(0, 0, generator.get_state(), torch.zeros((), device=device), 0)
+        at = Position(0, 0, stream.order, torch.zeros((), device=device), 0)
     else:
         if on_resume is not None:
             on_resume(schedule.last_epoch)
         for _ in range(schedule.last_epoch if on_step is not None else 0):
             on_step()  # type: ignore[misc]
+    stream.go_to(at, schedule.last_epoch)
+    smoothing = settings.label_smoothing
+
+    def loss_of_next() -> Tensor:
+        x, y = next(stream)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
+            if objective is not None:
+                loss = objective(model, x, y, schedule.last_epoch)
+            else:
+                loss = F.cross_entropy(model(x).float(), y, label_smoothing=smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        at.total += loss.detach() * len(y)
+        at.count += len(y)
+        return loss
+
     model.train()
     while at.epoch < settings.epochs:
-        generator.set_state(at.order)
-        order = batches(data.train_x, data.train_y, settings.batch_size, generator=generator)
-        for x, y in itertools.islice(order, at.batch, None):
-            x, y = x.to(device), y.to(device)
-            z = model(x)
-            if objective is None:
-                loss = F.cross_entropy(z, y)
-            else:
-                loss = objective(z, y, schedule.last_epoch)
-            optimizer.zero_grad()
-            loss.backward()
+        before = schedule.last_epoch
+        if closure:
+            optimizer.step(loss_of_next)  # type: ignore[arg-type]
+        else:
+            loss_of_next()
             optimizer.step()
+        for _ in range(stream.taken - before):
             schedule.step()
-            at.total += loss.detach() * len(y)
-            at.count += len(y)
-            at.batch += 1
-            if keeper is not None and schedule.last_epoch % save_every == 0:
-                _save(keeper, at, history, settings)
-            if on_step is not None:
-                on_step()
-        history.loss.append(float(at.total) / at.count)
-        _check_loss(at, settings)  # before the spectra: those of NaN do not exist
-        _check_weights(at, model, settings)
-        history.record(model)
-        at = Position(at.epoch + 1, 0, generator.get_state(), torch.zeros_like(at.total), 0)
+        ended, (at.epoch, at.batch, at.order) = at.epoch, stream.place()
+        if at.epoch > ended:
+            history.loss += [float(at.total) / at.count] * (at.epoch - ended)
+            _check_loss(at, ended, settings)  # before the spectra: those of NaN do not exist
+            _check_weights(ended, model, settings)
+            history.record(model)
+            at.total, at.count = torch.zeros_like(at.total), 0
+        if keeper is not None and before // save_every < stream.taken // save_every:
+            _save(keeper, at, history, settings)
+        for _ in range(stream.taken - before if on_step is not None else 0):
+            on_step()  # type: ignore[misc]
     if keeper is not None:
         _save(keeper, at, history, settings)
     return history
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, settings: Settings, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if settings.schedule == "cosine" and not settings.warmup:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rise = round(settings.warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        left = max(0.0, (steps - step) / (steps - rise))
+        return left if settings.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _name(objective: Objective) -> str:
@@ -227,23 +321,23 @@ def _name(objective: Objective) -> str:
 
 
 def _save(keeper: Keeper, at: Position, history: History, settings: Settings) -> None:
-    _check_loss(at, settings)
+    _check_loss(at, at.epoch, settings)
     try:
         keeper.save(at, history)
     except CheckpointError as error:  # a state that could not be taken up is not written
         raise FloatingPointError(f"{error}: lower lr = {settings.lr}") from error
 
 
-def _check_loss(at: Position, settings: Settings) -> None:
+def _check_loss(at: Position, epoch: int, settings: Settings) -> None:
     if not torch.isfinite(at.total):
         raise FloatingPointError(
-            f"the training loss is not finite in epoch {at.epoch + 1}: lower lr = {settings.lr}"
+            f"the training loss is not finite in epoch {epoch + 1}: lower lr = {settings.lr}"
         )
 
 
-def _check_weights(at: Position, model: nn.Module, settings: Settings) -> None:
+def _check_weights(epoch: int, model: nn.Module, settings: Settings) -> None:
     """The loss is of before the last step: what that step did shows in the weights only."""
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
         raise FloatingPointError(
-            f"the weights are not finite after epoch {at.epoch + 1}: lower lr = {settings.lr}"
+            f"the weights are not finite after epoch {epoch + 1}: lower lr = {settings.lr}"
         )

@@ -192,7 +192,7 @@ class FixedRank(geoopt.Manifold):
 
     @property
     def retraction_map(self) -> Callable[..., Tensor]:
-        """The function behind :attr:`retraction`, ``(manifold, X, xi) -> Y``."""
+        """The function behind `retraction`, ``(manifold, X, xi) -> Y``."""
         return self._retract
 
     @property

@@ -21,7 +21,7 @@ class Rule(NamedTuple):
     ----------
     move : callable
         ``(M, X, G, state, options) -> (Y, state)`` for parameters on manifolds; see
-        :mod:`lrmanifold.optim.step`.
+        ``lrmanifold.optim.step``.
     move_dense : callable
         The same for ordinary parameters, entry by entry.
     vectors : tuple of str

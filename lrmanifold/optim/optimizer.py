@@ -30,7 +30,7 @@ _UNSUPPORTED = frozenset({"foreach", "fused", "differentiable", "dampening", "am
 class GeometricOptimizer(torch.optim.Optimizer):
     """Base of the optimizers: moves each parameter, on the manifold that it is on, by a rule.
 
-    A new optimizer is a subclass with a :attr:`rule` and, in `defaults`, at least ``lr``; see
+    A new optimizer is a subclass with a `rule` and, in `defaults`, at least ``lr``; see
     ``docs/extending.md``. Everything else is here: options are checked, lost manifolds refused,
     NaN and Inf skipped and counted, equal weights bundled, accelerators never waited for.
 

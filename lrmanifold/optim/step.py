@@ -83,7 +83,7 @@ def condlr_update(
 ) -> tuple[Tensor, Tensor | None]:
     """One CondLR step of one point, with tangent vectors as the manifold has them.
 
-    The rule :func:`condlr` by the manifold's own `egrad2rgrad`, `retr` and `transp`. It works on
+    The rule ``condlr`` by the manifold's own `egrad2rgrad`, `retr` and `transp`. It works on
     every geoopt manifold and is the reference for what :class:`CondLR` computes.
 
     Parameters

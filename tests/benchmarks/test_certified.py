@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.certified import plan, table
 from benchmarks.certified.__main__ import read, result_of
-from benchmarks.certified.networks import build, sizes, truncate
+from benchmarks.certified.networks import Tokens, build, sizes, truncate
 from lrmanifold import certify
 from lrmanifold.experiments.data import load
 
@@ -67,11 +67,25 @@ def test_the_other_networks_are_within_half_a_million(network):
     assert sizes(model)["stored"] <= 500_000
     report = certify.lipschitz(model, shape[1:])
     assert {row.kind for row in report.rows} <= {
-        "Flatten", "Patchify", "MaxMin", "LowRankLinear", "LowRankConv2d", "ConvexPotential",
+        "Flatten", "Unflatten", "Tokens", "MaxMin", "LowRankLinear", "ConvexPotential",
         "Linear",
     }  # fmt: skip
     # no bound of the tree needs an iteration over frequencies
     assert all("frequencies" not in row.how for row in report.rows)
+
+
+def test_tokens_are_the_patches_of_a_quadtree():
+    x = torch.randn(2, 3, 32, 32)
+    tokens = Tokens()(x)
+    assert tokens.shape == (2, 64, 48)
+    # tokens 4 k to 4 k + 3 are the patches of one 8 x 8 square, and so on upwards
+    for level, side in ((4, 8), (16, 16)):
+        squares = x.unfold(2, side, side).unfold(3, side, side)
+        first = tokens[:, :level].flatten(1).sort(1).values
+        assert torch.equal(first, squares[:, :, 0, 0].flatten(1).sort(1).values)
+        last = tokens[:, -level:].flatten(1).sort(1).values
+        assert torch.equal(last, squares[:, :, -1, -1].flatten(1).sort(1).values)
+    assert torch.equal(tokens[:, 0], x[:, :, :4, :4].flatten(1))
 
 
 def test_a_run_is_measured_once_and_read_again(tmp_path):

@@ -28,6 +28,35 @@ def test_maxmin_sorts_pairs_and_keeps_lengths(device):
         MaxMin(0)
 
 
+@given(channels=st.integers(2, 7), seed=st.integers(0, 2**16))
+def test_maxmin_has_the_derivative_of_maximum_and_minimum(channels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, channels, 2, dtype=torch.float64, generator=generator, requires_grad=True)
+    g = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    half = channels // 2
+    a, b, rest = x.split([half, half, channels % 2], 1)
+    plain = torch.cat([torch.maximum(a, b), torch.minimum(a, b), rest], 1)
+    (wanted,) = torch.autograd.grad(plain, x, g)
+    assert torch.equal(MaxMin()(x), plain)
+    (found,) = torch.autograd.grad(MaxMin()(x), x, g)
+    assert torch.allclose(found, wanted, atol=1e-14)
+    forward = torch.func.jvp(MaxMin(), (x.detach(),), (g,))[1]
+    assert torch.allclose(forward, torch.func.jvp(lambda x: torch.cat([
+        torch.maximum(*x[:, : 2 * half].split(half, 1)),
+        torch.minimum(*x[:, : 2 * half].split(half, 1)), x[:, 2 * half :]], 1),
+        (x.detach(),), (g,))[1], atol=1e-14)  # fmt: skip
+    assert torch.autograd.gradcheck(MaxMin(), x, check_forward_ad=True, check_batched_grad=True)
+
+
+def test_maxmin_is_a_permutation_where_entries_are_equal():
+    J = torch.func.jacrev(lambda v: MaxMin()(v[None])[0])(torch.zeros(5))
+    assert torch.equal(J @ J.mT, torch.eye(5))
+    compiled = torch.compile(MaxMin(), backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 5, requires_grad=True)
+    compiled(x).square().sum().backward()
+    assert torch.allclose(x.grad, 2 * x)
+
+
 def test_patchify_is_a_permutation_of_entries(device):
     x = torch.arange(48.0, device=device).view(1, 3, 4, 4)
     y = Patchify(2)(x)

@@ -46,8 +46,8 @@ def build(rank: int = 3, tau: float = 0.1):
     return model, optimizer
 
 
-def squared(z, y, step):
-    return (z - nn.functional.one_hot(y, 2)).square().mean()
+def squared(model, x, y, step):
+    return (model(x) - nn.functional.one_hot(y, 2)).square().mean()
 
 
 def run(path, settings=SETTINGS, result=None, **options):
@@ -205,6 +205,69 @@ def test_every_method_goes_on(tmp_path, kind):
     whole = train(method, network, **common)
     assert_same(dict(again.model.state_dict()), dict(whole.model.state_dict()))
     assert_same(vars(again.history), vars(whole.history))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": "adam", "weight_decay": 0.1},
+        {"augment": "crop-flip", "schedule": "linear", "warmup": 0.3},
+        {"bfloat16": True, "nesterov": True},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_every_option_goes_on(tmp_path, change):
+    class CutOffError(Exception):
+        pass
+
+    method = Method("CondLR", "condlr", 0.1)
+    settings = dataclasses.replace(SETTINGS, **change)
+    common = {"data": few_images(), "rank": 3, "settings": settings, "exclude": "4"}
+    path, done = tmp_path / "checkpoint.pt", 0
+
+    def count():
+        nonlocal done
+        done += 1
+        if done == 10:
+            raise CutOffError
+
+    with pytest.raises(CutOffError):
+        train(method, network, **common, checkpoint=path, on_step=count)
+    again = train(method, network, **common, checkpoint=path)
+    whole = train(method, network, **common)
+    assert_same(dict(again.model.state_dict()), dict(whole.model.state_dict()))
+    assert_same(vars(again.history), vars(whole.history))
+
+
+def test_steps_of_several_batches_go_on(tmp_path):
+    """A step that begins in one epoch and ends in the next is taken up too."""
+
+    class CutOffError(Exception):
+        pass
+
+    def start():
+        torch.manual_seed(7)
+        low = lrm.factorize(network(), rank=3, tau=None, exclude="4", gradient="probe")
+        model = Normalized(low, few_images())
+        return model, lrm.optim.DLRT(model.parameters(), 0.1, s_steps=2)
+
+    whole, optimizer = start()
+    history = fit(whole, optimizer, few_images(), SETTINGS, closure=True)
+    for stop in (5, 8, 20):
+        path, done = tmp_path / f"{stop}.pt", 0
+
+        def count(stop=stop):
+            nonlocal done
+            done += 1
+            if done == stop:
+                raise CutOffError
+
+        options = {"closure": True, "checkpoint": path}
+        with pytest.raises(CutOffError):
+            fit(*start(), few_images(), SETTINGS, on_step=count, **options)
+        model, optimizer = start()
+        assert_same(vars(fit(model, optimizer, few_images(), SETTINGS, **options)), vars(history))
+        assert_same(dict(model.state_dict()), dict(whole.state_dict()))
 
 
 @pytest.mark.slow

@@ -28,15 +28,15 @@ from theory.approximation import (
     strongly_convex,
     unknown_gap,
 )
-from theory.approximation._constrained import cone, project, reach_constant
-from theory.approximation._extremal import (
+from theory.approximation.constrained_flow import cone, project, reach_constant
+from theory.approximation.extremal import (
     constant_defect,
     sharp_exponent,
     sharp_lipschitz,
     sharp_reach,
 )
-from theory.approximation._flows import cumulative, integrate, measure
-from theory.approximation._problems import FAMILIES, Batch, problem
+from theory.approximation.flows import cumulative, integrate, measure
+from theory.approximation.problems import FAMILIES, Batch, problem
 from theory.runner import Settings, verify_control
 
 F64 = torch.float64

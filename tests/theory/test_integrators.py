@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import lrmanifold as lrm
 from theory import integrators
 from theory.integrators import descent, exactness, order, retractions, small_singular_values
-from theory.integrators._schemes import SCHEMES, dense, dlra, from_dense, integrate, orth
+from theory.integrators.schemes import SCHEMES, dense, dlra, from_dense, integrate, orth
 from theory.runner import Settings, verify_control
 
 F64 = torch.float64

@@ -21,8 +21,8 @@ from theory.networks import (
     plain_product,
     residual,
 )
-from theory.networks._convolution import convolve, operator
-from theory.networks._networks import bounds, condition, leaky, random_net
+from theory.networks.convolutions import convolve, operator
+from theory.networks.random_networks import bounds, condition, leaky, random_net
 from theory.runner import Settings, verify_control
 from theory.sampling import Draw
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import subprocess
@@ -454,6 +455,16 @@ def test_select_takes_globs_and_last_names():
     assert {c.id.split("/")[0] for c in select(known, "geometry/*")} == {"geometry"}
     assert [c.id for c in select(known, "curvature")] == ["geometry/curvature"]
     assert select(known, None) == list(known)
+
+
+def test_no_private_name_is_imported_from_another_folder():
+    """Names of one's own folder come with one dot; all others must be public."""
+    for path in Path(theory.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level != 1:
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                private = [n for n in names if n.startswith("_") and not n.endswith("__")]
+                assert not private, f"{path}, line {node.lineno}: {private}"
 
 
 def test_ids_are_unique():

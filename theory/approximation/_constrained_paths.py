@@ -9,9 +9,9 @@ from lrmanifold import linalg
 
 from ..core import Sample
 from ..sampling import Draw
-from ._constrained import ConstrainedPath, cone, integrate, project, reach_constant
-from ._flows import GRID, Measured, from_the_start, inner, norm, refine
-from ._problems import Problem, problem
+from .constrained_flow import ConstrainedPath, cone, integrate, project, reach_constant
+from .flows import GRID, Measured, from_the_start, inner, norm, refine
+from .problems import Problem, problem
 
 TAUS = (0.0, 0.1, 1.0)
 STEP_TOLERANCE = 1e-2

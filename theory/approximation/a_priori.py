@@ -26,9 +26,9 @@ from torch import Tensor
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ._evidence import along_paths
-from ._extremal import sharp_lipschitz
-from ._flows import GRID, Measured, integrate, measure
-from ._problems import Problem, problem
+from .extremal import sharp_lipschitz
+from .flows import GRID, Measured, integrate, measure
+from .problems import Problem, problem
 
 CURVATURE = 1.0  # of μ/s in a
 LIPSCHITZ = 1.0  # of ℓ in b

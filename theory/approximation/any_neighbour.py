@@ -29,10 +29,10 @@ from lrmanifold import linalg
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ._evidence import along_paths
-from ._flows import GRID, Path, best_factors, integrate, measure, norm
-from ._problems import Batch, Problem, best
 from .a_priori import growth
 from .a_priori import sample as draw
+from .flows import GRID, Path, best_factors, integrate, measure, norm
+from .problems import Batch, Problem, best
 
 START = 1.0  # factor of g
 DEFECT = 1.0

@@ -39,9 +39,9 @@ from torch import Tensor
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ._evidence import LATE, along_paths, summary
-from ._extremal import constant_defect, sharp_exponent, sharp_lipschitz
-from ._flows import GRID, Measured, comparison, integrate, measure, refine
-from ._problems import FAMILIES, Problem, problem
+from .extremal import constant_defect, sharp_exponent, sharp_lipschitz
+from .flows import GRID, Measured, comparison, integrate, measure, refine
+from .problems import FAMILIES, Problem, problem
 
 CURVATURE = 0.5  # of L3.4, in κ
 LIPSCHITZ = 1.0  # of ℓε

@@ -11,7 +11,7 @@ p = (r-1)(1+τ)². Hence with ν = sup ‖N_Y‖, s = inf σ_r(Y), ω = 2λ + 4c
     d(t) <= sqrt(d(0)² e^{ωt} + 2νε (1 + 2cε/s)(e^{ωt} - 1)/ω) = O(√ε).
 
 **Proof.** ½(d²)' = ⟨Y-W, F(Y)-F(W)⟩ + ⟨X-Y, N_Y⟩ + ⟨W-X, N_Y⟩; L4.3 for the second term with its
-sharp constant (see ``_constrained.py``; mathematics 4.2 has 1/√2, the limit for large r or τ);
+sharp constant (see ``constrained_flow.py``; mathematics 4.2 has 1/√2, the limit for large r or τ);
 then (d + ε)² <= 2d² + 2ε². ∎
 
 Both forms are checked: the differential one with λ, N_Y, ε measured at every time, and the closed
@@ -26,10 +26,10 @@ from functools import partial
 import torch
 
 from ..core import Claim, Control, Evidence, Sample, Source
-from ._constrained import reach_constant
 from ._constrained_paths import TAUS, run, sample
 from ._evidence import along_paths
 from .a_priori import growth
+from .constrained_flow import reach_constant
 
 DRIFT = 1.0  # of 2ε‖N_Y‖
 REACH = 1.0  # factor of the sharp c

@@ -21,7 +21,7 @@ from functools import partial
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ._constrained_paths import run, sample, trapezoid
 from ._evidence import along_paths
-from ._extremal import sharp_reach
+from .extremal import sharp_reach
 
 REACH = 1.0  # factor of the sharp c
 DEFECT = 1.0  # of ‖D_K‖

@@ -49,11 +49,11 @@ from lrmanifold import linalg
 from ..core import Claim, Control, Evidence, Sample, Source
 from ..paths import Rotation
 from . import _constrained_paths
-from ._constrained import ConstrainedPath, integrate, project, reach_constant
 from ._constrained_paths import theorem_B, theorem_C, trapezoid
 from ._evidence import along_paths
-from ._flows import GRID, Measured, from_the_start, inner, norm, normal_part, refine, spectral_norm
-from ._problems import Batch, Layers, Problem
+from .constrained_flow import ConstrainedPath, integrate, project, reach_constant
+from .flows import GRID, Measured, from_the_start, inner, norm, normal_part, refine, spectral_norm
+from .problems import Batch, Layers, Problem
 
 STRETCH = 1.0  # of θ‖Ż‖
 FORCE = 1.0  # of ‖F(W) - F(Z~)‖

@@ -24,10 +24,10 @@ from functools import partial
 import torch
 
 from ..core import Claim, Control, Evidence, Sample, Source, identity
-from ._extremal import sharp_exponent
-from ._flows import GRID, integrate, measure
-from ._problems import Problem
 from .certificate import certificate
+from .extremal import sharp_exponent
+from .flows import GRID, integrate, measure
+from .problems import Problem
 
 EXPONENT = 1.0  # of μt/s
 TOLERANCE = 100.0  # times θ²

@@ -26,10 +26,10 @@ import torch
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from . import _constrained_paths as paths
-from ._constrained import integrate, reach_constant
 from ._evidence import along_paths
-from ._extremal import sharp_reach
-from ._flows import GRID, Measured, refine
+from .constrained_flow import integrate, reach_constant
+from .extremal import sharp_reach
+from .flows import GRID, Measured, refine
 
 REACH = 1.0  # factor of c in κ_0
 DEFECT = 1.0  # of δ_0

@@ -22,11 +22,11 @@ import torch
 
 from ..core import Claim, Control, Evidence, Sample, Source
 from ._evidence import ROUNDING, along_paths
-from ._extremal import constant_defect
-from ._flows import Measured, cumulative
-from ._problems import Problem
 from .a_priori import growth, measured
 from .a_priori import sample as draw
+from .extremal import constant_defect
+from .flows import Measured, cumulative
+from .problems import Problem
 
 BETA = 8.0  # β = 8μ/ρ
 LEADING = 2.0  # 2β

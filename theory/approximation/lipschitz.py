@@ -19,10 +19,10 @@ import torch
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ._evidence import along_paths
-from ._extremal import sharp_lipschitz
-from ._problems import Problem
 from .a_priori import measured
 from .a_priori import sample as draw
+from .extremal import sharp_lipschitz
+from .problems import Problem
 
 FACTOR = 2.0
 OFFSET = 1.0

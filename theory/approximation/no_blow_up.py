@@ -48,11 +48,11 @@ from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ..paths import Rotation
 from ..sampling import Draw
 from ._evidence import along_paths
-from ._extremal import constant_defect
-from ._flows import GRID, Measured
-from ._problems import Batch, Layers, Problem
 from .a_priori import growth, measured
 from .a_priori import sample as draw_problem
+from .extremal import constant_defect
+from .flows import GRID, Measured
+from .problems import Batch, Layers, Problem
 
 SOURCE = 1.0  # of S
 LINEAR = 1.0  # of A

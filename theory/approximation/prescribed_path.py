@@ -19,9 +19,9 @@ import torch
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ._evidence import along_paths
-from ._extremal import constant_defect
-from ._problems import Problem, problem
 from .a_priori import measured
+from .extremal import constant_defect
+from .problems import Problem, problem
 
 FACTOR = 2.0
 OFFSET = 1.0

@@ -17,9 +17,9 @@ import torch
 
 from ..core import Claim, Control, Evidence, Sample, Source, inequality
 from ..plotting import slope
-from ._flows import GRID, integrate, measure
-from ._problems import problem
 from .a_priori import growth
+from .flows import GRID, integrate, measure
+from .problems import problem
 
 ORDER = 1.0
 TOLERANCE = 0.1

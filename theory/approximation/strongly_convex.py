@@ -18,8 +18,8 @@ import torch
 
 from ..core import Claim, Control, Evidence, Sample, Source
 from ._evidence import along_paths
-from ._problems import Problem, problem
 from .a_priori import measured
+from .problems import Problem, problem
 
 LIPSCHITZ = 1.0  # of ℓ in the numerator
 BEND = 2.0  # of μ/s there

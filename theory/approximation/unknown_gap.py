@@ -20,9 +20,9 @@ import torch
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ._evidence import ROUNDING, along_paths
-from ._problems import Problem
 from .a_priori import growth, measured, short
 from .a_priori import sample as draw
+from .problems import Problem
 
 CURVATURE = 1.5  # of μ/s in a
 SIZE = 1.0  # of b

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from ..core import Claim, Control, Evidence, Sample, Source, inequality
-from ..networks._convolution import matricised, operator
+from ..networks.convolutions import matricised, operator
 from ..sampling import Draw, eps
 
 CONSTANT = 1.0

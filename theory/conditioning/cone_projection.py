@@ -23,7 +23,7 @@ from lrmanifold import linalg
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
-from ._spectra import draw_tau
+from .spectra import draw_tau
 
 CONSTANT = 1.0
 ROUNDING = 64.0

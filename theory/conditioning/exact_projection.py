@@ -29,7 +29,7 @@ from lrmanifold import linalg
 
 from ..core import Claim, Control, Evidence, Sample, Source, inequality
 from ..sampling import Draw, eps
-from ._spectra import core_sample, respectral
+from .spectra import core_sample, respectral
 
 ROUNDING = 64.0
 

@@ -31,7 +31,7 @@ from lrmanifold import WellConditioned, linalg
 
 from ..core import Claim, Control, Evidence, Sample, Source, inequality, not_met
 from ..sampling import Draw, eps
-from ._spectra import draw_tau
+from .spectra import draw_tau
 
 ROUNDING = 64.0
 

@@ -31,8 +31,8 @@ import torch
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
-from ._spectra import draw_tau
 from .k_tau_projection import project
+from .spectra import draw_tau
 
 HALF = 0.5
 ROUNDING = 64.0

@@ -29,7 +29,7 @@ from lrmanifold import linalg
 
 from ..core import Claim, Control, Evidence, Sample, Source, inequality
 from ..sampling import eps
-from ._spectra import core_sample
+from .spectra import core_sample
 
 REPEAT = 200
 ROUNDING = 64.0

@@ -21,7 +21,7 @@ from lrmanifold import linalg
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
-from ._spectra import core_sample, with_spectrum
+from .spectra import core_sample, with_spectrum
 
 CONSTANT = 0.5
 ROUNDING = 64.0

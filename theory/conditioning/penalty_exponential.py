@@ -26,7 +26,7 @@ from lrmanifold import linalg
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
-from ._spectra import core_sample, with_spectrum
+from .spectra import core_sample, with_spectrum
 
 CONSTANT = 1.0 / math.sqrt(2.0)
 SHARP = math.sqrt(2.0)

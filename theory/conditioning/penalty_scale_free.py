@@ -33,7 +33,7 @@ from lrmanifold import linalg
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, not_met
 from ..sampling import Draw, eps
-from ._spectra import core_sample, with_spectrum
+from .spectra import core_sample, with_spectrum
 
 TWO = 2.0
 ROUNDING = 64.0

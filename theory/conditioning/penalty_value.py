@@ -26,7 +26,7 @@ from lrmanifold import linalg
 
 from ..core import Claim, Control, Evidence, Sample, Source, identity, not_met
 from ..sampling import eps
-from ._spectra import core_sample
+from .spectra import core_sample
 
 FACTOR = 2.0
 ROUNDING = 64.0

@@ -28,7 +28,7 @@ from lrmanifold import linalg
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, not_met
 from ..sampling import Draw, eps
-from ._spectra import draw_core
+from .spectra import draw_core
 
 FACTOR = 1.0
 ROUNDING = 64.0

@@ -36,7 +36,7 @@ from lrmanifold import linalg
 
 from ..core import Claim, Control, Evidence, Sample, Source
 from ..sampling import Draw, eps
-from ._spectra import draw_core
+from .spectra import draw_core
 
 CONSTANT = 2.0
 TIME, STEPS = 6.0, 240

@@ -25,7 +25,7 @@ from lrmanifold import Factors
 
 from ..core import Claim, Control, Evidence, Sample, Source, inequality
 from ..sampling import Draw, eps
-from ._schemes import augmented, augmented_bug, bug, dense
+from .schemes import augmented, augmented_bug, bug, dense
 
 SUBSTEPS = 64
 ROUNDING = 64.0

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..core import Claim, Control, Evidence, Sample, Source, identity
 from ..sampling import Draw, eps
-from ._schemes import SCHEMES, dense, from_dense
+from .schemes import SCHEMES, dense, from_dense
 
 EXACT = ("KSL", "Strang-KSL", "BUG", "augmented BUG")
 NOT_EXACT = ("parallel BUG",)

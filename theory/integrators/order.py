@@ -29,7 +29,7 @@ from torch import Tensor
 from ..core import Claim, Control, Evidence, Sample, Source, inequality
 from ..plotting import slope
 from ..sampling import Draw
-from ._schemes import SCHEMES, dense, dlra, from_dense, integrate, tangent
+from .schemes import SCHEMES, dense, dlra, from_dense, integrate, tangent
 
 ORDERS = {
     "KSL": 1.0,

@@ -24,7 +24,7 @@ import lrmanifold as lrm
 
 from ..core import Claim, Control, Evidence, Sample, Source, identity
 from ..sampling import Draw, eps
-from ._schemes import SCHEMES, dense
+from .schemes import SCHEMES, dense
 
 PAIRS = {
     "ksl": "KSL",

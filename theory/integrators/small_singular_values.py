@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core import Claim, Control, Evidence, Sample, Source, inequality
 from ..paths import Rotation
 from ..sampling import Draw
-from ._schemes import ROBUST, SCHEMES, dense, from_dense, integrate
+from .schemes import ROBUST, SCHEMES, dense, from_dense, integrate
 
 SIGMAS = (6e-2, 1e-3, 1e-6, 1e-9, 1e-12, 1e-15)
 STEPS = 32
@@ -96,7 +96,7 @@ def figure(dtype: torch.dtype, device: torch.device):
     fig, ax = new(width=7.4, height=4.8)
     for k, name in enumerate(SCHEMES):
         naive = name == NAIVE
-        colour = (*COLOURS[1:2], *COLOURS[3:7], "0.6", COLOURS[0], COLOURS[7], COLOURS[2])[k]
+        colour = (*COLOURS[1:2], *COLOURS[3:7], "0.6", COLOURS[0], "#8B4513", COLOURS[2])[k]
         style = {"linewidth": 3.0, "zorder": 5} if naive else {}
         y = [row[name] for row in rows]
         ax.loglog(

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
-from ._networks import norm
+from .random_networks import norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "LeakyReLU(0.1)": partial(functional.leaky_relu, negative_slope=0.1),

@@ -17,7 +17,7 @@ import torch
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
-from ._networks import condition
+from .random_networks import condition
 
 CONSTANT = 1.0
 ROUNDING = 50.0

@@ -23,7 +23,7 @@ from lrmanifold import robustness
 
 from ..core import Claim, Control, Evidence, Sample, Source, identity
 from ..sampling import Draw, eps
-from ._networks import jacobian
+from .random_networks import jacobian
 
 DIRECTIONS = 32
 ROUNDING = 2.0

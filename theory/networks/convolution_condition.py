@@ -24,7 +24,7 @@ import torch
 
 from ..core import Claim, Control, Evidence, Sample, Source, inequality, not_met
 from ..sampling import Draw, eps
-from ._convolution import matricised, operator
+from .convolutions import matricised, operator
 
 CONSTANT = 1.0
 ROUNDING = 100.0

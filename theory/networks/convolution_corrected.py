@@ -24,7 +24,7 @@ import torch
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ..sampling import Draw, eps
-from ._convolution import convolve, matricised, operator
+from .convolutions import convolve, matricised, operator
 
 CONSTANT = 1.0
 IMAGES = 16

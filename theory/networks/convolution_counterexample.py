@@ -22,7 +22,7 @@ import torch
 
 from ..core import Claim, Control, Evidence, Sample, Source
 from ..sampling import Draw, eps
-from ._convolution import matricised, operator
+from .convolutions import matricised, operator
 
 KINDS = ("difference filter", "r < C_in", "C_in <= r < C_in k²")
 LEAST = 1.2  # by what factor κ(T) exceeds κ(K) = 1 at least

@@ -23,7 +23,7 @@ import torch
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
-from ._convolution import matricised, operator
+from .convolutions import matricised, operator
 
 CONSTANT = 1.0
 ROUNDING = 50.0

@@ -20,8 +20,8 @@ import torch
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ..sampling import Draw, eps
-from ._networks import Net, bounds, random_net
 from .plain_product import near_kernel
+from .random_networks import Net, bounds, random_net
 
 CONSTANT = 1.0
 BATCH = 50

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..core import Claim, Control, Evidence, Sample, Source
 from ..sampling import Draw
-from ._networks import Net, bounds, random_net
+from .random_networks import Net, bounds, random_net
 
 NETS = 100
 SIZE, DEPTH, RANK, TAU = 16, 3, 4, 0.1

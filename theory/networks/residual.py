@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, not_met
 from ..sampling import Draw, eps
-from ._networks import condition
+from .random_networks import condition
 
 CONSTANT = 1.0
 ROUNDING = 50.0

@@ -6,8 +6,8 @@ import torch
 
 import lrmanifold as lrm
 
-from ..approximation._extremal import sharp_exponent, sharp_lipschitz
-from ..approximation._problems import Batch, Layers, Setting, start_and_target
+from ..approximation.extremal import sharp_exponent, sharp_lipschitz
+from ..approximation.problems import Batch, Layers, Setting, start_and_target
 from ._steps import Training
 
 BATCH_SIZE = 8
@@ -99,7 +99,7 @@ def training(
 def resting_twin(seed: int, device: torch.device, *, h: float = 0.1, steps: int = 12) -> Training:
     """Y rests while X moves at the speed ‖F(X) - F(W)‖: E⁺ = E + hc exactly.
 
-    F(W) = ⟨W, u_⊥v_⊥ᵀ⟩ u vᵀ sees only what is not low-rank; see ``approximation/_extremal.py``.
+    F(W) = ⟨W, u_⊥v_⊥ᵀ⟩ u vᵀ sees only what is not low-rank; see ``approximation/extremal.py``.
     """
     at = sharp_lipschitz(seed, torch.float64, device)["problem"]
     zero = torch.zeros((), dtype=torch.float64)

@@ -17,8 +17,8 @@ from torch import Tensor
 import lrmanifold as lrm
 from lrmanifold import linalg
 
-from ..approximation._flows import inner, minus, norm, normal_part, spectral_norm
-from ..approximation._problems import Layers
+from ..approximation.flows import inner, minus, norm, normal_part, spectral_norm
+from ..approximation.problems import Layers
 
 Field = Callable[[int, Layers], Layers]
 Measured = dict[str, Tensor]

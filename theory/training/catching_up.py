@@ -52,10 +52,10 @@ from torch import Tensor
 import lrmanifold as lrm
 from lrmanifold import linalg
 
-from ..approximation import _constrained
-from ..approximation._constrained import project, reach_constant
-from ..approximation._flows import GRID
-from ..approximation._problems import Problem, problem
+from ..approximation import constrained_flow
+from ..approximation.constrained_flow import project, reach_constant
+from ..approximation.flows import GRID
+from ..approximation.problems import Problem, problem
 from ..core import Claim, Control, Evidence, Sample, Source, not_met
 from ..plotting import slope
 from ..sampling import Draw
@@ -136,7 +136,7 @@ def every_second(at: Problem, Y: Tensor, h: float, tau: float, k: int) -> Tensor
 STEPS: dict[str, Step] = {"catching-up": catching_up, "CondLR": condlr}
 
 
-def constants(at: Problem, tau: float, path: _constrained.ConstrainedPath) -> dict[str, Tensor]:
+def constants(at: Problem, tau: float, path: constrained_flow.ConstrainedPath) -> dict[str, Tensor]:
     """μ, s, β, A of the statement, with a tenth of room for the steps' own path; (B,) each."""
     mu = 1.1 * torch.linalg.matrix_norm(path.F).amax(0)
     s = 0.9 * linalg.svdvals(path.Y)[..., at.rank - 1].amin(0)
@@ -150,7 +150,7 @@ def constants(at: Problem, tau: float, path: _constrained.ConstrainedPath) -> di
 def errors(given: Sample, step: Step) -> dict[str, list[Tensor]]:
     """max_k ‖y_k - Y(kh)‖ (B,) for each h, the largest cond/κ, and the bound."""
     at, tau = given["problem"], given["tau"]
-    path = _constrained.integrate(at, tau, REFERENCE)
+    path = constrained_flow.integrate(at, tau, REFERENCE)
     q, reference = constants(at, tau, path), path.Y
     found: dict[str, list[Tensor]] = {"error": [], "outside": [], "bound": [], "h": []}
     for refinement in REFINEMENTS:

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import lrmanifold as lrm
 
-from ..approximation._constrained import project
+from ..approximation.constrained_flow import project
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ..sampling import Draw
 from .projected_step import turned

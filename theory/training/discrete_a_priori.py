@@ -31,7 +31,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..approximation._problems import Batch, Layers
+from ..approximation.problems import Batch, Layers
 from ..core import Claim, Control, Evidence, Sample, Source
 from ..plotting import slope
 from ._steps import Training, run, stacked

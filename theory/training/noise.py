@@ -34,7 +34,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..approximation._problems import Batch
+from ..approximation.problems import Batch
 from ..core import Claim, Control, Evidence, Sample, Source
 from ._steps import best, retracted, tangent
 

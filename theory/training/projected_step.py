@@ -29,8 +29,8 @@ import torch
 
 from lrmanifold import linalg
 
-from ..approximation._constrained import project
-from ..conditioning._spectra import draw_tau
+from ..approximation.constrained_flow import project
+from ..conditioning.spectra import draw_tau
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 

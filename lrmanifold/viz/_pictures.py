@@ -1,43 +1,29 @@
-"""Pictures of training and of robustness, ready for a slide.
-
-Each function returns a matplotlib ``Figure`` and never shows it: ``figure.savefig(path)``, or let a
-notebook display it. Global settings of matplotlib stay as they are. Colours are those of Okabe and
-Ito, told apart also with colour-blind eyes; line styles and markers differ too.
-
-matplotlib is imported when a function is called: ``pip install 'lrmanifold[demo]'``.
-"""
+"""Singular values over training, and accuracy under attack."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ._arguments import check_flag, check_instance, check_integer, check_number, check_text
+from .._arguments import check_flag, check_instance, check_integer, check_number, check_text
+from ._look import (
+    LINES,
+    MARKERS,
+    PALETTE,
+    finish,
+    legend_of,
+    need_matplotlib,
+    plain_figure,
+    plain_log_ticks,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Okabe and Ito, "Color universal design", without their yellow (too pale on white).
-PALETTE = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-_STYLE: Any = {
-    "font.size": 12,
-    "axes.titlesize": 13,
-    "axes.labelsize": 12,
-    "legend.fontsize": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "lines.linewidth": 2.0,
-    "lines.markersize": 6.0,
-    "legend.frameon": False,
-}
 
 
 def spectra(
@@ -79,11 +65,11 @@ def spectra(
     panels = {k: _spectrum_array(k, v) for k, v in found.items()}
     if not panels:
         raise ValueError("history has no spectra: the model had no low-rank layer")
-    with _style():
+    with style():
         if ax is None:
             wide = min(columns, len(panels))
             high = math.ceil(len(panels) / wide)
-            figure = _figure(1.0 + 3.3 * wide, 0.9 + 3.1 * high)
+            figure = plain_figure(1.0 + 3.3 * wide, 0.9 + 3.1 * high)
             grid = figure.subplots(high, wide, sharex=True, sharey=True, squeeze=False)
             axes = list(grid.flat)
             for unused in axes[len(panels) :]:
@@ -100,9 +86,9 @@ def spectra(
             handles.update(_spectrum_panel(axis, name, s, bound))
             if id(axis) in left:
                 axis.set_ylabel("singular value")
-        _plain_log_ticks(axes[: len(panels)], list(panels.values()))
+        plain_log_ticks(axes[: len(panels)], list(panels.values()))
         if ax is None:
-            _legend_below(figure, handles, columns=3)
+            legend_of(figure, handles, columns=3)
         else:
             axes[0].legend(handles.values(), handles)
         if title:
@@ -148,9 +134,9 @@ def accuracy_curves(
             raise ValueError(f"relative_to must be one of {list(curves)}, got {relative_to!r}")
         base = curves[relative_to]
         curves = {name: _differences(curve, base) for name, curve in curves.items()}
-    with _style():
+    with style():
         if ax is None:
-            figure = _figure(6.4, 4.6)
+            figure = plain_figure(6.4, 4.6)
             axis = figure.subplots()
         else:
             figure, axis = cast("Figure", ax.figure), ax
@@ -164,8 +150,8 @@ def accuracy_curves(
                 mean,
                 label=name,
                 color=color,
-                linestyle=_LINES[i % len(_LINES)],
-                marker=_MARKERS[i % len(_MARKERS)],
+                linestyle=LINES[i % len(LINES)],
+                marker=MARKERS[i % len(MARKERS)],
                 markeredgecolor="white",
                 markeredgewidth=0.6,
                 zorder=3,
@@ -179,7 +165,7 @@ def accuracy_curves(
             axis.set_ylim(0, 100)
         else:
             axis.set_ylabel(f"accuracy minus {relative_to}'s (points)")
-        _finish(axis)
+        finish(axis)
         if title:
             axis.set_title(title)
         if legend:
@@ -205,9 +191,9 @@ def accuracy_panels(
     check_instance("panels", panels, Mapping, "a mapping")  # type: ignore[type-abstract]
     if not panels:
         raise ValueError("panels must hold at least one attack")
-    with _style():
+    with style():
         rows = 1 if relative_to is None else 2
-        figure = _figure(0.8 + 5.0 * len(panels), 0.9 + 3.5 * rows)
+        figure = plain_figure(0.8 + 5.0 * len(panels), 0.9 + 3.5 * rows)
         grid = figure.subplots(rows, len(panels), sharex=True, sharey="row", squeeze=False)
         for column, (title, results) in enumerate(panels.items()):
             accuracy_curves(results, ax=grid[0, column], title=title, legend=False)
@@ -219,7 +205,7 @@ def accuracy_panels(
         for axis in grid[:, 1:].flat:
             axis.set_ylabel("")
         handles, labels = grid[0, 0].get_legend_handles_labels()
-        _legend_below(figure, dict(zip(labels, handles, strict=True)), columns=3)
+        legend_of(figure, dict(zip(labels, handles, strict=True)), columns=3)
     return figure
 
 
@@ -255,7 +241,7 @@ def _spectrum_panel(axis: Any, name: str, s: np.ndarray, tau: float | None) -> d
 
     epochs = np.arange(len(s))
     top, bottom = s[:, 0], s[:, -1]
-    blue, orange = PALETTE[2], PALETTE[1]
+    blue, orange = PALETTE[1], PALETTE[2]
     axis.set_yscale("log")
     axis.fill_between(epochs, bottom, top, color=blue, alpha=0.18, lw=0)
     axis.plot(epochs, s[:, 1:-1], color=blue, lw=0.5, alpha=0.45)
@@ -270,61 +256,5 @@ def _spectrum_panel(axis: Any, name: str, s: np.ndarray, tau: float | None) -> d
     axis.set_xlabel("epoch")
     axis.set_xlim(0, max(len(s) - 1, 1))
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    _finish(axis)
+    finish(axis)
     return handles
-
-
-def _plain_log_ticks(axes: Sequence[Any], panels: Sequence[np.ndarray]) -> None:
-    """Plain numbers, more of them the smaller the range: a spectrum often spans no decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    span = max(s.max() for s in panels) / min(s.min() for s in panels)
-    steps: list[float] = [1, 2, 5] if span < 300 else [1]
-    if span < 10:
-        steps = [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8] if span < 4 else [1, 1.5, 2, 3, 4, 5, 7]
-    for axis in axes:
-        axis.yaxis.set_major_locator(LogLocator(subs=steps))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.tick_params(which="minor", length=0)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """Without pyplot: no window, no backend, and nothing that somebody has to close."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def _legend_below(figure: Figure, handles: dict[str, Any], columns: int) -> None:
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside lower center",
-        ncols=min(columns, len(handles)),
-        handlelength=3.2,
-    )
-
-
-def _finish(axis: Any) -> None:
-    # explicitly, not by rcParams: ticks are made when the figure is drawn, outside the context
-    axis.grid(True, color="#DDDDDD", linewidth=0.7)
-    axis.tick_params(labelsize=11)
-
-
-@contextlib.contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
-        yield
-
-
-def need_matplotlib() -> None:
-    """Say at the beginning of a long run what would fail at its end."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "pictures need matplotlib, not installed: pip install 'lrmanifold[demo]'"
-        ) from error

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lrmanifold import linalg
 
-from ._problems import Layers, Problem
+from .problems import Layers, Problem
 
 Measured = Mapping[str, Tensor]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core import Sample
-from ._problems import Batch, Layers, Problem
+from .problems import Batch, Layers, Problem
 
 
 class Corner:

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from lrmanifold import linalg
 
-from ._flows import rk4
-from ._problems import Problem
+from .flows import rk4
+from .problems import Problem
 
 ETA = 1e-6
 
