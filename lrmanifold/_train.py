@@ -79,7 +79,7 @@ class Job:
                 **self.settings.to_dict(),
                 "data": self.images.name,
                 "model": self.model,
-                "method": dataclasses.asdict(self.method),
+                "method": self.method.to_dict(),
                 "rank": self.ranks if self.method.kind != "dense" else None,
                 "exclude": self.exclude,
                 "device": str(self.device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 
@@ -15,6 +16,7 @@ from lrmanifold.experiments.data import Dataset, batches
 from lrmanifold.experiments.factors import TwoFactors, spectrum, two_factors
 from lrmanifold.experiments.methods import Method, comparison, train
 from lrmanifold.experiments.models import mlp
+from lrmanifold.experiments.orthogonal import orthogonalize
 from lrmanifold.experiments.stream import crop_and_flip
 from lrmanifold.experiments.training import History, Normalized, Settings, fit
 
@@ -172,6 +174,57 @@ def test_training_is_deterministic_for_a_seed(kind, blobs):
     assert other.history.loss != a.history.loss
 
 
+def test_finetuned_is_half_dense_then_the_truncated_factors(blobs):
+    """The halves done by hand: the dense network of half of the epochs, cut, trained on."""
+    settings = dataclasses.replace(SETTINGS, epochs=3, weight_decay=0.01)
+    found = run(Method("cut", "finetuned", finetune=0.5), blobs, settings)
+    first = run(Method("dense", "dense"), blobs, dataclasses.replace(settings, epochs=2))
+    model = Normalized(two_factors(first.model.network, 5, exclude="fc3"), blobs)
+    groups = lrm.optim.param_groups(model, weight_decay=0.01)
+    optimizer = lrm.optim.CondLR(groups, 0.05, momentum=0.3)
+    second = dataclasses.replace(settings, epochs=1, lr=0.05)
+    history = fit(model, optimizer, blobs, second)
+    assert found.history.loss == first.history.loss + history.loss
+    for p, q in zip(found.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(ValueError, match=r"finetuned needs settings\.epochs >= 2, got 1"):
+        run(Method("cut", "finetuned"), blobs, Settings(epochs=1))
+
+
+def test_orthogonal_keeps_all_matrices_but_the_last_orthogonal(blobs):
+    """Decay too: it acts on the last layer alone."""
+    small = dataclasses.replace(SETTINGS, weight_decay=0.5)
+    plain = run(Method("orthogonal", "orthogonal"), blobs).model.network
+    decayed = run(Method("orthogonal", "orthogonal"), blobs, small).model.network
+    for network in (plain, decayed):
+        for layer in (network.fc1, network.fc2):
+            s = torch.linalg.svdvals(layer.weight.detach())
+            torch.testing.assert_close(s, torch.ones_like(s))
+    assert decayed.fc3.weight.norm() < 0.8 * plain.fc3.weight.norm()
+    conv = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(32, 2))
+    start = conv[0].weight.detach().flatten(1)
+    orthogonalize(conv)
+    x = torch.randn(2, 3, 4, 4)
+    U, _, Vh = torch.linalg.svd(start.double(), full_matrices=False)
+    kernel = (U @ Vh).float().view(8, 3, 3, 3)
+    want = nn.functional.conv2d(x, kernel, conv[0].bias, stride=2, padding=1)
+    torch.testing.assert_close(conv[0](x), want, atol=1e-5, rtol=1e-5)
+
+
+def test_the_penalty_pulls_the_cores_together(blobs):
+    plain, pulled = (
+        run(Method("penalty", "condlr", penalty=b), blobs).history.cond[-1] for b in (0.0, 0.3)
+    )
+    assert pulled < 0.8 * plain
+
+
+def test_methods_of_several_evaluations_see_the_same_number_of_batches(blobs):
+    for kind, options in (("dlrt", {}), ("robust_dlrt", {"tol": 0.1, "penalty": 0.05})):
+        taken = []
+        run(Method(kind, kind, **options), blobs, on_step=lambda t=taken: t.append(1))
+        assert 10 <= len(taken) < 10 + 15
+
+
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.5])
 def test_condlr_stays_in_the_set_after_every_step(tau, blobs, device):
     conds = []
@@ -251,7 +304,7 @@ def test_same_start_on_every_device(blobs, device):
 
 
 def test_unknown_kind_and_settings_are_refused(blobs):
-    with pytest.raises(ValueError, match="kind must be dense, svd, factors or condlr, got 'x'"):
+    with pytest.raises(ValueError, match=r"kind must be one of dense, .*, got 'x'"):
         run(Method("x", "x"), blobs)
     for wrong in ({"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"momentum": 1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -1,6 +1,7 @@
-"""Clean and robust accuracy of many training methods, by declarative experiments.
+"""Clean and robust accuracy of many training methods, by plans that are written before the runs.
 
-``python -m benchmarks.robustness`` runs the TOML files of ``configs/``; every finished run is one
-line of ``benchmarks/results/robustness/runs.jsonl``, from which :mod:`benchmarks.report` makes a
-page. A run that is cut off goes on after its last whole epoch (or measure) when it is called again.
+``python -m benchmarks.robustness NAME`` works on ``benchmarks/results/robustness/NAME/plan.toml``.
+Every trial of a setting is a line of ``trials.jsonl`` beside it, every network measured on the test
+images a line of ``runs.jsonl``; :mod:`benchmarks.report` makes the page. Training is that of
+:mod:`lrmanifold.experiments`, and a run that is cut off goes on when it is called again.
 """

@@ -1,59 +1,48 @@
-"""``python -m benchmarks.robustness [FILE ...] [--full]``: run experiments, fill the table."""
+"""``python -m benchmarks.robustness [NAME ...]``: run plans, fill their tables."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from pathlib import Path
 
+import torch
+
 from .._record import FOLDER
-from . import experiment
-from .display import Display
-from .runner import Runner, threads
+from .runner import Runner
 
-CONFIGS = Path(__file__).parent / "configs"
-DEFAULT = ("digits",)
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def chosen(names: list[str], *, full: bool) -> list[Path]:
-    """The named files (paths, or names in ``configs/``), the default set, or all for the CPU."""
-    if names:
-        return [Path(n) if n.endswith(".toml") else CONFIGS / f"{n}.toml" for n in names]
-    if full:
-        rest = [p for p in sorted(CONFIGS.glob("*.toml")) if not p.stem.startswith("cifar")]
-        return sorted(rest, key=lambda path: path.stem not in DEFAULT)
-    return [CONFIGS / f"{name}.toml" for name in DEFAULT]
 
 
 def main() -> None:
     """Parse the command line and work."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.robustness", description=__doc__)
-    parser.add_argument("files", nargs="*", help="TOML files, or names in configs/")
-    parser.add_argument("--full", action="store_true", help="all experiments for the CPU")
+    parser.add_argument("names", nargs="*", default=["digits"], help="folders with a plan.toml")
     parser.add_argument("--root", help="folder of the data (default: $LRMANIFOLD_DATA)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--amp", action="store_true", help="forward in bfloat16")
-    parser.add_argument("--seeds", type=int, nargs="+", help="only these of the seeds")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--results", type=Path, default=FOLDER / "robustness")
     parser.add_argument("--scratch", type=Path, default=REPOSITORY / "runs" / "robustness")
+    parser.add_argument("--save-every", type=int, default=500, help="batches between checkpoints")
+    parser.add_argument("--unregistered", action="store_true", help="run a plan without a commit")
     options = parser.parse_args()
-    threads(options.threads)
-    experiments = [experiment.load(p) for p in chosen(options.files, full=options.full)]
-    runner = Runner(
-        options.results,
-        options.scratch,
-        options.root,
-        device=options.device,
-        amp=options.amp,
-        minutes=options.minutes,
-        seeds=options.seeds,
-    )
-    with Display() as display:
-        finished = runner.go(experiments, display)
-    raise SystemExit(0 if finished else 75)  # 75: try again (EX_TEMPFAIL)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    for name in options.names:
+        runner = Runner(
+            options.results / name,
+            options.scratch,
+            options.root,
+            device=options.device,
+            minutes=options.minutes,
+            save_every=options.save_every,
+            unregistered=options.unregistered,
+            log=functools.partial(print, flush=True),
+        )
+        if not runner.go():
+            raise SystemExit(75)  # try again (EX_TEMPFAIL)
 
 
 if __name__ == "__main__":

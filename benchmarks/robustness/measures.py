@@ -1,7 +1,8 @@
-"""Size, cost, conditioning and calibration of a trained network."""
+"""What stands in a row: accuracy clean and attacked, size, cost, conditioning, calibration."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any
 
@@ -9,26 +10,17 @@ import torch
 from torch import Tensor, nn
 
 import lrmanifold as lrm
+from lrmanifold import robustness
 from lrmanifold.experiments.data import Dataset
 from lrmanifold.experiments.factors import TwoFactors
-from lrmanifold.experiments.training import History
+from lrmanifold.experiments.methods import Trained
+from lrmanifold.experiments.orthogonal import OrthogonalConv2d
 from lrmanifold.nn import LowRankLayer
 
-from .methods import OrthogonalConv2d
-from .training import predict
+from . import bound
+from .plan import Attack, Plan, Search
 
-
-def sizes(model: nn.Module, dense: int) -> dict[str, Any]:
-    """Parameters as trained, and with the r x r cores folded for inference; shares of `dense`."""
-    trained = sum(p.numel() for p in model.parameters())
-    cores = sum(m.factors.S.numel() for m in model.modules() if isinstance(m, LowRankLayer))
-    return {
-        "dense": dense,
-        "trained": trained,
-        "folded": trained - cores,
-        "trained_share": trained / dense,
-        "folded_share": (trained - cores) / dense,
-    }
+ATTACKS = ("pgd", "apgd-ce", "apgd-t", "fab-t", "square")
 
 
 def multiply_adds(network: nn.Module, image: Tensor) -> int:
@@ -87,6 +79,24 @@ def layer_conds(model: nn.Module) -> dict[str, dict[str, float]]:
     return found
 
 
+def drawn(data: Dataset, count: int) -> tuple[Tensor, Tensor]:
+    """So many test images, drawn at random by a fixed seed: the first ones may be easier."""
+    order = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))[:count]
+    return data.test_x[order], data.test_y[order]
+
+
+def clean(model: nn.Module, data: Dataset) -> dict[str, float]:
+    """Accuracy, cross entropy and calibration error on all test images."""
+    device = next(model.parameters()).device
+    with robustness.evaluation_mode(model), torch.no_grad():
+        logits = torch.cat([model(x.to(device)).float().cpu() for x in data.test_x.split(512)])
+    return {
+        "accuracy": float((logits.argmax(1) == data.test_y).float().mean()),
+        "cross_entropy": float(nn.functional.cross_entropy(logits, data.test_y)),
+        "ece": calibration(logits, data.test_y),
+    }
+
+
 def calibration(logits: Tensor, y: Tensor, bins: int = 15) -> float:
     """Expected calibration error: mean |confidence - accuracy| over equal bins of confidence."""
     confidence, label = logits.softmax(1).max(1)
@@ -96,23 +106,80 @@ def calibration(logits: Tensor, y: Tensor, bins: int = 15) -> float:
     return float(gap.abs().sum() / len(y))
 
 
-def clean(model: Any, data: Dataset) -> dict[str, float]:
-    """Accuracy, cross entropy and calibration on all test images."""
-    logits = predict(model, data.test_x)
-    return {
-        "accuracy": float((logits.argmax(1) == data.test_y).float().mean()),
-        "cross_entropy": float(nn.functional.cross_entropy(logits, data.test_y)),
-        "ece": calibration(logits, data.test_y),
+def worst_case(
+    model: nn.Module, images: tuple[Tensor, Tensor], eps: float, asked: Search | Attack, norm: Any
+) -> dict[str, Any]:
+    """Accuracy under the worst of the attacks, what each left, and which they were.
+
+    Without pyautoattack our PGD on the margin is alone, with ten restarts; `attacks` says so.
+    """
+    names = getattr(asked, "attacks", ATTACKS)
+    there = importlib.util.find_spec("pyautoattack") is not None
+    options: dict[str, Any] = {"attacks": names, "restarts": asked.restarts}
+    if not there:
+        options = {"attacks": ("pgd",), "restarts": max(10, asked.restarts)}
+    found = robustness.worst_case(
+        model, images, eps, norm=norm, steps=asked.steps, queries=asked.queries, **options
+    )
+    return {"accuracy": found.accuracy, "after": found.after, "attacks": list(found.after)}
+
+
+def everything(
+    trained: Trained, data: Dataset, plan: Plan, source: nn.Module | None, *, once: bool
+) -> dict[str, Any]:
+    """All that stands in a row; `once` adds what one seed is enough for."""
+    model, asked = trained.model.eval(), plan.attack
+    x, y = drawn(data, asked.images)
+    device = model.mean.device
+    images = (x.to(device), y.to(device))
+    norm: Any = asked.norm
+    found: dict[str, Any] = {
+        "clean": clean(model, data),
+        "worst": {
+            f"{eps:g}": worst_case(model, images, eps, asked, norm)
+            for eps in sorted({asked.eps, *asked.worst})
+        },
+        "images": len(y),
+        "trained_share": trained.weights_kept,
+        "stored_share": trained.inference_kept,
+        "multiply_adds": multiply_adds(model, x[:1].to(device)),
+        "layers": layer_conds(model),
+        "cond": trained.history.cond,
+        "loss": trained.history.loss,
     }
 
+    def under(attack: Any, strengths: Any, pair: tuple[Tensor, Tensor]) -> dict[str, float]:
+        curve = robustness.accuracy_under_attack(model, pair, attack, strengths)
+        return {f"{eps:g}": value for eps, value in curve.items()}
 
-def spectra(history: History, points: int = 9) -> dict[str, list[list[float]]]:
-    """Each layer's singular values before training and after each epoch, thinned to quantiles."""
-    found = {}
-    for name, moments in history.spectra.items():
-        kept = []
-        for s in moments:
-            index = torch.linspace(0, len(s) - 1, min(points, len(s))).round().long().tolist()
-            kept.append([s[i] for i in index])
-        found[name.removeprefix("network.")] = kept
+    def fast(f: Any, z: Tensor, c: Tensor, eps: float) -> Tensor:
+        return robustness.fgsm(f, z, c, eps, norm=norm)
+
+    def strong(f: Any, z: Tensor, c: Tensor, eps: float) -> Tensor:
+        seeded = torch.Generator().manual_seed(0)
+        return robustness.pgd(f, z, c, eps, norm=norm, steps=20, generator=seeded)
+
+    if asked.fgsm:
+        whole = (data.test_x.to(device), data.test_y.to(device))
+        found["fgsm"] = under(fast, asked.fgsm, whole)
+    if asked.pgd:
+        found["pgd"] = under(strong, asked.pgd, images)
+    if asked.transfer and source is not None:
+        found["transfer"] = under(
+            lambda _, z, c, eps: strong(source, z, c, eps), asked.transfer, images
+        )
+    if once and asked.condition_images:
+        found["condition"] = bound.compare(model, data.test_x[: asked.condition_images])
+    if once and asked.masking_images and importlib.util.find_spec("pyautoattack"):
+        few = (images[0][: asked.masking_images], images[1][: asked.masking_images])
+        check = robustness.check_masking(model, few, asked.eps, norm=norm, queries=2000)
+        found["masking"] = {
+            "failed": [name for name, passed in check.verdicts.items() if not passed],
+            "one_step": check.one_step,
+            "many_steps": check.many_steps,
+            "black_box": {str(q): a for q, a in check.black_box.items()},
+            "only_black_box": check.only_black_box,
+            "unlimited": check.unlimited,
+            "images": check.samples,
+        }
     return found

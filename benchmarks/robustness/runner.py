@@ -1,30 +1,34 @@
-"""Goes through the runs of experiments: tune, train, measure, write a row; skips what is done."""
+"""Goes through a plan: search, train, measure, one line a result; skips what is done."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lrmanifold.experiments import data
-from lrmanifold.experiments.data import Dataset
-from lrmanifold.experiments.runs import write_json
-from lrmanifold.experiments.training import Normalized
+from lrmanifold.experiments import data as datasets
+from lrmanifold.experiments.data import Dataset, validation_split
+from lrmanifold.experiments.methods import Trained, train
 
+from .. import models
 from .._record import conditions
-from . import evaluation, measures
-from .display import Display
-from .experiment import Experiment, Run
-from .methods import truncated
+from . import measures
+from .plan import Family, Plan, PlanError, load, registered
+from .search import Ladder, Point, ranked, search
 from .table import Table
-from .training import Outcome, OutOfTimeError, train
-from .tuning import subset, tuned_rate
+
+Log = Callable[[str], None]
+
+
+class OutOfTimeError(Exception):
+    """The time for this call is over; everything up to the last checkpoint is kept."""
 
 
 @dataclasses.dataclass
@@ -33,176 +37,234 @@ class Runner:
 
     Attributes
     ----------
-    results : path
-        Folder of ``runs.jsonl`` and ``tuning.jsonl``.
+    folder : path
+        Of ``plan.toml``; gets ``trials.jsonl`` and ``runs.jsonl``.
     scratch : path
         Folder of checkpoints, never committed.
     root : path or None
         Of the data; None: the environment variable.
     minutes : float
-        No epoch and no measure is begun later than this.
-    seeds : collection of int or None
-        Only runs with these.
+        Nothing is begun later than this, and training stops.
+    save_every : int
+        Batches between two checkpoints.
+    unregistered : bool
+        Run though the plan is not committed; the rows say so.
     """
 
-    results: Path
+    folder: Path
     scratch: Path
     root: str | None = None
     device: str = "cpu"
-    amp: bool = False
     minutes: float = math.inf
-    seeds: Collection[int] | None = None
+    save_every: int = 500
+    unregistered: bool = False
+    log: Log = print
 
     def __post_init__(self) -> None:
-        self.table = Table(self.results / "runs.jsonl")
-        self.trials = Table(self.results / "tuning.jsonl")
-        self._data: dict[tuple[str, int | None], Dataset] = {}
+        path = self.folder / "plan.toml"
+        self.plan: Plan = load(path)
+        self.commit = registered(path)
+        if self.commit is None and not self.unregistered:
+            raise PlanError(f"{path}: commit the plan before the runs, or call --unregistered")
+        self.trials, self.rows = (Table(self.folder / f"{n}.jsonl") for n in ("trials", "runs"))
+        self._data: dict[Any, Dataset] = {}
+        self._chosen: dict[str, list[tuple[dict[str, float], list[float]]]] = {}
         self._deadline = time.monotonic() + 60 * self.minutes
 
-    def go(self, experiments: Iterable[Experiment], display: Display) -> bool:
+    def go(self) -> bool:
         """Do what is missing; True if nothing is left to do, False if the time ran out."""
-        runs = [run for experiment in experiments for run in experiment.runs()]
-        if self.seeds is not None:
-            runs = [run for run in runs if run.seed in self.seeds]
-        done = {row["key"] for row in self.table.rows()}
-        display.start(len(runs), sum(run.row_key in done for run in runs))
         try:
-            for run in runs:
-                if run.row_key not in done:
-                    display.begin(f"{run.experiment}: {run.method.name}, seed {run.seed}")
-                    self.table.append(self.row(run, display))
-                    display.finish_run()
+            settings = [
+                (family, values, shares)
+                for family in self.plan.families
+                for values, shares in self.chosen(family)
+            ]
+            for seed in self.plan.seeds:
+                for family, values, shares in settings:
+                    self.row(family, values, shares, seed)
         except OutOfTimeError:
-            display.log("the time for this call is over; start it again to go on")
+            self.log("the time for this call is over; start it again to go on")
             return False
         return True
 
-    def row(self, run: Run, display: Display) -> dict[str, Any]:
-        """Tune, train and measure one run."""
-        dataset = self.dataset(run)
-        tuned = _as_trained(run)
-        lr, budget = tuned_rate(
-            tuned, dataset, self.trials, device=self.device, amp=self.amp, log=display.log
+    # -------------------------------------------------------------------------------- choosing
+
+    def chosen(self, family: Family) -> list[tuple[dict[str, float], list[float]]]:
+        """The settings that validation chooses, each with the robust shares of its scores."""
+        if family.name in self._chosen:
+            return self._chosen[family.name]
+        ladder = Ladder(self.plan.axes_of(family), family.start)
+        found: dict[Point, dict[str, Any]] = {}
+        shares = self.plan.search.robust_share
+
+        def score(point: Point) -> float:
+            found[point] = self.trial(family, point, ladder.values(point) or {})
+            return scored(found[point], shares[0])
+
+        scores = search(ladder, self.plan.search.trials, score)
+        best: dict[Point, list[float]] = {}
+        for share in shares:
+            by_share = {point: scored(found[point], share) for point in scores}
+            best.setdefault(ranked(by_share)[0], []).append(share)
+        settings = [(ladder.values(point) or {}, its) for point, its in best.items()]
+        self._chosen[family.name] = settings
+        return settings
+
+    def trial(self, family: Family, point: Point, values: dict[str, float]) -> dict[str, Any]:
+        """One setting on held-out training images, a mean over the seeds of the search."""
+        key = self._key("trial", family.name, values)
+        known = {row["key"]: row for row in self.trials.rows()}
+        if key in known:
+            return known[key]
+        asked, began = self.plan.search, time.process_time()
+        clean, worst, attacks = [], [], []
+        for seed in asked.seeds:
+            trained = self._train(family, values, seed, f"{key}-{seed}", trial=True)
+            if trained is None:
+                clean.append(0.0)
+                worst.append(0.0)
+                continue
+            split = self._split(seed)
+            images = measures.drawn(split, asked.images)
+            found = measures.worst_case(
+                trained.model, images, self.plan.attack.eps, asked, self.plan.attack.norm
+            )
+            clean.append(measures.clean(trained.model, split)["accuracy"])
+            worst.append(found["accuracy"])
+            attacks = found["attacks"]
+        row = {
+            "key": key,
+            "plan": self.plan.digest,
+            "family": family.name,
+            "point": point,
+            "values": values,
+            "clean": clean,
+            "worst": worst,
+            "attacks": attacks,
+            "cpu_seconds": time.process_time() - began,
+        }
+        self.trials.append(row)
+        self.log(
+            f"trial {family.name} {values}: clean {100 * mean(clean):.1f}, "
+            f"worst {100 * mean(worst):.1f}, {row['cpu_seconds']:.1f} s"
         )
-        begin = time.perf_counter()
-        try:
-            outcome, lr = self._train(tuned, dataset, lr, display)
-        except FloatingPointError as error:
-            return self._head(run, lr, budget) | {"failed": str(error)}
-        model = outcome.trainee.model
-        if run.method.kind == "svd":
-            model = truncated(model, run)
-        source = self._source(run, dataset, display)
-        folder = self.scratch / run.key
-        planned = evaluation.plan(
-            model, dataset, run.attacks, once=run.first, source=source, device=self.device
-        )
-        found = evaluation.evaluate(
-            planned, folder, run.attacks, deadline=self._deadline, log=display.log
-        )
-        row = self._head(run, lr, budget) | self._facts(run, outcome, model, dataset) | found
-        row["wall_seconds"] = round(time.perf_counter() - begin, 2)
-        clean = 100 * row["clean"]["accuracy"]
-        display.log(f"{run.method.name}, seed {run.seed}: lr {lr:g}, clean {clean:.2f} %")
         return row
 
-    def dataset(self, run: Run) -> Dataset:
-        """The run's data, read once."""
-        key = (run.training.data, run.training.samples)
-        if key not in self._data:
-            root = None if run.training.data == "digits" else self.root
-            self._data[key] = subset(data.load(run.training.data, root), run.training.samples)
-        return self._data[key]
+    # ------------------------------------------------------------------------------- measuring
 
-    def _train(
-        self, run: Run, dataset: Dataset, lr: float, display: Display
-    ) -> tuple[Outcome, float]:
-        """Train; a tuned rate that diverges over the whole length gives way to the next lower one.
-
-        The rate that was used stands in the row, and is kept beside the checkpoint.
-        """
-        folder = self.scratch / run.key
-        lower = [] if run.method.lr is not None else run.tuning.rates(run.method)
-        rates = [lr, *sorted((r for r in lower if r < lr), reverse=True)]
-        chosen = folder / "rate.json"
-        first = json.loads(chosen.read_bytes()) if chosen.is_file() else lr
-        for rate in (r for r in rates if r <= first):
-            write_json(chosen, rate)
-            try:
-                outcome = train(
-                    run,
-                    dataset,
-                    rate,
-                    folder,
-                    device=self.device,
-                    amp=self.amp,
-                    on_batch=display.batch,
-                    deadline=self._deadline,
-                )
-            except FloatingPointError as error:
-                display.log(f"{run.method.name}, seed {run.seed}: {error}")
-                (folder / "checkpoint.pt").unlink(missing_ok=True)
-                last = error
-                continue
-            return outcome, rate
-        raise last
-
-    def _source(self, run: Run, dataset: Dataset, display: Display) -> Normalized | None:
-        """The reference network of *another* seed's start would be a new training: same seed's."""
-        if run.reference is None:
-            return None
-        reference = run.reference
-        lr, _ = tuned_rate(
-            reference, dataset, self.trials, device=self.device, amp=self.amp, log=display.log
-        )
-        return self._train(reference, dataset, lr, display)[0].trainee.model
-
-    def _head(self, run: Run, lr: float, budget: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "key": run.row_key,
-            "experiment": run.experiment,
-            "name": run.method.name,
-            "seed": run.seed,
-            "first": run.first,
-            "lr": lr,
-            "tuning": budget,
-            "method": dataclasses.asdict(run.method),
-            "training": dataclasses.asdict(run.training),
-            "attacks": dataclasses.asdict(run.attacks),
+    def row(self, family: Family, values: dict[str, float], shares: list[float], seed: int) -> None:
+        """Train a chosen setting on all training images and measure it on the test images."""
+        key = self._key("run", family.name, values, seed)
+        if key in {row["key"] for row in self.rows.rows()}:
+            return
+        head = {
+            "key": key,
+            "plan": self.plan.digest,
+            "plan_commit": self.commit,
+            "family": family.name,
+            "values": values,
+            "shares": shares,
+            "seed": seed,
             "device": self.device,
-            "amp": self.amp,
             "conditions": conditions(),
         }
+        began = time.process_time()
+        trained = self._train(family, values, seed, key)
+        if trained is None:
+            self.rows.append({**head, "diverged": True})
+            self.log(f"run {family.name}, seed {seed}: diverged")
+            return
+        seconds = time.process_time() - began
+        data = self._dataset()
+        source = self._source(seed) if self.plan.attack.transfer else None
+        first = seed == self.plan.seeds[0]
+        found = measures.everything(trained, data, self.plan, source, once=first)
+        self.rows.append({**head, "note": data.note, "train_cpu_seconds": seconds, **found})
+        self._checkpoint(key).unlink(missing_ok=True)
+        self.log(
+            f"run {family.name}, seed {seed}: clean {100 * found['clean']['accuracy']:.1f}, "
+            f"worst {100 * found['worst'][f'{self.plan.attack.eps:g}']['accuracy']:.1f}, "
+            f"{time.process_time() - began:.1f} s"
+        )
 
-    @staticmethod
-    def _facts(run: Run, outcome: Outcome, model: Normalized, dataset: Dataset) -> dict[str, Any]:
-        image = dataset.test_x[:1].to(model.mean.device)
-        history = outcome.history
-        facts: dict[str, Any] = {
-            "parameters": measures.sizes(model, outcome.trainee.dense_parameters),
-            "multiply_adds": measures.multiply_adds(model, image),
-            "layers": measures.layer_conds(model),
-            "cond": history.cond,
-            "loss": history.loss,
-            "epoch_seconds": outcome.epoch_seconds,
-            "evaluations": outcome.evaluations,
-            "steps": outcome.steps,
-            "note": dataset.note,
-        }
-        if run.first:
-            facts["spectra"] = measures.spectra(history)
-        return facts
+    def _source(self, seed: int) -> torch.nn.Module | None:
+        """The reference network of another start and another order of batches."""
+        family = self.plan.family(self.plan.reference)
+        values = self.chosen(family)[0][0]
+        trained = self._train(family, values, 10_000 + seed, self._key("source", values, seed))
+        return None if trained is None else trained.model
+
+    def _train(
+        self, family: Family, values: dict[str, float], seed: int, key: str, *, trial: bool = False
+    ) -> Trained | None:
+        """The network; None if it diverged: that is a result, no reason for another rate."""
+        plan, network = self.plan, self.plan.network
+        data = self._split(seed) if trial else self._dataset()
+        epochs = plan.search.epochs if trial else None
+        method, settings = plan.made(family, values, seed, epochs)
+        path = self._checkpoint(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            trained = train(
+                method,
+                lambda: models.build(network.model, data),
+                data,
+                dict(network.ranks),
+                settings,
+                exclude=network.exclude or None,
+                keep_larger=True,
+                device=self.device,
+                on_step=self._check_time,
+                checkpoint=None if trial and settings.steps(data) < self.save_every else path,
+                save_every=self.save_every,
+            )
+        except FloatingPointError as error:
+            self.log(f"{family.name} {values}, seed {seed}: {error}")
+            trained = None
+        if trial or trained is None:
+            path.unlink(missing_ok=True)
+        return trained
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise OutOfTimeError
+
+    # ------------------------------------------------------------------------------------ data
+
+    def _dataset(self) -> Dataset:
+        if "all" not in self._data:
+            name, samples = self.plan.network.data, self.plan.network.samples
+            data = datasets.load(name, None if name == "digits" else self.root)
+            if samples is not None and samples < len(data.train_y):
+                order = torch.randperm(len(data.train_y), generator=_generator(0))[:samples]
+                x, y = data.train_x[order], data.train_y[order]
+                data = dataclasses.replace(data, train_x=x, train_y=y)
+            self._data["all"] = data
+        return self._data["all"]
+
+    def _split(self, seed: int) -> Dataset:
+        if seed not in self._data:
+            share = self.plan.search.validation
+            self._data[seed] = validation_split(self._dataset(), share, seed)
+        return self._data[seed]
+
+    def _checkpoint(self, key: str) -> Path:
+        return self.scratch / f"{key}.pt"
+
+    def _key(self, *parts: Any) -> str:
+        text = json.dumps([self.plan.digest, *parts], sort_keys=True, ensure_ascii=False)
+        return f"{self.plan.name}-{hashlib.sha256(text.encode()).hexdigest()[:14]}"
 
 
-def _as_trained(run: Run) -> Run:
-    """SVD truncation trains the dense network, with its rate and its checkpoint."""
-    if run.method.kind != "svd":
-        return run
-    method = dataclasses.replace(run.method, kind="dense", rank=None)
-    return dataclasses.replace(run, method=method, ranks=None)
+def scored(trial: Mapping[str, Any], share: float) -> float:
+    """(1 - share) clean + share worst case, means over the seeds of the search."""
+    return (1 - share) * mean(trial["clean"]) + share * mean(trial["worst"])
 
 
-def threads(count: int | None) -> None:
-    """Number of CPU threads, if it is given."""
-    if count is not None:
-        torch.set_num_threads(count)
+def mean(values: list[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,33 +14,58 @@ import torch
 from torch import Tensor, nn
 
 from .. import certify
-from .._arguments import check_callable, check_instance
+from .._arguments import check_callable, check_instance, check_number
 from ..nn import LowRankLayer, densify, factorize
-from ..optim import CondLR, CondLRAdam, param_groups
+from ..optim import DLRT, CondLR, CondLRAdam, param_groups, robust_dlrt
 from .data import Dataset, check_dataset
 from .factors import Rank, two_factors
+from .orthogonal import orthogonalize
 from .training import History, Normalized, Objective, Settings, check_settings, fit
 
-__all__ = ["Method", "Rank", "Trained", "comparison", "train", "two_factors"]
+__all__ = ["KINDS", "Method", "Rank", "Trained", "comparison", "train", "two_factors"]
+
+
+KINDS = ("dense", "svd", "finetuned", "factors", "orthogonal", "condlr", "dlrt", "robust_dlrt")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train: its `name`, and the bound `tau` where it has one.
+    """A way to train.
 
     Attributes
     ----------
     name : str
         For tables.
-    kind : {"dense", "svd", "factors", "condlr"}
-        Dense SGD; dense SGD, then truncated to the rank; two free factors A Bᵀ by SGD; CondLR.
+    kind : one of :data:`KINDS`
+        "dense"; "svd", dense, then truncated to the rank; "finetuned", dense for half of the
+        epochs, truncated to two factors and trained on for the other half; "factors", two free
+        factors A Bᵀ; "orthogonal", all matrices but the last orthogonal, of full rank; "condlr";
+        "dlrt" and "robust_dlrt", which choose ranks as they train.
     tau : float or None
         For "condlr"; None is the fixed-rank manifold without a bound.
+    penalty : float
+        β of the conditioning penalty R(S), for "condlr" and "robust_dlrt".
+    tol : float or None
+        Tolerance of truncation of the two last kinds; None keeps the rank.
+    s_steps : int
+        Of the two last kinds: steps of the core for each of the bases.
+    finetune : float
+        For "finetuned": the second half's rate as a multiple of `Settings.lr`.
     """
 
     name: str
     kind: str
     tau: float | None = None
+    penalty: float = 0.0
+    tol: float | None = None
+    s_steps: int = 1
+    finetune: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For files: what came after the first three only where it is not the default."""
+        values = dataclasses.asdict(self)
+        rest = [f for f in dataclasses.fields(self)[3:] if values[f.name] == f.default]
+        return {key: v for key, v in values.items() if key not in {f.name for f in rest}}
 
 
 def comparison(taus: tuple[float, ...] = (0.0, 0.1, 0.5)) -> list[Method]:
@@ -129,48 +155,82 @@ def train(
         "checkpoint": checkpoint,
         "save_every": save_every,
     }
+    if method.kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {method.kind!r}")
     torch.manual_seed(settings.seed)
     network = build()
     size = sum(p.numel() for p in network.parameters())
+    again = functools.partial(train, Method("dense", "dense"), build, data, rank, device=device)
     if method.kind == "svd":
         if dense is None:
-            plain = Method("dense", "dense")
-            dense = train(
-                plain, build, data, rank, settings, device=device, certified=certified, **loop
-            )
+            dense = again(settings, certified=certified, **loop)
         model = copy.deepcopy(dense.model)
         factorize(model.network, rank=rank, tau=None, **layers)
         kept = _shares(model, size)
         densify(model)
         return Trained(model, dense.history, *kept)
-    if method.kind == "factors":
+    before: list[float] = []
+    if method.kind == "finetuned":
+        if settings.epochs < 2:
+            raise ValueError(f"finetuned needs settings.epochs >= 2, got {settings.epochs}")
+        half = settings.epochs // 2
+        first = {**loop, "checkpoint": _beside(checkpoint), "certified": certified}
+        dense = again(dataclasses.replace(settings, epochs=settings.epochs - half), **first)
+        network, before = dense.model.network, dense.history.loss
+        settings = dataclasses.replace(settings, epochs=half, lr=settings.lr * method.finetune)
+    if method.kind in ("factors", "finetuned"):
         network = two_factors(network, rank, **layers)
-    elif method.kind == "condlr":
-        network = factorize(network, rank=rank, tau=method.tau, **layers)
+    elif method.kind == "orthogonal":
+        network = orthogonalize(network)
     elif method.kind != "dense":
-        raise ValueError(f"kind must be dense, svd, factors or condlr, got {method.kind!r}")
+        bound = {"tau": method.tau} if method.kind == "condlr" else _PROBED
+        network = factorize(network, rank=rank, **bound, **layers)
     model = Normalized(network, data).to(device)
     if certified is not None:
         settings = dataclasses.replace(settings, optimizer="adam")
         loop["objective"] = _objective(model, data, settings, certified)
         loop["about"] = f"certified loss, eps {certified!r}"
-    history = fit(model, _optimizer(model, settings), data, settings, **loop)
+    loop["closure"] = method.kind in ("dlrt", "robust_dlrt")
+    history = fit(model, _optimizer(model, method, settings), data, settings, **loop)
+    history.loss = before + history.loss
     return Trained(model, history, *_shares(model, size))
 
 
-def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """The same class for all methods: on ordinary parameters they are SGD and AdamW."""
-    decay = settings.weight_decay
-    params: Any = param_groups(model, weight_decay=decay) if decay else model.parameters()
+_PROBED: dict[str, Any] = {"tau": None, "gradient": "probe"}
+
+
+def _beside(checkpoint: Path | None) -> Path | None:
+    """The file of the first half of a training in two parts."""
+    return None if checkpoint is None else checkpoint.with_name(f"first-{checkpoint.name}")
+
+
+def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Coordinates of orthogonal matrices are not decayed: smaller ones make no smaller matrix."""
+    groups = param_groups(model, weight_decay=decay)
+    coordinates = [pair for g in groups for pair in g["params"] if "parametrizations" in pair[0]]
+    if not coordinates:
+        return groups
+    names = {name for name, _ in coordinates}
+    for group in groups:
+        group["params"] = [pair for pair in group["params"] if pair[0] not in names]
+    rest = [group for group in groups if group["params"]]
+    return [*rest, {"name": "orthogonal", "params": coordinates, "weight_decay": 0.0}]
+
+
+def _optimizer(model: nn.Module, method: Method, settings: Settings) -> torch.optim.Optimizer:
+    """The same class for all methods of one step: on ordinary parameters SGD or AdamW."""
+    lr, decay = settings.lr, settings.weight_decay
+    params: Any = _groups(model, decay) if decay else model.parameters()
+    if method.kind == "dlrt":
+        return DLRT(params, lr, s_steps=method.s_steps, tol=method.tol)
+    if method.kind == "robust_dlrt":
+        tol = check_number("tol", method.tol, low=0.0)
+        return robust_dlrt(params, lr, tol=tol, beta=method.penalty, s_steps=method.s_steps)
+    common: dict[str, Any] = {"weight_decay": decay, "penalty": method.penalty}
     if settings.optimizer == "adam":
-        return CondLRAdam(params, settings.lr, weight_decay=decay)
-    return CondLR(
-        params,
-        settings.lr,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov,
-        weight_decay=decay,
-    )
+        return CondLRAdam(params, lr, **common)
+    momentum, nesterov = settings.momentum, settings.nesterov
+    return CondLR(params, lr, momentum=momentum, nesterov=nesterov, **common)
 
 
 def _objective(model: nn.Module, data: Dataset, settings: Settings, eps: float) -> Objective:

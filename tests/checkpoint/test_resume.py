@@ -18,7 +18,7 @@ from torch import nn
 import lrmanifold as lrm
 from lrmanifold.checkpoint import CheckpointError
 from lrmanifold.experiments.data import Dataset
-from lrmanifold.experiments.methods import Method, train
+from lrmanifold.experiments.methods import KINDS, Method, train
 from lrmanifold.experiments.training import Normalized, Settings, fit
 
 SETTINGS = Settings(epochs=4, batch_size=16, lr=0.1, momentum=0.5, seed=3)
@@ -184,19 +184,21 @@ def test_the_file_of_another_run_is_refused_and_named(tmp_path):
         fit(model, optimizer, few_images(), SETTINGS, checkpoint=path, save_every=0)
 
 
-@pytest.mark.parametrize("kind", ["dense", "svd", "factors", "condlr"])
-def test_every_method_goes_on(tmp_path, kind):
+@pytest.mark.parametrize("stop", [10, 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_goes_on(tmp_path, kind, stop):
     class CutOffError(Exception):
         pass
 
-    method = Method(kind, kind, 0.1 if kind == "condlr" else None)
+    tol = 0.1 if kind == "robust_dlrt" else None
+    method = Method(kind, kind, 0.1 if kind == "condlr" else None, tol=tol)
     common = {"data": few_images(), "rank": 3, "settings": SETTINGS, "exclude": "4"}
     path, done = tmp_path / "checkpoint.pt", 0
 
     def count():
         nonlocal done
         done += 1
-        if done == 10:
+        if done == stop:
             raise CutOffError
 
     with pytest.raises(CutOffError):

@@ -1,0 +1,107 @@
+"""The search for a family's setting: as many trials for each, ends of the grid never the best.
+
+The grid has no ends of its own: every axis is a geometric ladder that is extended wherever the
+search goes, up to the number of trials. It starts at the announced point, two steps above and two
+below it in the rate. Then the first neighbour of the best point that was not tried yet is tried,
+axis by axis, until the trials are used up; where the best point has none left, the neighbours of
+the second best follow, and so on. The best point is *interior* if all its neighbours were tried.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Point = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A ladder of values, ``start * factor ** k``; with `zero` 0 is its lowest rung, below `first`.
+
+    Attributes
+    ----------
+    factor : float
+    first : float or None
+        The smallest value above 0, for axes on which 0 is a value (decay, smoothing).
+    below : float
+        Values from here on do not exist (label smoothing: 1).
+    """
+
+    factor: float
+    first: float | None = None
+    below: float = math.inf
+
+    def value(self, start: float, k: int) -> float | None:
+        """The value k rungs above `start`; None where the axis has no more."""
+        if self.first is None:
+            found = start * self.factor**k
+        else:
+            rung = self._rung(start) + k
+            if rung < 0:
+                return None
+            found = self.first * self.factor ** (rung - 1) if rung else 0.0
+        return float(f"{found:.6g}") if found < self.below else None
+
+    def _rung(self, start: float) -> int:
+        if not start or self.first is None:
+            return 0
+        return 1 + round(math.log(start / self.first) / math.log(self.factor))
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The axes of a family and where its search starts."""
+
+    axes: Mapping[str, Axis]
+    start: Mapping[str, float]
+
+    def values(self, point: Point) -> dict[str, float] | None:
+        """The setting at a point; None where it does not exist."""
+        found = {
+            name: axis.value(self.start[name], k)
+            for (name, axis), k in zip(self.axes.items(), point, strict=True)
+        }
+        return None if None in found.values() else found  # type: ignore[return-value]
+
+    def first(self) -> list[Point]:
+        """The announced points: the start, and two rungs up and down in the first axis."""
+        rest = (0,) * (len(self.axes) - 1)
+        return [(k, *rest) for k in (0, 2, -2)]
+
+    def neighbours(self, point: Point) -> list[Point]:
+        """The existing points one rung away, axis by axis."""
+        found = [
+            (*point[:i], point[i] + k, *point[i + 1 :]) for i in range(len(point)) for k in (1, -1)
+        ]
+        return [p for p in found if self.values(p) is not None]
+
+    def next(self, scores: Mapping[Point, float]) -> Point:
+        """What to try after these."""
+        for point in self.first():
+            if point not in scores:
+                return point
+        for best in ranked(scores):
+            for point in self.neighbours(best):
+                if point not in scores:
+                    return point
+        raise AssertionError("ladders have no end in the rate")
+
+    def interior(self, point: Point, scores: Mapping[Point, float]) -> bool:
+        """Whether all neighbours were tried."""
+        return all(p in scores for p in self.neighbours(point))
+
+
+def ranked(scores: Mapping[Point, float]) -> list[Point]:
+    """Points by falling score; of equals the one tried first."""
+    return sorted(scores, key=lambda point: -scores[point])
+
+
+def search(ladder: Ladder, trials: int, score: Callable[[Point], float]) -> dict[Point, float]:
+    """Scores of all points tried, in the order of the trials."""
+    scores: dict[Point, float] = {}
+    while len(scores) < trials:
+        point = ladder.next(scores)
+        scores[point] = score(point)
+    return scores
