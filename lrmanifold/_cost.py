@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,15 @@ from .nn.plan import LAYERS
 RANK_MULTIPLE = 16
 
 
-def effective_batch(model: nn.Module, example: Any) -> dict[str, int]:
-    """Rows that each layer's weight is multiplied with in one pass: batch x output positions.
+class Passed(NamedTuple):
+    """What went through a layer in one pass."""
+
+    rows: int  # vectors that its weight was multiplied with: batch x output positions
+    image: tuple[int, ...] | None  # size of a convolution's input, if it was always the same
+
+
+def passed(model: nn.Module, example: Any) -> dict[str, Passed]:
+    """Rows that each layer's weight is multiplied with in one pass, and the size of its images.
 
     Parameters
     ----------
@@ -27,18 +34,22 @@ def effective_batch(model: nn.Module, example: Any) -> dict[str, int]:
 
     Returns
     -------
-    dict
+    dict of Passed
         By qualified name; a layer that is used several times counts all its rows.
     """
-    rows: dict[str, int] = {}
+    found: dict[str, Passed] = {}
     handles = []
     kinds: tuple[type[nn.Module], ...] = (LowRankLayer, *LAYERS)
     for name, module in model.named_modules():
         if isinstance(module, kinds):
             size: Any = getattr(module, "out_features", None) or module.out_channels
 
-            def count(_module: nn.Module, _args: Any, out: Tensor, name=name, size=size) -> None:
-                rows[name] = rows.get(name, 0) + out.numel() // int(size)
+            def count(module: nn.Module, args: Any, out: Tensor, name=name, size=size) -> None:
+                dims = len(getattr(module, "kernel_size", ()))
+                image = tuple(args[0].shape[-dims:]) if dims and args else None
+                before = found.get(name, Passed(0, image))
+                same = image if before.image == image else None
+                found[name] = Passed(before.rows + out.numel() // int(size), same)
 
             handles.append(module.register_forward_hook(count))
     try:
@@ -50,7 +61,7 @@ def effective_batch(model: nn.Module, example: Any) -> dict[str, int]:
     finally:
         for handle in handles:
             handle.remove()
-    return rows
+    return found
 
 
 def better_rank(rank: int, limit: int) -> int | None:

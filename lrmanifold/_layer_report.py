@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import linalg
-from .nn import LowRankLayer
+from .nn import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLayer
 from .nn.plan import matrix_of, packed_size
 from .precision import STORAGE_DTYPES, storage_tolerance
 
@@ -76,6 +77,7 @@ class LayerReport:
     folded_weights: int
     note: str = ""
     batch: int | None = None
+    map_cond: float | None = None
 
     @property
     def has_kernel(self) -> bool:
@@ -97,8 +99,8 @@ def is_quantized(module: nn.Module) -> bool:
     return callable(getattr(module, "weight", None))
 
 
-def measure(name: str, module: Any) -> LayerReport:
-    """The row of a low-rank, dense or quantized layer."""
+def measure(name: str, module: Any, image: tuple[int, ...] | None = None) -> LayerReport:
+    """The row of a low-rank, dense or quantized layer; `image` is what a convolution sees."""
     if is_quantized(module):
         return _unmeasured(name, module, module.weight(), "quantized")
     weight = _with_values(name, module)
@@ -106,7 +108,41 @@ def measure(name: str, module: Any) -> LayerReport:
         return _unmeasured(name, module, weight, f"sparse ({weight.layout})")
     if weight.dtype not in STORAGE_DTYPES:
         return _unmeasured(name, module, weight, f"of {weight.dtype}")
-    return (_low_rank if isinstance(module, LowRankLayer) else _dense)(name, module, weight)
+    found = (_low_rank if isinstance(module, LowRankLayer) else _dense)(name, module, weight)
+    if isinstance(module, _CONVOLUTIONS) and math.isfinite(found.cond):
+        return dataclasses.replace(found, map_cond=_map_cond(module, image))
+    return found
+
+
+_CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, LowRankConv1d, LowRankConv2d, LowRankConv3d,
+)  # fmt: skip
+
+
+def _map_cond(module: Any, image: tuple[int, ...] | None) -> float | None:
+    """Of the map on images; of W = U S Vᵀ it is that of the filters S Vᵀ, as UᵀU = I."""
+    kernel: Tensor = module.weight.detach()
+    if isinstance(module, LowRankLayer):
+        # a union of layers with different types of kernel_size tells a checker nothing
+        layer: Any = module
+        X = layer.manifold.unpack(kernel.double())
+        rows = (X.S @ X.V.mT).reshape(-1, *layer.kernel_size, layer.in_channels // layer.groups)
+        kernel = rows.movedim(-1, 1)
+    circular = module.padding_mode == "circular" and module.padding not in (0, "valid")
+    if circular and image is None:
+        return None
+    try:
+        found = linalg.convolution_singular_range(
+            kernel, input_size=image, stride=module.stride, padding=module.padding,
+            dilation=module.dilation, groups=module.groups, padding_mode=module.padding_mode,
+        )  # fmt: skip
+    except ValueError:  # images that are smaller than the kernel
+        return None
+    if found is None:
+        return None
+    low, high = found
+    # below it a singular value of the float32 numbers that are stored is rounding
+    return high / low if low > 2.0 * torch.finfo(module.weight.dtype).eps * high else math.inf
 
 
 def _unmeasured(name: str, module: Any, weight: Tensor, why: str) -> LayerReport:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ._arguments import check_module
-from ._cost import RANK_MULTIPLE, better_rank, effective_batch
+from ._cost import RANK_MULTIPLE, Passed, better_rank, passed
 from ._evaluation import evaluation_mode
 from ._layer_report import LayerReport, is_quantized, measure, weight_parameters
 from .nn import LowRankLayer
@@ -142,7 +142,11 @@ class Report:
             "activation there (and no biases)."
         )
         if any("Conv" in layer.kind for layer in self.layers):
-            words += " A convolution's cond is that of its kernel as a matrix, not of the map."
+            words += (
+                " A convolution's cond is that of its kernel as a matrix, not of the map on "
+                "images: that is the map cond, known where patches do not overlap and, with an "
+                "example, for circular padding."
+            )
         return words
 
 
@@ -160,7 +164,8 @@ def report(model: nn.Module, example: Any = None) -> Report:
     model : nn.Module
     example : Tensor, tuple or dict, optional
         A training batch (input, positional or keyword arguments): run once, to tell the cost of an
-        optimizer step against forward and backward pass.
+        optimizer step against forward and backward pass, and the size of the images that circular
+        convolutions see.
 
     Returns
     -------
@@ -174,7 +179,7 @@ def report(model: nn.Module, example: Any = None) -> Report:
         If a layer has no values yet: on the meta device, or lazy.
     """
     check_module("model", model)
-    batches = {} if example is None else effective_batch(model, example)
+    seen_by: dict[str, Passed] = {} if example is None else passed(model, example)
     layers: list[LayerReport] = []
     seen: dict[int, str] = {}
     kinds: tuple[type[nn.Module], ...] = (LowRankLayer, *LAYERS)
@@ -183,7 +188,8 @@ def report(model: nn.Module, example: Any = None) -> Report:
         for name, module in model.named_modules():
             if not isinstance(module, kinds) and not is_quantized(module):
                 continue
-            layer = measure(name, module)
+            rows, image = seen_by.get(name, (None, None))
+            layer = measure(name, module, image)
             parameters = weight_parameters(module)
             if first := next((seen[id(p)] for p in parameters if id(p) in seen), None):
                 layer = dataclasses.replace(
@@ -194,7 +200,7 @@ def report(model: nn.Module, example: Any = None) -> Report:
                     folded_weights=0,
                 )
             seen.update({id(p): name for p in parameters if id(p) not in seen})
-            layers.append(dataclasses.replace(layer, batch=batches.get(name)))
+            layers.append(dataclasses.replace(layer, batch=rows))
         other = sum(p.numel() for p in model.parameters() if id(p) not in seen)
     return Report(tuple(layers), other)
 
@@ -223,7 +229,8 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
 
 def _last_cell(layer: LayerReport) -> str:
     share = f"{layer.rank / layer.batch:.3f}" if layer.batch and layer.low_rank else ""
-    return " ".join(filter(None, (share, layer.note)))
+    of_map = "" if layer.map_cond is None else f"map cond {layer.map_cond:.4g}"
+    return ", ".join(filter(None, (share, of_map, layer.note)))
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -264,3 +264,41 @@ def test_ranks_just_below_a_multiple_of_16_are_pointed_out():
     assert "0 250 -> 256" in str(report(model))
     assert "1 256" not in str(report(model))
     assert "multiples" not in str(report(nn.Sequential(lrm.nn.LowRankLinear(9, 9, 3))))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_map_cond_of_a_circular_convolution_is_that_of_the_dense_map(low_rank, groups):
+    torch.manual_seed(0)
+    circular = {"padding": 1, "padding_mode": "circular", "bias": False, "groups": groups}
+    conv = nn.Conv2d(4, 6, 3, **circular).double()
+    if low_rank:
+        conv = lrm.nn.LowRankConv2d.from_dense(conv, 2, tau=0.1)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    layer = report(nn.Sequential(conv), x).layers[0]
+    basis = torch.eye(4 * 25, dtype=torch.float64).view(-1, 4, 5, 5)
+    s = torch.linalg.svdvals(conv(basis).flatten(1))
+    # the map's rank: of each group and frequency as many as it has filters or channels
+    filters = 2 if low_rank else 6 // groups
+    kept = s[: groups * 25 * min(filters, 4 // groups)]
+    assert layer.map_cond == pytest.approx(float(kept[0] / kept[-1]), rel=1e-6)
+    assert layer.map_cond > layer.cond  # not the kernel's
+    text = str(report(nn.Sequential(conv), x))
+    assert f"map cond {layer.map_cond:.4g}" in text
+    assert report(nn.Sequential(conv)).layers[0].map_cond is None  # no size, no frequencies
+
+
+def test_map_cond_of_separate_patches_is_that_of_the_kernel():
+    conv = lrm.nn.LowRankConv2d(3, 8, 4, 5, stride=4, tau=0.1)
+    layer = report(conv).layers[0]
+    assert layer.map_cond == pytest.approx(layer.cond, rel=1e-5)
+    padded = nn.Conv2d(3, 8, 3, padding=1)
+    found = report(
+        nn.Sequential(padded, nn.Flatten(), nn.Linear(8 * 25, 2)), torch.rand(1, 3, 5, 5)
+    )
+    assert [layer.map_cond for layer in found.layers] == [None, None]
+    assert found.to_dict()["layers"][0]["map_cond"] is None
+    lost = nn.Conv1d(2, 2, 1)
+    with torch.no_grad():
+        lost.weight.copy_(torch.tensor([[1.0, 1.0], [1.0, 1.0]])[:, :, None])
+    assert report(lost).layers[0].map_cond == math.inf
