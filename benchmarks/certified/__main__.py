@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,27 @@ def result_of(run: Run, folder: Path, root: str | None) -> dict[str, Any]:
     return result
 
 
+def chosen(tries: list[Run], verified: Callable[[Run], float], further: int = 3) -> Run:
+    """The best of some tries; a rate at the end of those tried is followed further.
+
+    With the best run's other settings, by the same factor, until the best rate has a neighbour on
+    both sides or `further` more were tried.
+    """
+    found = {run: verified(run) for run in tries}
+    for _ in range(further + 1):
+        best = max(found, key=lambda run: found[run])
+        like = [r for r in found if dataclasses.replace(r, lr=best.lr) == best]
+        rates = sorted(run.lr for run in like)
+        if len(rates) < 2 or best.lr not in (rates[0], rates[-1]):
+            break
+        factor = rates[1] / rates[0] if best.lr == rates[-1] else rates[0] / rates[1]
+        beyond = dataclasses.replace(best, lr=float(f"{best.lr * factor:.2g}"))
+        if len(found) == len(tries) + further:
+            break
+        found[beyond] = verified(beyond)
+    return best
+
+
 def work(names: list[str], folder: Path, root: str | None, minutes: float, seeds: int) -> None:
     """Go through the blocks in order until the time is up."""
     end = time.monotonic() + 60 * minutes
@@ -61,8 +83,7 @@ def work(names: list[str], folder: Path, root: str | None, minutes: float, seeds
                 result_of(item, folder, root)
                 continue
             tries, base = item
-            results = [(run, result_of(run, folder, root)) for run in tries]
-            best, _ = max(results, key=lambda pair: pair[1].get("verified", -1.0))
+            best = chosen(tries, lambda run: result_of(run, folder, root).get("verified", -1.0))
             later.append(dataclasses.replace(base, lr=best.lr, head=best.head, kind=best.kind))
         # seed by seed, so that a table that is cut off compares like with like
         for seed in range(seeds):

@@ -112,6 +112,11 @@ def build(run: Run, data: Dataset) -> nn.Sequential:
         first = channels * height * width
         layers = [nn.Flatten(), LowRankLinear(first, last, 2 * run.rank, tau=0.0), MaxMin()]
         layers += [ConvexPotential(last, run.rank) for _ in run.widths[1:]]
+    elif run.network == "folds":
+        # no first layer that drops pixels: each layer folds space along `rank` directions, and with
+        # as many rows as rank every Jacobian is orthogonal
+        last = channels * height * width
+        layers = [nn.Flatten(), *(ConvexPotential(last, run.rank, rows) for rows in run.widths)]
     elif run.network == "tree":
         layers, last, tokens = [Tokens()], 16 * channels, height * width // 16
         for i, m in enumerate(run.widths):
@@ -124,7 +129,9 @@ def build(run: Run, data: Dataset) -> nn.Sequential:
         layers += [nn.Flatten()]
         last *= tokens
     else:
-        raise ValueError(f"network must be 'mlp', 'potential' or 'tree', got {run.network!r}")
+        raise ValueError(
+            f"network must be 'mlp', 'potential', 'folds' or 'tree', got {run.network!r}"
+        )
     head = nn.Linear(last, classes)
     with torch.no_grad():
         head.weight.mul_(run.head)

@@ -22,9 +22,10 @@ class Run:
     method : str
         One of METHODS.
     network : str
-        "mlp", "potential" or "tree".
+        "mlp", "potential", "folds" or "tree".
     widths : tuple of int
-        Hidden layers.
+        Hidden layers; of "folds" the rows of each layer's matrix, which keeps the size of the
+        image.
     rank : int
         Of the low-rank methods.
     eps, eps_train : float
@@ -94,7 +95,8 @@ SHAPES = {
     "factors": (WIDE, 64),
     "truncated": (WIDE, 64),
 }
-# Tried on the validation split, two rates and two sizes of the head for every method.
+# Tried on the validation split, two rates and two sizes of the head for every method; the better
+# end of the rates is followed further, see `chosen`.
 RATES = {
     "low rank": (5e-3, 1e-2),
     "low rank tau 0.1": (5e-3, 1e-2),
@@ -161,6 +163,20 @@ def potential(seed: int, *, choice: bool = False, **changes: Any) -> Run:
     return Run(**{**settings, **changes})
 
 
+def folds(seed: int, *, choice: bool = False, **changes: Any) -> Run:
+    """MNIST at 1.58: convex potential layers on the pixels, x - 2 Qᵀ relu(Q x + b), Q 64 x 784.
+
+    Chosen on the validation split by tries of 3 epochs (``probes.jsonl``, "folds"): 59.0 verified,
+    against 57.4 with a first layer of 512 units, 54.8 with 512 rows in every Q.
+    """
+    settings: dict[str, Any] = {
+        "group": "mnist1.58", "data": "mnist", "method": "low rank", "network": "folds",
+        "widths": (64,) * 8, "rank": 64, "eps": 1.58, "eps_train": 2.2, "epochs": 20,
+        "lr": 1.5e-2, "kind": "emma", "seed": seed, "choice": choice,
+    }  # fmt: skip
+    return Run(**{**settings, **changes})
+
+
 def tree(seed: int, *, choice: bool = False, **changes: Any) -> Run:
     """CIFAR-10 at 36/255: patches as channels at every level, no norm that needs an iteration.
 
@@ -185,11 +201,7 @@ def blocks(seeds: int = 5) -> Iterator[tuple[str, list[Any]]]:
     yield "mnist0.3", list(rivals("mnist0.3", MNIST, 10))
     wide_fashion = {**MNIST, "data": "fashion-mnist", "eps": 0.25, "eps_train": 0.3}
     wide_fashion |= {"shift": 1.0, "rotate": 0.0, "zoom": 0.0}
-    rates = [
-        potential(0, choice=True, epochs=3, lr=8e-3, kind=kind)
-        for kind in ("cross_entropy", "emma")
-    ]
-    yield "mnist1.58", [(rates, potential(0))]
+    yield "mnist1.58", [folds(seed) for seed in range(seeds)]
     yield "width", list(sizes_of("mnist0.3", MNIST, 10))
     yield "fashion0.25", list(rivals("fashion0.25", wide_fashion, 10))
     yield "cifar36", [tree(seed) for seed in range(min(3, seeds))]

@@ -113,6 +113,75 @@ COLOURS = {
 }  # fmt: skip
 
 
+NAMES = {
+    "low rank": "low rank, τ = 0", "low rank tau 0.1": "low rank, τ = 0.1",
+    "orthogonal": "orthogonal, full rank", "dense": "dense", "factors": "two factors A Bᵀ",
+    "truncated": "dense, then truncated",
+}  # fmt: skip
+MARKERS = {
+    "low rank": "o", "low rank tau 0.1": "v", "orthogonal": "s", "dense": "D", "factors": "^",
+    "truncated": "X",
+}  # fmt: skip
+
+
+def _over_size(found: dict[Key, list[dict[str, Any]]], plt: Any, folder: Path) -> None:
+    """Verified accuracy of each method at each size; bars only where seeds differ."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    sizes: set[int] = set()
+    for method, colour in COLOURS.items():
+        chosen = [
+            runs
+            for key, runs in found.items()
+            if key[0] in ("mnist0.3", "mnist0.3-width") and key[1] == method
+        ]
+        chosen.sort(key=lambda runs: runs[0]["deployed"])
+        at = [runs[0]["deployed"] / 1000 for runs in chosen]
+        shares = [[100 * r["verified"] for r in runs] for runs in chosen]
+        means = [statistics.fmean(values) for values in shares]
+        style = {"color": colour, "marker": MARKERS[method], "markersize": 5.5}
+        if at:
+            axis.plot(at, means, label=f"{NAMES[method]}, 10 epochs", **style)
+            _bars(axis, at, shares, colour)
+            sizes |= set(map(round, at))
+    for key, runs in found.items():
+        if key[0] == "mnist0.3-long":
+            values = [100 * r["verified"] for r in runs]
+            at = [runs[0]["deployed"] / 1000]
+            axis.plot(
+                at, [statistics.fmean(values)], "*", markersize=13, color=COLOURS["low rank"],
+                label=f"{NAMES['low rank']}, 60 epochs",
+            )  # fmt: skip
+            _bars(axis, at, [values], COLOURS["low rank"])
+            sizes.add(round(at[0]))
+    axis.set_xscale("log")
+    # a few round numbers: the sizes themselves lie too close together
+    axis.set_xticks([t for t in (50, 75, 100, 150, 200, 300) if _near(t, sizes)])
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(plt.NullLocator())
+    axis.set_xlabel("numbers of the deployed network, thousands")
+    axis.set_ylabel("verified accuracy at l2 radius 0.3, %")
+    axis.set_title("MNIST: what is proved, over the size of the network")
+    axis.legend(frameon=False, fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.savefig(folder / "verified_over_size.png", dpi=160)
+    plt.close(figure)
+
+
+def _near(tick: int, sizes: set[int]) -> bool:
+    return bool(sizes) and 0.8 * min(sizes) <= tick <= 1.25 * max(sizes)
+
+
+def _bars(axis: Any, at: list[float], shares: list[list[float]], colour: str) -> None:
+    """One standard deviation up and down, where there is one."""
+    several = [(x, v) for x, v in zip(at, shares, strict=True) if len(v) > 1]
+    if several:
+        axis.errorbar(
+            [x for x, _ in several], [statistics.fmean(v) for _, v in several],
+            [statistics.stdev(v) for _, v in several],
+            fmt="none", ecolor=colour, capsize=3, elinewidth=1.2,
+        )  # fmt: skip
+
+
 def pictures(results: list[dict[str, Any]], folder: Path) -> None:
     """Verified accuracy over deployed numbers, and over the radius."""
     import matplotlib
@@ -121,43 +190,16 @@ def pictures(results: list[dict[str, Any]], folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     found = grouped(results)
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for method, colour in COLOURS.items():
-        points = [
-            (runs[0]["deployed"], [100 * r["verified"] for r in runs], key)
-            for key, runs in found.items()
-            if key[0].startswith("mnist0.3") and key[1] == method and key[0] != "mnist0.3-long"
-        ]
-        points.sort(key=lambda p: p[0])
-        if points:
-            axis.errorbar(
-                [p[0] / 1000 for p in points],
-                [statistics.fmean(p[1]) for p in points],
-                [statistics.stdev(p[1]) if len(p[1]) > 1 else 0.0 for p in points],
-                marker="o", color=colour, label=f"{method}, 10 epochs", capsize=3,
-            )  # fmt: skip
-    for key, runs in found.items():
-        if key[0] == "mnist0.3-long":
-            values = [100 * r["verified"] for r in runs]
-            axis.errorbar(
-                [runs[0]["deployed"] / 1000], [statistics.fmean(values)],
-                [statistics.stdev(values) if len(values) > 1 else 0.0],
-                marker="*", markersize=13, color=COLOURS["low rank"], label="low rank, 60 epochs",
-            )  # fmt: skip
-    axis.set_xlabel("deployed numbers, thousands")
-    axis.set_ylabel("verified accuracy at l2 radius 0.3, %")
-    axis.set_title("MNIST: what is proved, over the size of the network")
-    axis.legend(frameon=False, fontsize=8)
-    axis.grid(alpha=0.3)
-    figure.savefig(folder / "verified_over_size.png", dpi=160)
-    plt.close(figure)
+    _over_size(found, plt, folder)
 
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for key, runs in found.items():
-        if key[0] == "mnist0.3" and key[1] in COLOURS:
+    for method in COLOURS:
+        for key, runs in found.items():
+            if key[0] != "mnist0.3" or key[1] != method:
+                continue
             radii = [float(e) for e in runs[0]["curve"]]
             means = [100 * statistics.fmean(r["curve"][e] for r in runs) for e in runs[0]["curve"]]
-            axis.plot(radii, means, color=COLOURS[key[1]], label=key[1])
+            axis.plot(radii, means, color=COLOURS[method], label=NAMES[method])
     axis.set_xlabel("l2 radius")
     axis.set_ylabel("verified accuracy, %")
     axis.set_title("MNIST, trained for 0.3: verified accuracy over the radius")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.certified import plan, table
-from benchmarks.certified.__main__ import read, result_of
+from benchmarks.certified.__main__ import chosen, read, result_of
 from benchmarks.certified.networks import Tokens, build, sizes, truncate
 from lrmanifold import certify
 from lrmanifold.experiments.data import load
@@ -108,3 +108,23 @@ def test_a_run_is_measured_once_and_read_again(tmp_path):
     results[0]["attacked"] = results[0]["verified"] - 0.1
     with pytest.raises(ValueError, match="verified <= attacked <= clean"):
         table.markdown(results)
+
+
+def test_a_rate_at_the_end_of_those_tried_is_followed_further():
+    tries = [dataclasses.replace(plan.long_run(0), lr=lr) for lr in (1e-3, 3e-3)]
+    asked = []
+
+    def peak_at(best):
+        def verified(run):
+            asked.append(run.lr)
+            return -abs(run.lr - best)
+
+        return verified
+
+    assert chosen(tries, peak_at(3e-3)).lr == 3e-3
+    assert asked == [1e-3, 3e-3, 9e-3]
+    assert chosen(tries, peak_at(3.3e-4)).lr == 3.3e-4
+    asked.clear()
+    assert chosen(tries, peak_at(1.0)).lr == 8.1e-2
+    assert len(asked) == 5  # three more than were given
+    assert chosen(tries[:1], peak_at(1.0)).lr == 1e-3
