@@ -97,7 +97,11 @@ def main() -> None:
     """Parse the command line and work."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.certified", description=__doc__)
     parser.add_argument("action", choices=("run", "table"))
-    parser.add_argument("blocks", nargs="*", help="long, mnist0.3, mnist1.58, fashion0.25, cifar36")
+    parser.add_argument(
+        "blocks",
+        nargs="*",
+        help="long, mnist0.3, mnist1.58, width, fashion0.25, fashion1.0, cifar36",
+    )
     parser.add_argument("--root", default=os.environ.get("LRMANIFOLD_DATA"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--minutes", type=float, default=1e9)

@@ -90,10 +90,12 @@ def train(run: Run, data: Dataset) -> tuple[nn.Sequential, list[float]]:
 def measure(run: Run, root: str | None) -> dict[str, Any]:
     """Train and certify; what the tables are made of."""
     data = data_of(run, root)
-    began = time.perf_counter()
+    began, work = time.perf_counter(), time.process_time()
     model, losses = train(run, data)
-    minutes = (time.perf_counter() - began) / 60
-    result: dict[str, Any] = {"run": run.to_dict(), "minutes": minutes, "losses": losses}
+    minutes, work = (time.perf_counter() - began) / 60, (time.process_time() - work) / 60
+    result: dict[str, Any] = {
+        "run": run.to_dict(), "minutes": minutes, "processor_minutes": work, "losses": losses,
+    }  # fmt: skip
     if not math.isfinite(losses[-1]):
         return {**result, "diverged": True}
     if run.method == "truncated":
