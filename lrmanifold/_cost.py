@@ -9,10 +9,14 @@ from torch import Tensor, nn
 
 from ._evaluation import evaluation_mode
 from .nn import LowRankLayer
-from .nn.plan import LAYERS
+from .nn.kinds import kinds
 
 #: Matrix products run fastest at ranks that are multiples of this.
 RANK_MULTIPLE = 16
+
+
+# Under these names layers keep the length of an output row.
+_OUTPUTS = ("out_features", "out_channels", "embedding_dim", "nf")
 
 
 class Passed(NamedTuple):
@@ -39,10 +43,11 @@ def passed(model: nn.Module, example: Any) -> dict[str, Passed]:
     """
     found: dict[str, Passed] = {}
     handles = []
-    kinds: tuple[type[nn.Module], ...] = (LowRankLayer, *LAYERS)
+    known: tuple[type[nn.Module], ...] = (LowRankLayer, *kinds())
     for name, module in model.named_modules():
-        if isinstance(module, kinds):
-            size: Any = getattr(module, "out_features", None) or module.out_channels
+        if isinstance(module, known):
+            sizes = (getattr(module, key, None) for key in _OUTPUTS)
+            size: Any = next(n for n in sizes if n is not None)
 
             def count(module: nn.Module, args: Any, out: Tensor, name=name, size=size) -> None:
                 dims = len(getattr(module, "kernel_size", ()))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from . import linalg
 from .nn import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLayer
-from .nn.plan import matrix_of, packed_size
+from .nn.kinds import is_quantized, matrices_of, matrix_of, weight_parameters
+from .nn.plan import packed_size
 from .precision import STORAGE_DTYPES, storage_tolerance
 
 
@@ -83,20 +84,6 @@ class LayerReport:
     def has_kernel(self) -> bool:
         """Whether some nonzero input is mapped to zero: rank < n."""
         return self.rank < self.shape[1]
-
-
-def weight_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The weight; of a pruned, normalised or parametrized layer what it is made of."""
-    weight = module._parameters.get("weight")
-    if weight is not None:
-        return [weight]
-    made_of = ("parametrizations.weight", "weight_orig", "weight_g", "weight_v")
-    return [p for name, p in module.named_parameters() if name.startswith(made_of)]
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether it is one of torch's quantized layers, whose weight is a method."""
-    return callable(getattr(module, "weight", None))
 
 
 def measure(name: str, module: Any, image: tuple[int, ...] | None = None) -> LayerReport:
@@ -208,12 +195,13 @@ def _low_rank(name: str, layer: Any, weight: Tensor) -> LayerReport:
 
 def _dense(name: str, module: Any, weight: Tensor) -> LayerReport:
     shape, groups = matrix_of(module)
-    size = groups * shape[0] * shape[1]
+    # of a normalised layer more than its weight: what that is made of
+    size = sum(p.numel() for p in weight_parameters(module)) or groups * shape[0] * shape[1]
     eps = torch.finfo(weight.dtype).eps
     finite = bool(torch.isfinite(weight).all())
     ranks, largest, smallest = [], [], []
     if finite:
-        W = weight.reshape(groups, *shape).double()
+        W = matrices_of(module).detach().double()
         norms = torch.linalg.matrix_norm(W)
         for s, norm in zip(linalg.svdvals(W), norms, strict=True):
             nonzero = s[s > 2 * eps * norm]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-import textwrap
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ._arguments import check_module
-from ._cost import RANK_MULTIPLE, Passed, better_rank, passed
+from . import _report_table
+from ._arguments import check_flag, check_module
+from ._cost import Passed, passed
 from ._evaluation import evaluation_mode
-from ._layer_report import LayerReport, is_quantized, measure, weight_parameters
-from .nn import LowRankLayer
-from .nn.plan import LAYERS
+from ._layer_report import LayerReport, measure
+from .nn import LowRankLayer, Other
+from .nn.candidates import candidates
+from .nn.inventory import others_of
+from .nn.kinds import is_quantized, kinds, weight_parameters
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,22 @@ class Report:
     Attributes
     ----------
     layers : tuple of LayerReport
-    other_parameters : int
-        Everything that is no weight of a layer above: biases, norms, embeddings, ...
+    others : tuple of Other
+        All other parameters, module by module, and why they are what they are: biases, norms,
+        embeddings, recurrent layers, ... Together with the layers' trained weights they add up to
+        all parameters.
+    wide : bool
+        Whether it prints with all columns.
     """
 
     layers: tuple[LayerReport, ...]
-    other_parameters: int
+    others: tuple[Other, ...]
+    wide: bool = False
+
+    @property
+    def other_parameters(self) -> int:
+        """Everything that is no weight of a layer above."""
+        return sum(other.weights for other in self.others)
 
     @property
     def dense_parameters(self) -> int:
@@ -80,84 +93,41 @@ class Report:
             "cond_product": self.cond_product,
             "cond_product_is_a_bound": False,
         }
-        return {**_finite(totals), "layers": [_finite(layer) for layer in layers]}
+        others = [dataclasses.asdict(other) for other in self.others]
+        return {
+            **_finite(totals),
+            "layers": [_finite(layer) for layer in layers],
+            "others": others,
+        }
+
+    def to_json(self, indent: int | None = 1) -> str:
+        """:meth:`to_dict` as strict JSON: numbers that are not finite are null."""
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
+
+    def table(self, *, wide: bool | None = None) -> str:
+        """The report in words: six columns in 80 characters, or all of them.
+
+        Parameters
+        ----------
+        wide : bool, optional
+            As in :func:`report` by default.
+        """
+        wide = self.wide if wide is None else check_flag("wide", wide)
+        return (_report_table.wide if wide else _report_table.narrow)(self)
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "shape", "rank", "sigma_max", "sigma_min", "cond", "tau", "drift")
-        last = "rank/batch" if any(layer.batch for layer in self.layers) else ""
-        rows: list[tuple[str, ...]] = [(*head, "dense", "trained", "folded", last)]
-        rows += [_row(layer) for layer in self.layers]
-        dense, trained, folded = (
-            self.dense_parameters,
-            self.trained_parameters,
-            self.folded_parameters,
-        )
-        rows += [("other", *[""] * 8, *[f"{self.other_parameters:,}"] * 3, "biases, norms, ...")]
-        rows += [("total", *[""] * 8, f"{dense:,}", f"{trained:,}", f"{folded:,}", "")]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        left = {0, 1, 12}  # words; the rest are numbers
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i in left else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        share = trained / dense if dense else 1.0, folded / dense if dense else 1.0
-        lines.append(
-            f"parameters kept: {share[0]:.1%} trained, (m+r+n) r a layer; {share[1]:.1%} for "
-            "inference, (m+n) r with the core folded in"
-        )
-        words = [self._product_words(), *self._cost_words()]
-        return "\n".join([*lines, *(line for text in words for line in textwrap.wrap(text, 100))])
-
-    def _cost_words(self) -> list[str]:
-        """Hints about speed, where there is something to say."""
-        words = []
-        ranks = [
-            f"{layer.name or '(model)'} {layer.rank} -> {better}"
-            for layer in self.layers
-            if layer.low_rank and (better := better_rank(layer.rank, min(layer.shape)))
-        ]
-        if ranks:
-            words.append(
-                f"faster at ranks that are multiples of {RANK_MULTIPLE}: {', '.join(ranks)}"
-            )
-        if any(layer.batch for layer in self.layers):
-            words.append(
-                "rank/batch: about the cost of an optimizer step against forward and backward "
-                "(batch: rows of all output positions); 4/3 of it with the exact metric"
-            )
-        return words
-
-    def _product_words(self) -> str:
-        if not self.layers:
-            return "no linear or convolutional layer"
-        kernels = sum(layer.has_kernel for layer in self.layers)
-        words = (
-            f"product of the layers' cond: {self.cond_product:.4g}. This is NOT a bound for the "
-            f"network's condition number: {kernels} of {len(self.layers)} layers have a kernel "
-            "(rank < n), and a bound at an input x needs each cond(W_i) divided by cosθ_i(x) = "
-            "|V_iᵀz_i|/|z_i| at the layer's own input z_i, times the condition number of each "
-            "activation there (and no biases)."
-        )
-        if any("Conv" in layer.kind for layer in self.layers):
-            words += (
-                " A convolution's cond is that of its kernel as a matrix, not of the map on "
-                "images: that is the map cond, known where patches do not overlap and, with an "
-                "example, for circular padding."
-            )
-        return words
+        return self.table()
 
 
-def report(model: nn.Module, example: Any = None) -> Report:
-    """Measure every linear and convolutional layer of a model.
+def report(model: nn.Module, example: Any = None, *, wide: bool = False) -> Report:
+    """Measure every linear and convolutional layer of a model, and list all else that has weights.
 
     Low-rank layers cost an r x r SVD, dense ones an m x n SVD in float64 (minutes for matrices of
     several thousand rows). Nothing of the model changes, no gradient is recorded. A layer used in
-    several places is listed once. Other modules (embeddings, norms, transposed convolutions) are
-    counted under `other_parameters` only. A layer whose weight is complex, quantized, of 8 bits or
-    sparse has a row that says so, without singular values.
+    several places is listed once. A layer whose weight is complex, quantized, of 8 bits or sparse
+    has a row that says so, without singular values. Other modules (dense embeddings and attention,
+    recurrent layers, norms) are listed with their share of the parameters and the reason why they
+    are dense; the shares of all rows add up to 100 %.
 
     Parameters
     ----------
@@ -166,6 +136,8 @@ def report(model: nn.Module, example: Any = None) -> Report:
         A training batch (input, positional or keyword arguments): run once, to tell the cost of an
         optimizer step against forward and backward pass, and the size of the images that circular
         convolutions see.
+    wide : bool
+        Print all columns (singular values, tau, drift, counts) instead of six in 80 characters.
 
     Returns
     -------
@@ -179,14 +151,19 @@ def report(model: nn.Module, example: Any = None) -> Report:
         If a layer has no values yet: on the meta device, or lazy.
     """
     check_module("model", model)
+    check_flag("wide", wide)
     seen_by: dict[str, Passed] = {} if example is None else passed(model, example)
     layers: list[LayerReport] = []
     seen: dict[int, str] = {}
-    kinds: tuple[type[nn.Module], ...] = (LowRankLayer, *LAYERS)
+    # a dense table of embeddings is listed with the others: its SVD would take minutes
+    known: tuple[type[nn.Module], ...] = (
+        LowRankLayer,
+        *(kind for kind in kinds() if kind is not nn.Embedding),
+    )
     # evaluation mode: a spectral norm in train mode would change each time its weight is read
     with torch.no_grad(), evaluation_mode(model):
         for name, module in model.named_modules():
-            if not isinstance(module, kinds) and not is_quantized(module):
+            if not isinstance(module, known) and not is_quantized(module):
                 continue
             rows, image = seen_by.get(name, (None, None))
             layer = measure(name, module, image)
@@ -201,36 +178,13 @@ def report(model: nn.Module, example: Any = None) -> Report:
                 )
             seen.update({id(p): name for p in parameters if id(p) not in seen})
             layers.append(dataclasses.replace(layer, batch=rows))
-        other = sum(p.numel() for p in model.parameters() if id(p) not in seen)
-    return Report(tuple(layers), other)
-
-
-def _row(layer: LayerReport) -> tuple[str, ...]:
-    shape = f"{layer.shape[0]} x {layer.shape[1]}"
-    if layer.groups > 1:
-        shape = f"{layer.groups} x ({shape})"
-    tau = "-" if layer.tau is None else f"{layer.tau:g}"
-    return (
-        layer.name or "(model)",
-        layer.kind,
-        shape,
-        str(layer.rank),
-        f"{layer.sigma_max:.4g}",
-        f"{layer.sigma_min:.4g}",
-        f"{layer.cond:.4g}",
-        tau,
-        "-" if layer.drift is None else f"{layer.drift:.1e}",
-        f"{layer.dense_weights:,}",
-        f"{layer.trained_weights:,}",
-        f"{layer.folded_weights:,}",
-        _last_cell(layer),
-    )
-
-
-def _last_cell(layer: LayerReport) -> str:
-    share = f"{layer.rank / layer.batch:.3f}" if layer.batch and layer.low_rank else ""
-    of_map = "" if layer.map_cond is None else f"map cond {layer.map_cond:.4g}"
-    return ", ".join(filter(None, (share, of_map, layer.note)))
+        others = others_of(model, seen)
+    reasons = {c.name: c.reason for c in candidates(model)}
+    layers = [
+        layer if layer.note else dataclasses.replace(layer, note=reasons.get(layer.name, ""))
+        for layer in layers
+    ]
+    return Report(tuple(layers), others, wide)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

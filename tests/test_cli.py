@@ -99,7 +99,7 @@ def test_results_hold_settings_versions_history_and_accuracies(trained):
 
 def test_train_prints_report_and_accuracy(trained):
     folder, output = trained
-    assert re.search(r"fc1 +LowRankLinear +256 x 64 +5 .* 0\.5 ", output)
+    assert re.search(r"fc1 +Linear +256 x 64 +5 ", output)
     assert "NOT a bound" in output
     accuracy = strict_json(folder / "results.json")["accuracy"]
     assert f"clean accuracy {100 * accuracy['clean']:.2f} %; under FGSM (linf) 0.05:" in output
@@ -305,7 +305,7 @@ def test_main_makes_one_line_of_typers_own_errors(capsys):
 
 def test_main_returns_the_exit_code_of_a_command(trained, capsys):
     assert cli.main(["report", str(trained[0])]) == 0
-    assert "LowRankLinear" in capsys.readouterr().out
+    assert "256 x 64" in capsys.readouterr().out
     assert cli.main(["report", "nowhere"]) == 2
     assert capsys.readouterr().err.startswith("error: nowhere: no such file")
     assert cli.main([]) == 0

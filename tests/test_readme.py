@@ -23,7 +23,7 @@ def test_python_blocks_run_one_after_the_other(capsys):
     for i, block in enumerate(blocks("python")):
         exec(compile(block, f"README.md, python block {i + 1}", "exec"), names)
     printed = capsys.readouterr().out
-    assert "LowRankLinear" in printed
+    assert "256 x 64" in printed
     assert "NOT a bound" in printed
     assert not any(isinstance(m, lrm.nn.LowRankLayer) for m in names["model"].modules())
 

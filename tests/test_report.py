@@ -160,7 +160,10 @@ def test_shared_weight_is_counted_once():
     a, b = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
     b.weight = a.weight
     found = report(nn.Sequential(a, b, a))
-    assert [layer.note for layer in found.layers] == ["", "weight of 0"]
+    assert [layer.note for layer in found.layers] == [
+        "its weight is tied to '1.weight'",
+        "weight of 0",
+    ]
     assert found.trained_parameters == 25
 
 
@@ -190,7 +193,8 @@ def test_nothing_of_the_model_changes(device):
 def test_product_of_conds_is_labelled_as_no_bound():
     found = report(low_rank_lenet())
     assert found.cond_product == pytest.approx(math.prod(layer.cond for layer in found.layers))
-    text = " ".join(str(found).split())
+    assert "NOT a bound: docs/mathematics.md, section 6" in str(found)
+    text = " ".join(found.table(wide=True).split())
     assert "This is NOT a bound for the network's condition number" in text
     assert "4 of 4 layers have a kernel" in text
     assert "cosθ_i(x) = |V_iᵀz_i|/|z_i|" in text
@@ -222,14 +226,75 @@ def test_dict_is_strict_json_and_table_has_a_row_for_each_layer():
     assert again["layers"][0]["shape"] == [20, 25]
     assert again["trained_parameters"] == found.trained_parameters
     lines = str(found).splitlines()
-    assert [line.split()[0] for line in lines[:7]] == [
-        "layer", "conv1", "conv2", "fc1", "fc2", "other", "total",
-    ]  # fmt: skip
-    assert f"{found.dense_parameters:,}" in lines[6]
+    assert [line.split()[0] for line in lines[:5]] == ["layer", "conv1", "conv2", "fc1", "fc2"]
+    assert f"{found.dense_parameters:,} if all were dense" in str(found)
+    assert json.loads(found.to_json()) == again
 
 
 def test_public_name():
     assert lrm.report(nn.Linear(3, 2)).layers[0].name == ""
+
+
+# -- all that has weights
+
+
+class Zoo(nn.Module):
+    """One of each kind that stays dense, and one tied pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16, padding_idx=0)
+        self.positions = nn.Parameter(torch.zeros(8, 16))
+        self.attention = nn.MultiheadAttention(16, 2)
+        self.rnn, self.gru = nn.LSTM(16, 16), nn.GRU(16, 16)
+        self.norm, self.bilinear = nn.LayerNorm(16), nn.Bilinear(4, 4, 4)
+        self.pruned = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.twin, self.linear = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.twin.weight = self.linear.weight
+        self.up = nn.ConvTranspose2d(16, 4, 2)
+        self.quantized = nn.Linear(8, 8)
+        self.quantized.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), False)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_every_module_with_weights_is_listed_and_the_shares_are_the_whole(low_rank):
+    model, plans = Zoo(), []
+    size = sum(p.numel() for p in model.parameters())
+    if low_rank:
+        lrm.factorize(model, rank=0.25, summary=plans.append)
+        plan = plans[0]
+        counted = [*(d.dense_weights for d in plan.decisions), *(o.weights for o in plan.others)]
+        assert sum(counted) == size == plan.dense_weights
+        assert plan.kept_weights == sum(p.numel() for p in model.parameters())
+        named = {d.name for d in plan.decisions} | {o.name for o in plan.others}
+        assert {"attention.q_proj", "attention.out_proj", "up", "twin", "embed", "gru"} <= named
+        assert all(d.reason or d.rank for d in plan.decisions)
+        assert all(o.reason for o in plan.others)
+        assert "include names it" in str(plan)
+        assert "100.0%" in str(plan)
+    found = report(model)
+    listed = [*(x.trained_weights for x in found.layers), *(o.weights for o in found.others)]
+    assert sum(listed) == found.trained_parameters == sum(p.numel() for p in model.parameters())
+    for module in ("embed", "rnn", "gru", "norm", "bilinear", "linear", "twin", "up", "quantized"):
+        assert module in {x.name for x in (*found.layers, *found.others)}, module
+    for text, words in ((str(found), "recurrent: no low-rank"), (str(found), "its own: positions")):
+        assert words in text
+    again = json.loads(found.to_json())
+    assert sum(o["weights"] for o in again["others"]) == found.other_parameters
+
+
+def test_the_table_has_80_columns_and_six_of_them(tmp_path):
+    names = {"a_block_with_a_long_name": nn.ModuleDict({"a_layer_with_a_long_name": Zoo()})}
+    found = report(lrm.factorize(nn.ModuleDict(names), rank=0.25))
+    text = str(found)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert text.splitlines()[0].split() == ["layer", "kind", "shape", "rank", "cond", "share"]
+    wide = report(nn.ModuleDict(names), wide=True)
+    assert str(wide) == wide.table(wide=True) != wide.table(wide=False)
+    assert "sigma_max" in str(wide)
+    assert all(other.name in str(wide) for other in wide.others if other.matrices)
+    with pytest.raises(TypeError, match="wide must be"):
+        report(nn.Linear(2, 2), wide=1)
 
 
 # -- cost

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn import MaxMin, Patchify
+from ..nn import LowRankEmbedding, LowRankMultiheadAttention, MaxMin, Patchify
 from .bounds import Bound, BoundError, Context, bounded
 
 _SLOPE = "largest slope"
@@ -164,12 +164,13 @@ _REFUSED = {
     "multiplies functions of its input, so its constant grows with the input": (
         nn.GLU,
         nn.MultiheadAttention,
+        LowRankMultiheadAttention,
         nn.TransformerEncoderLayer,
         nn.TransformerDecoderLayer,
         nn.Transformer,
         nn.Bilinear,
     ),
-    "has no continuous input": (nn.Embedding, nn.EmbeddingBag),
+    "has no continuous input": (nn.Embedding, nn.EmbeddingBag, LowRankEmbedding),
 }
 
 

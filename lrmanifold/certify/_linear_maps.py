@@ -15,8 +15,12 @@ from ..nn import (
     LowRankConv1d,
     LowRankConv2d,
     LowRankConv3d,
+    LowRankConvTranspose1d,
+    LowRankConvTranspose2d,
+    LowRankConvTranspose3d,
     LowRankLayer,
     LowRankLinear,
+    LowRankTransposedLinear,
 )
 from .bounds import Bound, BoundError, Context, bounded, find_bound, no_bound_words
 
@@ -47,7 +51,7 @@ def can_scale(module: nn.Module) -> bool:
 def dense_head(module: Any) -> Tensor:
     """The weight (classes, n) of a last layer."""
     if isinstance(module, LowRankLayer):
-        return module.dense_weight()
+        return module.manifold.to_dense(module.weight)  # also where the dense one is transposed
     return adapter_weight(module)
 
 
@@ -76,7 +80,7 @@ def adapter_weight(module: Any) -> Tensor:
     return module.base_weight + now.U @ now.S @ now.V.mT - start.U @ start.S @ start.V.mT
 
 
-@bounded(nn.Linear, LowRankLinear, LowRankAdapter)
+@bounded(nn.Linear, LowRankLinear, LowRankTransposedLinear, LowRankAdapter)
 def _linear(module: nn.Module, context: Context) -> Bound:
     return linear_bound(module, context)
 
@@ -290,6 +294,31 @@ def _transposed(module: Any, context: Context) -> Bound:
         float(norm) * _UP,
         "adjoint map, frequencies (Gram) or patches",
         **_rounding(context, taps * weight.shape[0], _size(weight), module.bias, taps),
+    )
+
+
+@bounded(LowRankConvTranspose1d, LowRankConvTranspose2d, LowRankConvTranspose3d)
+def _low_rank_transposed(module: Any, context: Context) -> Bound:
+    """The same for the kernel that the factors make."""
+    geometry = {
+        "stride": module.stride,
+        "dilation": module.dilation,
+        "groups": module.groups,
+        "padding": 0,
+    }
+    weight = module.weight if not context.exact else module.weight.detach().double()
+    X = module.manifold.unpack(weight)
+    kernel = module.as_weight(X.U @ X.S @ X.V.mT)
+    norm = _map_norm(kernel, context, geometry)
+    if not context.exact:
+        return Bound(norm, "map")
+    taps, rank = math.prod(module.kernel_size), X.S.shape[-1]
+    size = _size(X.U) * _size(X.S) * _size(X.V)
+    error = taps * linalg.rounding_of_products(2 * rank + 2) * size
+    return Bound(
+        (float(norm) + error) * _UP,
+        "adjoint map, frequencies (Gram) or patches",
+        **_rounding(context, taps * module.in_channels + 2 * rank, size, module.bias, taps),
     )
 
 

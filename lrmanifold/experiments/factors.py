@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import linalg
 from ..nn import LowRankLayer
-from ..nn.plan import LAYERS, make_plan
+from ..nn.kinds import kind_of
+from ..nn.plan import make_plan
 
 Rank = int | float | Mapping[str, int | float]
 
@@ -51,7 +52,7 @@ def _pair(module: Any, rank: int) -> TwoFactors:
     else:
         if module.groups != 1:
             raise ValueError(f"two_factors takes convolutions without groups, got {module}")
-        kind = next(t for t in LAYERS if isinstance(module, t))
+        kind: Any = kind_of(module)
         first = kind(
             module.in_channels,
             rank,

@@ -2,13 +2,22 @@
 
 from .activations import MaxMin
 from .adapter import LowRankAdapter, trained_state_dict
+from .attention import LowRankMultiheadAttention
 from .blocks import ConvexPotential, Patchify, Residual
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .conv_transpose import (
+    LowRankConvTranspose1d,
+    LowRankConvTranspose2d,
+    LowRankConvTranspose3d,
+)
+from .embedding import LowRankEmbedding
 from .factorize import densify, factorize
 from .fold import fold
+from .inventory import Other
 from .layer import LowRankLayer
 from .linear import LowRankLinear
 from .plan import Decision, Plan
+from .transposed import LowRankTransposedLinear
 
 __all__ = [
     "ConvexPotential",
@@ -17,9 +26,16 @@ __all__ = [
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",
+    "LowRankConvTranspose1d",
+    "LowRankConvTranspose2d",
+    "LowRankConvTranspose3d",
+    "LowRankEmbedding",
     "LowRankLayer",
     "LowRankLinear",
+    "LowRankMultiheadAttention",
+    "LowRankTransposedLinear",
     "MaxMin",
+    "Other",
     "Patchify",
     "Plan",
     "Residual",

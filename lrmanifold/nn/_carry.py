@@ -39,7 +39,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     for hook in new.__dict__["_load_state_dict_pre_hooks"].values():
         if getattr(hook, "with_module", False):
             hook.module = weakref.ref(new)
-    inner = getattr(old, "inner_parts", ())
+    inner = frozenset(getattr(old, "inner_parts", ())) | getattr(new, "replaced_parts", frozenset())
     for kind in ("_parameters", "_buffers", "_modules"):
         for name, value in old.__dict__[kind].items():
             if name not in inner and (kind, name) != ("_parameters", "weight"):
@@ -48,6 +48,10 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     for key, value in vars(old).items():
         if key not in vars(new) and key not in _OF_THE_CLASS:
             new.__dict__[key] = value
+    for name in inner:  # what both have, such as the output projection of an attention
+        mine, theirs = new._modules.get(name), old._modules.get(name)
+        if mine is not None and theirs is not None:
+            carry_over(theirs, mine)
     if "bias" in vars(old):  # computed by a hook before each forward pass
         new._parameters.pop("bias", None)
 

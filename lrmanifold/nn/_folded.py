@@ -48,6 +48,61 @@ class FoldedLinear(_Folded):
         return last.weight @ first.weight
 
 
+class FoldedTransposed(FoldedLinear):
+    """transformers' ``Conv1D`` as two thin linear layers."""
+
+    def __init__(self, first: nn.Linear, last: nn.Linear) -> None:
+        super().__init__(first, last)
+        self.nx, self.nf = first.in_features, last.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """V (U S)ᵀ, shape (inputs, outputs)."""
+        return super().weight.mT
+
+
+class FoldedEmbedding(_Folded):
+    """``nn.Embedding`` as a thin table and a linear layer."""
+
+    def __init__(self, first: nn.Embedding, last: nn.Linear) -> None:
+        super().__init__(first, last)
+        self.num_embeddings, self.embedding_dim = first.num_embeddings, last.out_features
+        self.padding_idx = first.padding_idx
+
+    @property
+    def weight(self) -> Tensor:
+        """(U S) Vᵀ, shape (num_embeddings, embedding_dim)."""
+        first: Any = self[0]
+        last: Any = self[1]
+        return first.weight @ last.weight.mT
+
+
+class FoldedConvTranspose(_Folded):
+    """A transposed convolution as a 1 x 1 convolution and r filters (for each group)."""
+
+    def __init__(self, first: Any, last: Any) -> None:
+        super().__init__(first, last)
+        self.in_channels, self.out_channels = first.in_channels, last.out_channels
+        names = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups")
+        for name in (*names, "padding_mode"):
+            setattr(self, name, getattr(last, name))
+
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        """As torch's."""
+        first: Any = self[0]
+        last: Any = self[1]
+        return last(first(x), output_size)
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernel, shape (in_channels, out_channels / groups, *kernel_size)."""
+        first: Any = self[0]
+        last: Any = self[1]
+        mix = first.weight.flatten(1).unflatten(0, (last.groups, -1))
+        filters = last.weight.unflatten(0, (last.groups, -1)).flatten(2)
+        return (mix.mT @ filters).reshape(self.in_channels, *last.weight.shape[1:])
+
+
 class FoldedConv(_Folded):
     """A convolution as r filters (for each group) and a 1 x 1 convolution."""
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from .._arguments import check_instance, check_module
 from ..precision import STORAGE_DTYPES
-from ._readers import readers
+from ._readers import hooks, readers
 from ._ties import ties
 
 # Attributes in which torch itself keeps modules; what is registered is no second reference.
@@ -93,12 +93,54 @@ class Obstacles:
             return f"{place} refers to it too, outside of the module tree"
         return ""
 
-    def of_dense(self, module: nn.Module, kind: type[nn.Module]) -> str:
-        """The same for a layer that is to become low-rank; `kind` is torch's class."""
+    def of_dense(self, module: nn.Module, kind: type[nn.Module], *, tied: bool = False) -> str:
+        """The same for a layer that is to become low-rank; `kind` is torch's class.
+
+        With `tied`, a weight that others have, too, is no obstacle.
+        """
         reason = self.of(module) or dense_defect(module, kind)
-        if not reason and (others := self.ties.get((id(module), "weight"))):
+        if not reason and not tied and (others := self.ties.get((id(module), "weight"))):
             reason = f"its weight is tied to {listed(others)}"
         return reason
+
+    def of_attention(self, module: nn.MultiheadAttention) -> str:
+        """The same for torch's attention, whose output projection is part of it."""
+        out: Any = module.out_proj
+        if type(module) is not nn.MultiheadAttention:
+            return f"a subclass of attention ({type(module).__name__})"
+        if reason := self.of(module):
+            return reason
+        own = vars(out)
+        if type(out) not in _PROJECTIONS or "forward" in own or has_hooks(out):
+            return "its out_proj has hooks or a forward of its own, which torch does not run"
+        names = [k for k in ATTENTION_WEIGHTS if getattr(module, k, None) is not None]
+        for place, key in [*((module, k) for k in names), (out, "weight")]:
+            weight = place._parameters.get(key)
+            if reason := weight_defect(weight):
+                return reason
+            if others := self.ties.get((id(place), key)):
+                return f"its {key} is tied to {listed(others)}"
+        return ""
+
+
+#: Under these names torch's attention keeps what it does to query, key and value.
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_PROJECTIONS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def has_whole_weights(module: nn.MultiheadAttention) -> bool:
+    """Whether no weight of an attention is computed (by pruning, say)."""
+    own = module._parameters
+    given = own.get("in_proj_weight") is not None or all(
+        own.get(k) is not None for k in ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    )
+    out = getattr(module, "out_proj", None)
+    return given and isinstance(out, nn.Linear) and out._parameters.get("weight") is not None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything runs with the module's forward or backward pass."""
+    return any(True for _ in hooks(module))
 
 
 def dense_defect(module: nn.Module, kind: type[nn.Module]) -> str:
@@ -112,7 +154,18 @@ def dense_defect(module: nn.Module, kind: type[nn.Module]) -> str:
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is computed by a hook (weight_norm, prune, ...)"
-    return weight_defect(weight)
+    return weight_defect(weight) or embedding_defect(module)
+
+
+def embedding_defect(module: Any) -> str:
+    """Why a table of embeddings cannot become low-rank, by its options; "" for other layers."""
+    if not isinstance(module, nn.Embedding):
+        return ""
+    if module.max_norm is not None:
+        return f"max_norm={module.max_norm} rewrites rows of the table"
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq=True scales gradients of rows"
+    return "sparse=True: the factors have dense gradients" if module.sparse else ""
 
 
 def _parametrized(module: nn.Module) -> str:

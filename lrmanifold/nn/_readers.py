@@ -26,7 +26,7 @@ def readers(model: nn.Module) -> dict[int, str]:
     """Ids of modules whose weight a forward pass or a hook reads, and who it is."""
     found: dict[int, str] = {}
     for module in model.modules():
-        if any(_reads_weight(hook) for hook in _hooks(module)):
+        if any(_reads_weight(hook) for hook in hooks(module)):
             found[id(module)] = "a hook"
         if isinstance(module, _HANDLED):
             continue
@@ -91,7 +91,8 @@ def _chains(code: types.CodeType) -> Iterator[tuple[str, ...]]:
         yield tuple(chain)
 
 
-def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
+def hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """What runs before and after a module's forward and backward pass."""
     for key in (
         "_forward_hooks",
         "_forward_pre_hooks",

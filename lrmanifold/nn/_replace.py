@@ -9,9 +9,12 @@ from typing import Any
 from torch import nn
 
 from ._carry import carry_over
-from ._obstacles import Obstacles, listed
+from ._obstacles import Obstacles, has_hooks, listed
 from .adapter import LowRankAdapter
+from .attention import LowRankMultiheadAttention
+from .embedding import LowRankEmbedding
 from .layer import LowRankLayer
+from .linear import LowRankLinear
 
 
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
@@ -25,6 +28,7 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modul
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in replacements:
                 setattr(parent, name, replacements[id(child)])
+    for parent in model.modules():
         _avoid_fused_path(parent)
     return model
 
@@ -36,8 +40,12 @@ def replace_low_rank(
     verb: str,
     *,
     needs_bias: bool,
+    dense: bool = False,
 ) -> nn.Module:
     """Replace all low-rank layers and adapters by what `make` gives for each.
+
+    With `dense`, `make` gives torch's layers, and a low-rank attention becomes torch's as a whole,
+    unless something stands in the way of a part of it: then its parts are replaced one by one.
 
     Layers with a common weight get a common weight again, by ``tie(new, first)``. What cannot be
     replaced stays as it is, and a warning names it.
@@ -46,15 +54,21 @@ def replace_low_rank(
     adapters = [m for m in model.modules() if isinstance(m, LowRankAdapter)]
     inner = {id(m.update) for m in adapters}
     names = {id(m): name for name, m in model.named_modules()}
+    whole = _attentions(model, obstacles) if dense else {}
+    for attention in whole.values():  # replaced with what is in it
+        inner.update(id(m) for m in attention.modules())
+    adapters = [m for m in adapters if id(m) not in inner]
     layers = [m for m in model.modules() if isinstance(m, LowRankLayer) and id(m) not in inner]
     by_weight: dict[int, list[LowRankLayer]] = {}
     for layer in layers:
         by_weight.setdefault(id(layer.weight), []).append(layer)
-    reasons = {id(m): _reason(m, obstacles, by_weight, needs_bias) for m in [*adapters, *layers]}
+    reasons = {
+        id(m): _reason(m, obstacles, by_weight, needs_bias, dense) for m in [*adapters, *layers]
+    }
     for group in by_weight.values():  # of tied layers all are replaced or none
         common = next((reasons[id(m)] for m in group if reasons[id(m)]), "")
         reasons.update({id(m): reasons[id(m)] or common for m in group})
-    replacements: dict[int, nn.Module] = {}
+    replacements: dict[int, nn.Module] = {key: m.to_dense() for key, m in whole.items()}
     replacements.update({id(m): m.merge() for m in adapters if not reasons[id(m)]})
     for layer in layers:
         if not reasons[id(layer)]:
@@ -62,7 +76,8 @@ def replace_low_rank(
             first = by_weight[id(layer.weight)][0]
             if layer is not first:
                 tie(replacements[id(layer)], replacements[id(first)])
-    _say(verb, {names[key]: reason for key, reason in reasons.items() if reason}, not reasons)
+    stayed = {names[key]: reason for key, reason in reasons.items() if reason}
+    _say(verb, stayed, not reasons and not whole)
     model = replace(model, replacements)
     for adapter in adapters:
         new = replacements.get(id(adapter))
@@ -71,11 +86,24 @@ def replace_low_rank(
     return model
 
 
+def _attentions(model: nn.Module, obstacles: Obstacles) -> dict[int, LowRankMultiheadAttention]:
+    """The low-rank attentions that nothing keeps from being replaced as a whole."""
+    found = {}
+    for module in model.modules():
+        if type(module) is LowRankMultiheadAttention and not obstacles.of(module):
+            parts = [m for m in module.modules() if m is not module]
+            tied = any(obstacles.ties.get((id(m), "weight")) for m in parts)
+            if not tied and not any(obstacles.of(m) or has_hooks(m) for m in parts):
+                found[id(module)] = module
+    return found
+
+
 def _reason(
     module: nn.Module,
     obstacles: Obstacles,
     by_weight: Mapping[int, list[LowRankLayer]],
     needs_bias: bool,
+    dense: bool,
 ) -> str:
     if reason := obstacles.of(module):
         return reason
@@ -88,7 +116,9 @@ def _reason(
             return f"the weight it adapts is tied to {listed(others)}: merging would untie them"
         return ""
     group = by_weight[id(module.weight)]
-    kinds = {(type(m), m.dense_shape) for m in group if len(group) > 1}
+    # a table of embeddings and its head have one dense weight; their folded factors differ
+    same = (LowRankEmbedding, LowRankLinear) if dense else ()
+    kinds = {(None if type(m) in same else type(m), m.dense_shape) for m in group if len(group) > 1}
     if len(others) > len(group) - 1 or len(kinds) > 1:
         return f"its weight shares memory with {listed(others)}"
     return ""
@@ -104,14 +134,22 @@ def _say(verb: str, reasons: Mapping[str, str], none: bool) -> None:
 
 
 def _avoid_fused_path(module: nn.Module) -> None:
-    """torch's fused encoder layer reads ``linear1.weight`` as a dense matrix: avoid it.
+    """torch's fused encoder layer reads dense weights directly: avoid it around low-rank ones.
 
-    Back when both layers are dense again.
+    Its encoder turns batches with padding into nested tensors for that path only. Both back when
+    all layers are dense again.
     """
     if isinstance(module, nn.TransformerEncoderLayer):
         layers = (module.linear1, module.linear2)
-        if not all(isinstance(layer, nn.Linear) for layer in layers):
+        plain = all(isinstance(layer, nn.Linear) for layer in layers)
+        if not (plain and isinstance(module.self_attn, nn.MultiheadAttention)):
             module.__dict__.setdefault("_fused_activation", module.activation_relu_or_gelu)
             module.activation_relu_or_gelu = 0
         elif "_fused_activation" in module.__dict__:
             module.activation_relu_or_gelu = module.__dict__.pop("_fused_activation")
+    elif isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
+        if any(isinstance(m, LowRankMultiheadAttention) for m in module.modules()):
+            module.__dict__.setdefault("_nested", module.use_nested_tensor)
+            module.use_nested_tensor = False
+        elif "_nested" in module.__dict__:
+            module.use_nested_tensor = module.__dict__.pop("_nested")

@@ -14,7 +14,10 @@ from .._arguments import check_callable, check_choice, check_number
 from ..manifolds.fixed_rank import GRADIENTS, Gradient
 from ._obstacles import check_model
 from ._replace import replace, replace_low_rank
-from .plan import LAYERS, Plan, make_plan, unsupported
+from .attention import LowRankMultiheadAttention
+from .inventory import unsupported
+from .kinds import kinds
+from .plan import Decision, Plan, make_plan
 
 logger = logging.getLogger("lrmanifold")
 
@@ -36,7 +39,12 @@ def factorize(
     rank_multiple: int = 1,
     summary: Callable[[Plan], Any] | None = None,
 ) -> nn.Module:
-    """Replace linear and convolutional layers by low-rank ones, in place.
+    """Replace dense layers by low-rank ones, in place.
+
+    Layers of these kinds: ``nn.Linear``, ``nn.Conv1d/2d/3d``, ``nn.ConvTranspose1d/2d/3d``,
+    transformers' ``Conv1D``, the projections of ``nn.MultiheadAttention`` (each with its own rank,
+    by the names ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``) and, where they are named,
+    tables of embeddings.
 
     Factorize first, then build the optimizer: one built before holds the old weights, and never
     moves the new ones.
@@ -47,13 +55,18 @@ def factorize(
 
     Layers stay dense when they would not get smaller, and wherever the new layer could not do all
     that the old one did: their weight is tied to another one or shares memory with it, is computed
-    (pruned, normalised, parametrized), is read directly by another module or a hook (inside
-    ``nn.MultiheadAttention``), is complex, quantized or sparse; they are subclasses, or compiled.
-    With a share as rank, `compression` or `energy` the output layer stays dense, too, unless
-    `include` (or a name without wildcards in `rank`) names it: it is the last linear layer, if it
-    has fewer than 64 outputs or more than 4 times as many inputs as outputs. The plan says why for
-    each. A warning is given if no layer was replaced at all, with what the
-    model holds instead.
+    (pruned, normalised, parametrized), is read directly by another module or a hook, is complex,
+    quantized or sparse; they are subclasses, or compiled. With a share as rank, `compression` or
+    `energy` the output layer stays dense, too, unless `include` (or a name without wildcards in
+    `rank`) names it. It is the last linear layer of the module tree, if it has fewer than 64
+    outputs, more than 4 times as many inputs as outputs, or a name by which models call their
+    heads: "fc", "head", "heads", "classifier", "lm_head", "score" or "logits" is a part of it,
+    before any number. A table of embeddings stays dense, whatever the rank, unless a pattern of
+    `include` or `rank` other than "*" matches it or the head that shares its weight; then both
+    become low-rank and stay tied.
+
+    The plan lists every module with parameters, with its share of them and the reason why it
+    stays. A warning is given if no layer was replaced at all, with what the model holds instead.
 
     Parameters
     ----------
@@ -70,7 +83,8 @@ def factorize(
     tau : float or None
         Condition numbers stay at most 1 + tau; None for no bound.
     include, exclude : str or sequence of str
-        Glob patterns on qualified module names; all layers by default.
+        Glob patterns on qualified module names; all layers by default. The name of an attention
+        stands for its projections.
     init : {"svd", "random"}
         From the dense weights, or fresh.
     gradient, retraction, scale
@@ -95,8 +109,8 @@ def factorize(
         If an argument has a wrong type.
     ValueError
         Unless exactly one of rank, compression and energy is given and can be met; if a pattern
-        matches nothing; if `model` is wrapped for many processes already, or scripted. Nothing is
-        changed then.
+        matches nothing; if a layer is lazy and has no shape yet, unless it is left out; if `model`
+        is wrapped for many processes already, or scripted. Nothing is changed then.
     """
     check_model("model", model)
     if tau is not None:
@@ -117,30 +131,49 @@ def factorize(
         keep_larger=keep_larger,
         rank_multiple=rank_multiple,
     )
-    dense = dict(model.named_modules())
-    # All new layers exist before the first old one is replaced: an error changes nothing.
-    replacements: dict[int, nn.Module] = {}
-    for d in plan.decisions:
-        if d.rank is not None:
-            module = dense[d.name]
-            try:
-                replacements[id(module)] = LAYERS[type(module)].from_dense(
-                    module,
-                    d.rank,
-                    init=init,
-                    tau=tau,
-                    gradient=gradient,
-                    retraction=retraction,
-                    scale=scale,
-                )
-            except ValueError as error:
-                raise ValueError(f"layer {d.name!r} cannot be factorized: {error}") from error
+    geometry = {"tau": tau, "gradient": gradient, "retraction": retraction, "scale": scale}
+    replacements = _replacements(model, plan, init=init, **geometry)
     logger.info("factorize:\n%s", plan)
     if not replacements:
         warnings.warn(f"factorize replaced no layer ({_why(model, plan)})", stacklevel=2)
     if summary is not None:
         summary(plan)
     return replace(model, replacements)
+
+
+def _replacements(model: nn.Module, plan: Plan, **how: Any) -> dict[int, nn.Module]:
+    """The new layers, by the id of the old one.
+
+    All of them exist before the first old one is replaced: an error changes nothing.
+    """
+    modules, classes = dict(model.named_modules()), kinds()
+    found: dict[int, nn.Module] = {}
+    parts: dict[str, list[Decision]] = {}
+    made: dict[str, Any] = {}
+    for d in plan.decisions:
+        if d.rank is None:
+            continue
+        module = modules.get(d.name)
+        owner = d.name.rpartition(".")[0]
+        if module is None or isinstance(modules.get(owner), nn.MultiheadAttention):
+            parts.setdefault(owner, []).append(d)
+            continue
+        try:
+            new = classes[type(module)].from_dense(module, d.rank, **how)
+        except ValueError as error:
+            raise ValueError(f"layer {d.name!r} cannot be factorized: {error}") from error
+        if d.tied_to in made:
+            new.weight = made[d.tied_to].weight
+        made[d.name] = found[id(module)] = new
+    for owner, decisions in parts.items():
+        attention: Any = modules[owner]
+        ranks = {d.name.rpartition(".")[2]: d.rank for d in decisions}
+        try:
+            new = LowRankMultiheadAttention.from_dense(attention, ranks, **how)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"layer {owner!r} cannot be factorized: {error}") from error
+        found[id(attention)] = new
+    return found
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -170,7 +203,7 @@ def densify(model: nn.Module) -> nn.Module:
         If `model` is wrapped for many processes already, or scripted.
     """
     check_model("model", model)
-    return replace_low_rank(model, _dense, _tie, "densify", needs_bias=False)
+    return replace_low_rank(model, _dense, _tie, "densify", needs_bias=False, dense=True)
 
 
 def _dense(layer: Any) -> nn.Module:

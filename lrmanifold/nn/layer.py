@@ -113,6 +113,28 @@ class LowRankLayer(WholeWeight):
         """Views U (..., m, r), S (..., r, r), V (..., n, r) of the weight, with gradients."""
         return self.manifold.unpack(self.weight)
 
+    @property
+    def U(self) -> Tensor:
+        """Left factor, shape (..., m, r): UᵀU = I. A view of the weight, with gradients.
+
+        It is no parameter: train :attr:`weight`. Under ``torch.no_grad()``, writing into the view
+        writes into the weight, which then must stay on its manifold.
+        """
+        return self.factors.U
+
+    @property
+    def S(self) -> Tensor:
+        """Core, shape (..., r, r), a full matrix: its singular values are the weight's.
+
+        A view of the weight with gradients, as :attr:`U`.
+        """
+        return self.factors.S
+
+    @property
+    def V(self) -> Tensor:
+        """Right factor, shape (..., n, r): VᵀV = I. A view of the weight, as :attr:`U`."""
+        return self.factors.V
+
     def sigma_max(self) -> Tensor:
         """Largest singular value of the weight matrix, differentiable; shape (...) of its batch.
 
@@ -190,7 +212,7 @@ class LowRankLayer(WholeWeight):
 
     def _take_over(self, module: nn.Module, init: str) -> None:
         """Fill this layer from a dense one."""
-        weight, bias = module.weight, module.bias
+        weight, bias = module.weight, getattr(module, "bias", None)
         with torch.no_grad():
             if init == "svd" and not weight.is_meta:  # type: ignore[union-attr]
                 matrix = self.matricised(weight.detach())  # type: ignore[union-attr, operator]

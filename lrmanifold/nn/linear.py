@@ -14,7 +14,7 @@ from ._obstacles import check_dense
 from .layer import INITS, LowRankLayer, make_manifold
 
 # torch 2.6 cannot tell exporting from compiling.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 class LowRankLinear(LowRankLayer):
@@ -89,7 +89,7 @@ class LowRankLinear(LowRankLayer):
             return F.linear(z, U, bias)
         # U S costs m r², z Sᵀ a row r² each: the cheaper one. An exported graph must not depend on
         # the size of the batch; there U S is a constant.
-        if _is_exporting() or z.numel() > U.numel():
+        if is_exporting() or z.numel() > U.numel():
             return F.linear(z, U @ S, bias)
         return F.linear(F.linear(z, S), U, bias)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,70 +20,107 @@ from .._arguments import (
     check_patterns,
     check_text,
 )
-from ._obstacles import Obstacles
-from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
-from .layer import LowRankLayer
-from .linear import LowRankLinear
+from ._obstacles import ATTENTION_WEIGHTS
+from .candidates import Candidate, candidates, layer_names, output_layer
+from .inventory import Other, merged, others_of
+from .kinds import matrices_of, matrix_of, weight_parameters
 
-LAYERS: dict[type[nn.Module], Any] = {
-    nn.Linear: LowRankLinear,
-    nn.Conv1d: LowRankConv1d,
-    nn.Conv2d: LowRankConv2d,
-    nn.Conv3d: LowRankConv3d,
-}
-
+Choice = Callable[[Candidate, int], int | None]
 
 _LAZY = nn.parameter.UninitializedParameter
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one dense layer: its new `rank`, or None and the `reason` it stays dense."""
+    """What becomes of one dense layer: its new `rank`, or None and the `reason` it stays dense.
+
+    `name` is the layer's, or that of a projection of an attention ("layers.0.self_attn.q_proj").
+    A layer whose weight is that of an earlier one, `tied_to`, counts no weights of its own.
+    """
 
     name: str
     shape: tuple[int, int]
     groups: int
     rank: int | None
     reason: str
+    tied_to: str = ""
+    made_of: int = 0
 
     @property
     def dense_weights(self) -> int:
-        """Entries of the dense weight."""
-        return self.groups * self.shape[0] * self.shape[1]
+        """Entries of the dense weight; of one that is computed, of what it is made of."""
+        size = self.made_of or self.groups * self.shape[0] * self.shape[1]
+        return 0 if self.tied_to else size
 
     @property
     def kept_weights(self) -> int:
         """Entries of the weight after the decision."""
-        if self.rank is None:
+        if self.rank is None or self.tied_to:
             return self.dense_weights
         return packed_size(self.shape, self.rank, self.groups)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Decisions for all dense layers of a model, in the order of its modules; prints as a table."""
+    """What becomes of every parameter of a model; prints as a table.
+
+    Attributes
+    ----------
+    decisions : tuple of Decision
+        For all dense layers, in the order of the model's modules.
+    others : tuple of Other
+        All other parameters, module by module, with the reason why they stay: biases, norms,
+        recurrent layers, parameters of modules of one's own. Together with the decisions they add
+        up to all parameters of the model.
+    """
 
     decisions: tuple[Decision, ...]
-    other_weights: int
+    others: tuple[Other, ...]
+
+    @property
+    def other_weights(self) -> int:
+        """Parameters that are no matrix of a layer above."""
+        return sum(other.weights for other in self.others)
+
+    @property
+    def dense_weights(self) -> int:
+        """All parameters before."""
+        return self.other_weights + sum(d.dense_weights for d in self.decisions)
+
+    @property
+    def kept_weights(self) -> int:
+        """All parameters after."""
+        return self.other_weights + sum(d.kept_weights for d in self.decisions)
 
     @property
     def compression(self) -> float:
         """Share of the whole model's parameters that is removed."""
-        before = self.other_weights + sum(d.dense_weights for d in self.decisions)
-        after = self.other_weights + sum(d.kept_weights for d in self.decisions)
-        return 1.0 - after / before if before else 0.0
+        before = self.dense_weights
+        return 1.0 - self.kept_weights / before if before else 0.0
 
     def __str__(self) -> str:
-        rows = [("layer", "shape", "rank", "weights", "kept", "note")]
+        before = max(1, self.dense_weights)
+        rows = [("layer", "shape", "rank", "weights", "share", "kept", "note")]
         for d in self.decisions:
             shape = f"{d.shape[0]} x {d.shape[1]}" + (f" x {d.groups}" if d.groups > 1 else "")
             rank = "dense" if d.rank is None else str(d.rank)
-            rows.append(
-                (d.name, shape, rank, f"{d.dense_weights:,}", f"{d.kept_weights:,}", d.reason)
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+            share, note = f"{d.dense_weights / before:.1%}", d.reason
+            if d.tied_to and d.rank is not None:
+                note = f"shares the weight of {d.tied_to}"
+            counts = f"{d.dense_weights:,}", share, f"{d.kept_weights:,}"
+            rows.append((d.name or "(model)", shape, rank, *counts, note))
+        for o in merged(self.others):
+            counts = f"{o.weights:,}", f"{o.weights / before:.1%}", f"{o.weights:,}"
+            rows.append((o.name or "(model)", o.kind, "dense", *counts, o.reason))
+        totals = f"{self.dense_weights:,}", "100.0%", f"{self.kept_weights:,}"
+        rows.append(("total", "", "", *totals, ""))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
-            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+            "  ".join(
+                c.rjust(w) if i in (3, 4, 5) else c.ljust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
         ]
         return "\n".join([*lines, f"whole model: {self.compression:.1%} of the parameters removed"])
 
@@ -94,63 +130,12 @@ def packed_size(shape: tuple[int, int], rank: int, groups: int = 1) -> int:
     return groups * (shape[0] + rank + shape[1]) * rank
 
 
-def matrix_of(module: nn.Module) -> tuple[tuple[int, int], int]:
-    """Shape (m, n) of the matricised weight of each group, and the number of groups."""
-    weight: Any = module.weight
-    groups = getattr(module, "groups", 1)
-    return (weight.shape[0] // groups, math.prod(weight.shape[1:])), groups
-
-
-def unsupported(model: nn.Module) -> list[str]:
-    """Kinds of modules that hold weights and cannot become low-rank, with how many weights."""
-    found: dict[str, list[int]] = {}
-    for module in model.modules():
-        if type(module) in LAYERS:
-            continue
-        kind = getattr(module, "original_name", None) or type(module).__name__
-        if isinstance(module, torch.jit.ScriptModule):
-            kind += ", scripted"
-        elif isinstance(module, LowRankLayer):
-            kind += ", low-rank already: densify it first"
-        size = sum(
-            p.numel()
-            for p in module.parameters(recurse=False)
-            if not isinstance(p, _LAZY) and p.ndim >= 2
-        )
-        if not size and callable(getattr(module, "weight", None)):  # torch's quantized layers
-            kind, size = f"{kind}, quantized", int(module.weight().numel())  # type: ignore[operator, union-attr]
-        if size:
-            found.setdefault(kind, []).append(size)
-    return [f"{len(n)} x {kind} ({sum(n):,} weights)" for kind, n in found.items()]
-
-
-def output_layer(model: nn.Module) -> str | None:
-    """Name of the layer whose outputs are the model's own; None if no layer looks like it.
-
-    It is the last linear layer of the module tree, if it has fewer than 64 outputs or more than 4
-    times as many inputs as outputs. Exactly 4 times is usual in the feed-forward parts of
-    transformers.
-    """
-    kinds = (nn.Linear, LowRankLinear)
-    last = [(n, x) for n, x in model.named_modules(remove_duplicate=False) if isinstance(x, kinds)]
-    if not last or last[-1][1] is model or not isinstance(last[-1][1], nn.Linear):
-        return None
-    module = last[-1][1]
-    if module.out_features >= 64 and module.in_features <= 4 * module.out_features:
-        return None
-    return next(n for n, x in model.named_modules() if x is module)
-
-
 def _names_it(rule: Any, name: str) -> bool:
     """Whether the rank's rule leaves the output layer to the user: an int, or its own name."""
     if isinstance(rule, Mapping):
         pattern = next((p for p in rule if fnmatchcase(name, p)), None)
         return pattern is None or pattern == name or _names_it(rule[pattern], name)
     return isinstance(rule, numbers.Integral)
-
-
-def _matches(name: str, patterns: Sequence[str] | None) -> bool:
-    return any(fnmatchcase(name, p) for p in patterns or ())
 
 
 def _check_rank(name: str, rule: Any) -> None:
@@ -168,12 +153,12 @@ def _check_rank(name: str, rule: Any) -> None:
             raise ValueError(f"{name} as a share of min(m, n) must be in (0, 1], got {rule}")
 
 
-def _rank_from(rule: Any, name: str, limit: int) -> int | None:
+def _rank_from(rule: Any, c: Candidate, limit: int) -> int | None:
     """Rank of one layer from an int, a share of min(m, n), or a dict of name patterns."""
     if isinstance(rule, Mapping):
         for pattern, value in rule.items():
-            if fnmatchcase(name, pattern):
-                return _rank_from(value, name, limit)
+            if c.matches([pattern]):
+                return _rank_from(value, c, limit)
         return None
     if isinstance(rule, numbers.Integral):
         return min(int(rule), limit)
@@ -182,45 +167,49 @@ def _rank_from(rule: Any, name: str, limit: int) -> int | None:
 
 def _energy_rank(name: str, module: nn.Module, energy: float) -> int:
     """Smallest rank with that share of ‖W‖² (for groups: the largest of theirs)."""
-    (m, n), groups = matrix_of(module)
+    (m, n), _ = matrix_of(module)
     weight: Any = module.weight
     if weight.is_meta or not bool(torch.isfinite(weight).all()):
         state = "has no values (meta)" if weight.is_meta else "holds NaN or Inf"
         raise ValueError(f"layer {name!r} cannot be ranked by energy: its weight {state}")
-    s2 = linalg.svdvals(weight.detach().reshape(groups, m, n).double()).square()
+    s2 = linalg.svdvals(matrices_of(module).detach().double()).square()
     share = s2.cumsum(-1) / s2.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     # The last partial sum may be 1 - roundoff.
     return min(min(m, n), int((share < energy - 1e-12).sum(-1).max()) + 1)
 
 
-def _candidates(
-    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> list[tuple[str, nn.Module, str]]:
-    """(name, module, reason to stay dense or "") of every dense layer, shared ones once."""
-    obstacles = Obstacles(model)
-    out = []
-    for name, module in model.named_modules():
-        base = next((t for t in LAYERS if isinstance(module, t)), None)
-        if base is None or isinstance(module, LowRankLayer):
-            continue
-        if include is not None and not _matches(name, include):
-            reason = "not included"
-        elif _matches(name, exclude):
-            reason = "excluded"
-        else:
-            reason = obstacles.of_dense(module, base)
-        out.append((name, module, reason))
-    return out
-
-
 def _check_patterns(model: nn.Module, **patterns: Sequence[str] | None) -> None:
     """Raise for a pattern without effect: what it was to keep dense would become low-rank."""
-    layers = (*LAYERS, LowRankLayer)
-    names = [n for n, module in model.named_modules() if isinstance(module, layers)]
+    names = layer_names(model)
     for key, given in patterns.items():
         for pattern in given or ():
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"{key} pattern {pattern!r} matches no layer; there are {names}")
+
+
+def _with_rules(
+    found: list[Candidate], model: nn.Module, include: Sequence[str] | None, rank: Any
+) -> list[Candidate]:
+    """Output layers and tables of embeddings stay dense where nobody asked for them."""
+    output = output_layer(model)
+    asked = {c.key for c in found if c.matches(_named(include, rank))}
+    out: list[Candidate] = []
+    for c in found:
+        if isinstance(c.module, nn.Embedding) and c.key not in asked:
+            continue  # among the others of the plan, which say why
+        reason = c.reason
+        named = c.key in asked or c.matches(include) or _names_it(rank, c.name)
+        if c.name == output and not (reason or named):
+            reason = "output layer: include names it to factorize it"
+        known = c.tied_to in {d.name for d in out}
+        out.append(replace(c, reason=reason, tied_to=c.tied_to if known else ""))
+    return out
+
+
+def _named(include: Sequence[str] | None, rank: Any) -> list[str]:
+    """The patterns that mean certain layers, not just all of them."""
+    patterns = [*(include or ()), *(rank if isinstance(rank, Mapping) else ())]
+    return [p for p in patterns if p != "*"]
 
 
 def make_plan(
@@ -257,37 +246,49 @@ def make_plan(
     check_flag("keep_larger", keep_larger)
     include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     _check_patterns(model, include=include, exclude=exclude)
-    candidates = _candidates(model, include, exclude)
-    output = output_layer(model)
-    if output is not None and not _matches(output, include) and not _names_it(rank, output):
-        reason = "output layer: include names it to factorize it"
-        candidates = [(n, x, why or (reason if n == output else "")) for n, x, why in candidates]
+    found = candidates(model, include, exclude, _named(include, rank))
+    found = _with_rules(found, model, include, rank)
     if isinstance(rank, Mapping):
         for pattern in rank:
-            if not any(fnmatchcase(name, pattern) for name, _, _ in candidates):
+            if not any(c.matches([pattern]) for c in found):
                 raise ValueError(
                     f"rank pattern {pattern!r} matches no layer; there are "
-                    f"{[name for name, _, _ in candidates]}"
+                    f"{[c.name for c in found]}"
                 )
-    total = sum(p.numel() for p in model.parameters() if not isinstance(p, _LAZY))
-    dense = sum(
-        math.prod(matrix_of(mod)[0]) * matrix_of(mod)[1] if _sized(mod) else 0
-        for _, mod, _ in candidates
-    )
+    found = [c for c in found if _sized(c.module)]
+    others = others_of(model, {i for c in found for i in _ids(c)})
 
-    def plan_with(choose: Callable[[str, nn.Module, int], int | None]) -> Plan:
-        decisions = tuple(
-            _decide(name, module, reason, choose, keep_larger, multiple)
-            for name, module, reason in candidates
-            if _sized(module)
-        )
-        return Plan(decisions, total - dense)
+    def plan_with(choose: Choice) -> Plan:
+        return Plan(_decisions(found, choose, keep_larger, multiple), others)
 
     if compression is not None:
         return _plan_for_compression(compression, plan_with)
     if energy is not None:
-        return plan_with(lambda name, module, limit: _energy_rank(name, module, energy))
-    return plan_with(lambda name, module, limit: _rank_from(rank, name, limit))
+        return plan_with(lambda c, limit: _energy_rank(c.name, c.module, energy))
+    return plan_with(lambda c, limit: _rank_from(rank, c, limit))
+
+
+def _ids(c: Candidate) -> list[int]:
+    """Of the parameters that a decision counts."""
+    if c.attention is None:
+        own: list[Any] = list(weight_parameters(c.module))
+    else:
+        own = [c.attention._parameters.get(key) for key in ATTENTION_WEIGHTS]
+        own.append(c.attention.out_proj.weight)
+    return [id(p) for p in own if p is not None]
+
+
+def _decisions(
+    found: list[Candidate], choose: Choice, keep_larger: bool, multiple: int
+) -> tuple[Decision, ...]:
+    out: dict[str, Decision] = {}
+    for c in found:
+        first = out.get(c.tied_to)
+        if first is not None and not c.reason:  # the same weight, so the same rank
+            out[c.name] = replace(first, name=c.name, tied_to=c.tied_to)
+        else:
+            out[c.name] = _decide(c, choose, keep_larger, multiple)
+    return tuple(out.values())
 
 
 def _sized(module: nn.Module) -> bool:
@@ -296,17 +297,22 @@ def _sized(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and not isinstance(weight, _LAZY) and weight.ndim >= 2
 
 
-def _decide(name, module, reason, choose, keep_larger, multiple) -> Decision:
-    shape, groups = matrix_of(module)
-    if reason:
-        return Decision(name, shape, groups, None, reason)
-    rank = choose(name, module, min(shape))
+def _decide(c: Candidate, choose: Choice, keep_larger: bool, multiple: int) -> Decision:
+    shape, groups = matrix_of(c.module)
+    made_of = 0 if c.attention is not None else sum(p.numel() for p in weight_parameters(c.module))
+
+    def stays(reason: str) -> Decision:
+        return Decision(c.name, shape, groups, None, reason, c.tied_to, made_of)
+
+    if c.reason:
+        return stays(c.reason)
+    rank = choose(c, min(shape))
     if rank is None:
-        return Decision(name, shape, groups, None, "no rank given for it")
+        return stays("no rank given for it")
     rank = _rounded(rank, multiple, min(shape))
     if packed_size(shape, rank, 1) >= shape[0] * shape[1] and not keep_larger:
-        return Decision(name, shape, groups, None, f"would not get smaller at rank {rank}")
-    return Decision(name, shape, groups, rank, "")
+        return stays(f"would not get smaller at rank {rank}")
+    return Decision(c.name, shape, groups, rank, "", c.tied_to)
 
 
 def _rounded(rank: int, multiple: int, limit: int) -> int:
@@ -321,7 +327,7 @@ def _plan_for_compression(target: float, plan_with: Callable[..., Plan]) -> Plan
 
     def at(share: float) -> Plan:
         # Shares have 40 binary digits at most, so the product is exact.
-        return plan_with(lambda name, module, limit: max(1, int(share * limit)))
+        return plan_with(lambda c, limit: max(1, int(share * limit)))
 
     smallest = at(0.0)
     if smallest.compression < target:

@@ -8,13 +8,19 @@ import geoopt
 import torch
 from torch import Tensor
 
-from lrmanifold.nn import LowRankConv2d, LowRankLayer, LowRankLinear
+from lrmanifold.nn import (
+    LowRankConv2d,
+    LowRankConvTranspose1d,
+    LowRankLayer,
+    LowRankLinear,
+)
 from lrmanifold.optim import CondLR
 
 LAYERS: dict[str, Callable[..., LowRankLayer]] = {
     "linear": lambda **k: LowRankLinear(7, 9, 3, tau=0.1, **k),
     "linear without bound": lambda **k: LowRankLinear(7, 9, 3, tau=None, **k),
     "grouped convolution": lambda **k: LowRankConv2d(4, 6, 2, 2, groups=2, tau=0.0, **k),
+    "transposed": lambda **k: LowRankConvTranspose1d(7, 3, 4, 3, stride=2, tau=0.1, **k),
 }
 # Of weights stored in these dtypes.
 DRIFT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}

@@ -11,7 +11,13 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import lrmanifold as lrm
-from lrmanifold.nn import LowRankConv2d, LowRankLayer, LowRankLinear, Plan
+from lrmanifold.nn import (
+    LowRankConv2d,
+    LowRankLayer,
+    LowRankLinear,
+    LowRankMultiheadAttention,
+    Plan,
+)
 from lrmanifold.optim import CondLR
 
 
@@ -200,9 +206,12 @@ def test_weights_that_are_computed_stay_dense_and_computed(wrap):
     model(x)
 
 
-def test_lazy_layers_stay_until_they_have_a_shape():
+def test_lazy_layers_are_refused_by_name_until_they_have_a_shape():
     model = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 16), nn.LazyConv2d(3, 3))
-    assert plan_of(model, rank=3) == {"2": (3, "")}
+    with pytest.raises(ValueError, match="layer '0' is lazy and has no shape yet: run a batch"):
+        lrm.factorize(model, rank=3)
+    assert type(model[2]) is nn.Linear
+    assert plan_of(model, rank=3, exclude=["0", "3"]) == {"2": (3, "")}
     model = nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 16))
     model(torch.randn(2, 12))
     assert plan_of(model, rank=3) == {"0": (3, ""), "1": (3, "")}
@@ -250,7 +259,7 @@ def test_transformer_encoders_compute_the_same_on_the_fast_path(masked, norm_fir
         nn.init.normal_(p, std=0.3)
     low = lrm.factorize(copy.deepcopy(dense), rank=16, tau=None, keep_larger=True)
     assert isinstance(low.layers[0].linear1, LowRankLinear)
-    assert not isinstance(low.layers[0].self_attn.out_proj, LowRankLayer)
+    assert isinstance(low.layers[0].self_attn, LowRankMultiheadAttention)
     x, mask = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
     mask[0, 3:] = True
     options = {"src_key_padding_mask": mask} if masked else {}
@@ -267,10 +276,12 @@ def test_transformer_encoders_compute_the_same_on_the_fast_path(masked, norm_fir
         assert a.activation_relu_or_gelu == b.activation_relu_or_gelu > 0
 
 
-def test_attention_keeps_the_projection_that_it_reads_itself():
-    attention = nn.MultiheadAttention(16, 2)
-    plan = plan_of(attention, rank=2)
-    assert plan == {"out_proj": (None, "nn.MultiheadAttention reads its weight directly")}
+def test_a_subclass_of_attention_keeps_the_projection_that_it_reads_itself():
+    class Own(nn.MultiheadAttention):
+        pass
+
+    plan = plan_of(Own(16, 2), rank=2)
+    assert plan == {"out_proj": (None, "Own reads its weight directly")}
 
 
 # -- errors change nothing

@@ -306,7 +306,7 @@ def test_scripted_models_are_refused(convert):
 
 
 class Hidden(nn.Module):
-    """HF's GPT-2 layer: a weight that no class of torch holds."""
+    """A weight that no class of torch holds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -318,8 +318,10 @@ class Hidden(nn.Module):
     [
         (Hidden(), r"1 x Hidden \(300 weights\)"),
         (nn.LSTM(3, 4), r"1 x LSTM \(112 weights\)"),
-        (nn.ConvTranspose2d(2, 3, 2), r"1 x ConvTranspose2d \(24 weights\)"),
-        (nn.MultiheadAttention(4, 2), r"out_proj: nn.Multi.*1 x MultiheadAttention \(48 weights\)"),
+        (nn.Embedding(9, 8), r"1 x Embedding \(72 weights\)"),
+        (nn.Bilinear(2, 3, 4), r"1 x Bilinear \(24 weights\)"),
+        (nn.ConvTranspose2d(2, 3, 2), r"\(model\): would not get smaller at rank 2"),
+        (nn.MultiheadAttention(4, 2), r"q_proj: would not get smaller at rank 2"),
         (LowRankLinear(9, 8, 2), r"1 x LowRankLinear, low-rank already: densify it first"),
         (nn.Sequential(torch.jit.script(nn.Linear(3, 4))), r"1 x Linear, scripted \(12 weights\)"),
         (nn.ReLU(), "it holds no weights"),
