@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -142,7 +141,7 @@ def _rejected(
 def _samples(
     claim: Claim, check: Callable[[Sample], Evidence], settings: Settings
 ) -> Iterator[tuple[str, int, Evidence | str]]:
-    """All samples, one of each kind after the other, so that the first rejection comes early."""
+    """All samples, one of each kind in turn, extremal ones first: rejections come early."""
     exact = Settings(settings.seed, None, torch.float64, settings.device)
     others = [
         *((f"extremal {k + 1}", e.sample) for k, e in enumerate(claim.extremal)),
@@ -150,7 +149,12 @@ def _samples(
     ]
     runs = [_named(name, sample, check, exact, OTHERS) for name, sample in others]
     runs.append(_named("sample", claim.sample, check, exact, min(claim.trials, TRIALS)))
-    yield from (x for x in chain.from_iterable(zip_longest(*runs)) if x is not None)
+    while runs:
+        for run in tuple(runs):
+            if (found := next(run, None)) is None:
+                runs.remove(run)
+            else:
+                yield found
 
 
 def _named(

@@ -34,6 +34,7 @@ from theory.approximation.extremal import (
     sharp_exponent,
     sharp_lipschitz,
     sharp_reach,
+    sharp_stretch,
 )
 from theory.approximation.flows import cumulative, integrate, measure
 from theory.approximation.problems import FAMILIES, Batch, problem
@@ -236,6 +237,31 @@ def test_error_is_linear_in_epsilon_with_an_active_constraint(device):
     assert all(e.holds for e in found)
     a, b = (e.detail["bound / ε, largest"] for e in found)
     assert a / b == pytest.approx(1.0, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("constant", "extremal"),
+    [
+        ("curvature", constrained_linear.sharp_bend),
+        ("push", constrained_linear.sharp_bend),
+        ("force", constrained_linear.sharp_force),
+        ("stretch", sharp_stretch),
+        ("defect", constrained_linear.sharp_defect),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_each_constant_of_theorem_D_is_attained(device, constant, extremal):
+    given_ = extremal(1, F64, device)
+    evidence = constrained_linear.check(given_)
+    assert evidence.holds
+    assert evidence.ratio > 0.999
+    assert not constrained_linear.check(given_, **{constant: 0.95}).holds
+
+
+def test_a_forgotten_start_leaves_the_source_of_A4(device):
+    given_ = any_neighbour.drawn_to_a_path(0, F64, device)
+    assert any_neighbour.check(given_).ratio > 0.99
+    assert not any_neighbour.check(given_, defect=0.95).holds
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.2, 1.0])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from theory import training
 from theory.runner import Settings, verify_control
 from theory.training import (
+    catching_up,
     constrained_steps,
     discrete,
     momentum,
@@ -53,6 +54,7 @@ def test_momentum_is_transported_for_every_retraction(device, dtype, seed):
     [
         (discrete, discrete.resting),
         (momentum, momentum.resting),
+        (momentum, momentum.turned),
         (product, product.one_layer),
         (projected_step, projected_step.attained),
         (constrained_steps, constrained_steps.attained),
@@ -66,6 +68,23 @@ def test_sharp_constants_are_attained(device, module, extremal):
         evidence = module.check(extremal(seed, F64, device))
         assert evidence.holds
         assert evidence.ratio > 0.99
+
+
+def test_copied_momentum_is_far_outside_of_the_bound_on_every_sample(device):
+    control = next(c for c in momentum.CLAIM.controls if "copied" in c.name)
+    assert control.sample is not None
+    assert all(control.check(control.sample(s, F64, device)).ratio > 10.0 for s in range(6))
+
+
+def test_clipping_now_and_then_costs_the_set_or_the_rate(device):
+    given_ = catching_up.sample(0, F64, device)
+    second, root = (
+        catching_up.check(given_, step=lambda *a, n=n: catching_up.sometimes(*a, every=n))
+        for n in (catching_up.second, catching_up.root)
+    )
+    assert second.detail["slope"] == pytest.approx(1.0, abs=0.05)
+    assert second.detail["cond / κ, largest"] > 1.01
+    assert root.detail["slope"] < 0.6
 
 
 def test_the_bootstrap_interval_holds_a_known_slope():

@@ -25,11 +25,12 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ._constrained_paths import TAUS, run, sample
 from ._evidence import along_paths
 from .a_priori import growth
 from .constrained_flow import reach_constant
+from .extremal import sharp_reach
 
 DRIFT = 1.0  # of 2ε‖N_Y‖
 REACH = 1.0  # factor of the sharp c
@@ -49,6 +50,11 @@ def check(sample: Sample, *, drift: float = DRIFT, reach: float = REACH) -> Evid
     # The closed form follows from the other one: the smaller bound is the one to violate.
     bound = torch.minimum(q["B"], closed)
     return along_paths(q["d"], bound, met, moved=moved, reason="not resolved", detail=detail)
+
+
+def turned_at_the_bound(seed: int, dtype: torch.dtype, device: torch.device) -> Sample:
+    """A wide turn for a short time: d grows at the rate 2c‖N_Y‖/σ_r(Y) while ε is still small."""
+    return sharp_reach(seed, dtype, device, theta=0.3, horizon=3e-3)
 
 
 def figure(dtype: torch.dtype, device: torch.device):
@@ -88,13 +94,14 @@ CLAIM = Claim(
     sample=sample,
     check=check,
     controls=(
+        Control("0.9 of c", partial(check, reach=0.9 * REACH), turned_at_the_bound),
         Control(
             "no drift: K as if it were W's home",
             partial(check, drift=0.0),
             partial(sample, families=("quadratic",), tau=0.0, spread=2.5, horizon=6.0),
         ),
     ),
-    loose={"reach": 0},
+    extremal=(Extremal(turned_at_the_bound),),
     trials=9,
     figure=figure,
     float32="float64 only: P_{T_K} is a difference quotient with step 10⁻⁶",

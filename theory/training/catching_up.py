@@ -37,7 +37,8 @@ O(h). Inexact catching-up for prox-regular sets: arXiv 2501.04781. For O(h) on a
 know no earlier proof. Ours.
 
 **Checked**: the bound (catching-up steps), the slope and cond <= κ at every step (these and
-CondLR), on flows that meet the boundary.
+CondLR), on flows that are at the boundary for a twentieth of the time at least. Clipping at every
+second step only keeps the rate, but leaves the set by O(h); at every √N-th step it costs the rate.
 """
 
 from __future__ import annotations
@@ -66,8 +67,10 @@ TOLERANCE = 0.08
 REFINEMENTS = (1, 2, 4)
 REFERENCE = 8 * GRID
 METHODS = ("catching-up", "CondLR")
-#: Relative: above this a condition number is outside of the set, not rounding.
-OUTSIDE = 1e-6
+#: Largest cond/κ of a point in the set, with room for rounding.
+INSIDE = 1.0 + 1e-6
+#: The boundary is met for at least this share of the time.
+SHARE = 0.05
 
 Step = Callable[[Problem, Tensor, float, float, int], Tensor]
 
@@ -81,7 +84,7 @@ def sample(
     tau: float | None = None,
     **fixed,
 ) -> Sample:
-    """Gradient flows whose start is as conditioned as K allows, and whose target lies outside."""
+    """Gradient flows between points that are worse conditioned than K allows."""
     draw = Draw(seed, torch.float64, device)
     drawn = draw.choose(0.0, 0.1, 0.5)
     tau = drawn if tau is None else tau
@@ -90,7 +93,7 @@ def sample(
         "m": draw.integer(5, 8),
         "n": draw.integer(4, 7),
         "rank": draw.integer(2, 3),
-        "spread": 1.0 + tau,
+        "spread": 3.0 * (1.0 + tau),
         "change": draw.uniform(0.3, 0.6),
         "noise": 0.02,
         **fixed,
@@ -124,13 +127,23 @@ def about_the_mean(at: Problem, Y: Tensor, h: float, tau: float, k: int) -> Tens
     return (P[..., : at.rank] * values[..., None, :]) @ Qh[..., : at.rank, :]
 
 
-def every_second(at: Problem, Y: Tensor, h: float, tau: float, k: int) -> Tensor:
-    """Truncate at every step, clip at every second one."""
+def sometimes(
+    at: Problem, Y: Tensor, h: float, tau: float, k: int, every: Callable[[float], int]
+) -> Tensor:
+    """Truncate at every step, clip at every `every(N)`-th one only, N the number of steps."""
     (F,) = at.force(torch.zeros((), dtype=Y.dtype), (Y,))
-    if k % 2:
+    if (k + 1) % every(at.horizon / h) == 0:
         return project(Y + h * F, at.rank, tau)
     P, s, Qh = linalg.svd(Y + h * F)
     return (P[..., : at.rank] * s[..., None, : at.rank]) @ Qh[..., : at.rank, :]
+
+
+def second(steps: float) -> int:
+    return 2
+
+
+def root(steps: float) -> int:
+    return round(steps**0.5)
 
 
 STEPS: dict[str, Step] = {"catching-up": catching_up, "CondLR": condlr}
@@ -169,29 +182,35 @@ def errors(given: Sample, step: Step) -> dict[str, list[Tensor]]:
         for key, value in (("error", error), ("outside", outside), ("bound", limit)):
             found[key].append(value)
         found["h"].append(torch.tensor(h))
-    active = torch.linalg.matrix_norm(path.N).amax(0) > 1e-3
-    found["met"] = [active]
+    s = linalg.svdvals(path.Y)[..., : at.rank]
+    at_bound = s[..., 0] >= (1.0 + tau) * (1.0 - 1e-9) * s[..., -1]
+    found["met"] = [at_bound.double().mean(0) >= SHARE]
     return found
 
 
 def check(
-    sample: Sample, *, order: float = ORDER, size: float = SIZE, step: Step | None = None
+    sample: Sample,
+    *,
+    order: float = ORDER,
+    size: float = SIZE,
+    inside: float = INSIDE,
+    step: Step | None = None,
 ) -> Evidence:
     method = sample["method"]
     found = errors(sample, step or STEPS[method])
     met = found["met"][0]
     if not bool(met.any()):
-        return not_met("the boundary is never met")
+        return not_met("the boundary is hardly met")
     sizes = [float(e[met].square().mean().sqrt()) for e in found["error"]]
     fitted = slope([float(h) for h in found["h"]], sizes)
-    outside = max(float(x.max()) for x in found["outside"])
+    outside = max(float(x[met].max()) for x in found["outside"])
     shares = [
         float((e / (size * b))[met].max())
         for e, b in zip(found["error"], found["bound"], strict=True)
     ]
     bounded = method != "catching-up" or max(shares) <= 1.0
     deviation = abs(fitted - order)
-    holds = deviation <= TOLERANCE and outside <= 1.0 + OUTSIDE and bounded
+    holds = deviation <= TOLERANCE and outside <= inside and bounded
     detail = {
         "method": method,
         "τ": sample["tau"],
@@ -245,9 +264,16 @@ CLAIM = Claim(
             partial(check, step=about_the_mean),
             partial(sample, tau=0.5, rank=3),
         ),
-        Control("clip at every second step only", partial(check, step=every_second)),
+        Control(
+            "clip at every second step only: not in the set",
+            partial(check, step=partial(sometimes, every=second)),
+        ),
+        Control(
+            "clip at every √N-th step only: the rate is lost",
+            partial(check, inside=float("inf"), step=partial(sometimes, every=root)),
+        ),
     ),
-    loose={"size": 0.009},
+    loose={"size": 0.0075},
     trials=8,
     figure=figure,
     float32="float64 only: errors of O(h²) a step are compared",
