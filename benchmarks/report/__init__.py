@@ -1,0 +1,1 @@
+"""``python -m benchmarks.report``: pages from the tables of :mod:`benchmarks.robustness`."""

@@ -1,0 +1,315 @@
+"""A table's page in Markdown: what was expected, what came out, everything else below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lrmanifold.experiments.runs import write_atomically
+
+from . import published
+from .picture import frontier, side
+from .results import LEAST_SEEDS, Finding, Group, Results, efficient, findings, pairs, trial_point
+
+VERDICTS = "yes / no only where the whole interval lies on one side, from five seeds or more"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def percent(group: Group, *path: str) -> str:
+    """Mean ± standard deviation in %; a dash where nothing was measured."""
+    if not group.values(*path):
+        return "–"
+    text = f"{100 * group.mean(*path):.1f}"
+    return text + (f" ± {100 * group.spread(*path):.1f}" if len(group.rows) > 1 else "")
+
+
+def write(results: Results, folder: Path) -> Path:
+    """Write ``report.md`` and ``frontier.png`` beside the plan; returns the first."""
+    plan = results.plan
+    write_atomically(folder / "frontier.png", frontier(results))
+    parts = [
+        f"# {plan.title}",
+        _registration(results),
+        "## What was expected and what came out",
+        _findings(findings(results)),
+        "## The chosen settings on the test images",
+        _accuracy(results, sorted(results.main(), key=lambda g: -g.mean(*results.column("worst")))),
+        _legend(results),
+        "## The whole frontier",
+        f"![clean against worst-case accuracy of {plan.network.model} on {plan.network.data}]"
+        "(frontier.png)",
+        "Left: of each side all settings that no other one beats in both, on validation "
+        "images, with "
+        "standard errors over the seeds of the search. Right: the chosen settings on test "
+        "images, with "
+        "standard deviations over the seeds of the test.",
+        "In how many pairs of settings is one as accurate as the other (at most 0.1 points less), "
+        "and in how many of these harder to fool? On validation images, all trials; in brackets "
+        "the best of each side only.",
+        _pairs(results),
+        "## How they were chosen",
+        _search(results),
+        "## Appendix",
+        *_appendix(results),
+    ]
+    path = folder / "report.md"
+    write_atomically(path, ("\n\n".join(part for part in parts if part) + "\n").encode())
+    return path
+
+
+def _registration(results: Results) -> str:
+    plan, first = results.plan, results.groups[0].rows[0]
+    commits = {row["plan_commit"] for g in results.groups for row in g.rows}
+    where = ", ".join(sorted(f"`{c}`" if c else "none: not registered" for c in commits))
+    training = ", ".join(f"{k} {v}" for k, v in plan.training.items())
+    note = " ".join(plan.note.split())
+    return (
+        f"{plan.network.model} on {plan.network.data}, {training}. Accuracy in %. The plan, "
+        f"`plan.toml` ({plan.digest}), was committed before the runs in {where}. "
+        f"{note} {first.get('note') or ''}"
+    ).strip()
+
+
+def _findings(found: Sequence[Finding]) -> str:
+    rows = [
+        [
+            f.hypothesis.text,
+            f"{f.better} − {f.than}, {f.hypothesis.column}",
+            f"{f.difference:+.1f} ({f.low:+.1f} to {f.high:+.1f})",
+            f"**{f.verdict}**",
+        ]
+        for f in found
+    ]
+    head = ["hypothesis", "compared: best in validation", "points, paired", "holds"]
+    return (
+        table(head, rows)
+        + f"\n\nPaired by seed; the intervals hold together at 95 % (t, Bonferroni); {VERDICTS}."
+    )
+
+
+def _accuracy(results: Results, groups: Sequence[Group]) -> str:
+    attack, eps = results.plan.attack, results.eps
+    columns: list[tuple[str, tuple[str, ...]]] = [
+        ("clean", results.column("clean")),
+        *((f"**worst {e:g}**", ("worst", f"{e:g}", "accuracy")) for e in _strengths(results)),
+        *((f"PGD {e:g}", ("pgd", f"{e:g}")) for e in attack.pgd if f"{e:g}" == eps),
+        *((f"FGSM {e:g}", ("fgsm", f"{e:g}")) for e in attack.fgsm),
+        *((f"transfer {e:g}", ("transfer", f"{e:g}")) for e in attack.transfer),
+    ]
+    rows = []
+    for group in groups:
+        lost = len(group.rows) - len(group.done)
+        seeds = str(len(group.rows)) + (f" ({lost} diverged)" if lost else "")
+        kept = f"{100 * group.done[0]['stored_share']:.0f} %" if group.done else "–"
+        cells = [percent(group, *path) for _, path in columns]
+        rows.append([group.family.name, kept, seeds, *cells])
+    return table(["family", "weights stored", "seeds", *(name for name, _ in columns)], rows)
+
+
+def _strengths(results: Results) -> list[float]:
+    return sorted({results.plan.attack.eps, *results.plan.attack.worst})
+
+
+def _legend(results: Results) -> str:
+    attack = results.plan.attack
+    row = next(g.done[0] for g in results.groups if g.done)
+    names = ", ".join(row["worst"][results.eps]["attacks"])
+    return (
+        f"Mean ± standard deviation over the seeds; a diverged seed counts as 0 %. Worst: an image "
+        f"counts only if {names} all fail ({attack.steps} steps, {attack.queries} queries), on "
+        f"{row['images']} test images drawn at random; PGD: 20 steps, two runs, the first from the "
+        f"image. Transfer: PGD images of a {results.plan.reference} network of another start. "
+        f"Norm {attack.norm}. None of these is a certificate."
+    )
+
+
+def _pairs(results: Results) -> str:
+    by_side: dict[str, list[Any]] = {}
+    for trial in results.trials:
+        by_side.setdefault(side(results.plan.family(trial["family"])), []).append(trial)
+    ours = [name for name in by_side if name.startswith("CondLR")]
+    rows = []
+    for name in by_side:
+        if name in ours:
+            continue
+        cells = [name]
+        for mine in ours:
+            for one, other in ((mine, name), (name, mine)):
+                a, b = by_side[one], by_side[other]
+                ahead, equal = pairs(*([trial_point(t) for t in side_] for side_ in (a, b)))
+                best = pairs(*([trial_point(t) for t in efficient(x, trial_point)] for x in (a, b)))
+                cells.append(f"{ahead} of {equal} ({best[0]} of {best[1]})")
+        rows.append(cells)
+    head = ["rival"]
+    for mine in ours:
+        head += [f"{mine} as accurate, and ahead", f"rival as accurate as {mine}, and ahead"]
+    return table(head, rows)
+
+
+def _search(results: Results) -> str:
+    search = results.plan.search
+    rows = []
+    for family in results.plan.families:
+        trials, best = results.of(family.name), results.best(family.name)
+        clean, worst = trial_point(best)
+        lost = sum(0.0 in t["clean"] for t in trials)
+        rows.append(
+            [
+                family.name,
+                ", ".join(f"{k} {v:g}" for k, v in best["values"].items()),
+                "yes" if results.interior(family) else "**no**",
+                f"{100 * results.score(best):.1f}",
+                f"{100 * clean:.1f}",
+                f"{100 * worst:.1f}",
+                f"{len(trials)}" + (f" ({lost} diverged)" if lost else ""),
+            ]
+        )
+    head = ["family", "setting", "inside its grid", "score", "clean", "worst", "trials"]
+    share = search.robust_share[0]
+    return table(head, rows) + (
+        f"\n\nScore: {1 - share:g} clean + {share:g} worst case at {results.eps}, on the "
+        f"{100 * search.validation:.0f} % of the training images that a trial does not see, "
+        "mean over "
+        f"{len(search.seeds)} splits. Every family has {search.trials} trials; the grid grows "
+        "wherever "
+        "the search goes (`benchmarks/robustness/search.py`), and the number of trials is its only "
+        "limit. Inside its grid: all neighbours of the setting were tried."
+    )
+
+
+def _appendix(results: Results) -> list[str]:
+    others = [g for g in results.groups if g not in results.main()]
+    parts = []
+    if others:
+        shares = ", ".join(f"{s:g}" for s in results.plan.search.robust_share[1:])
+        parts += [
+            f"### Further settings of the frontier\n\nChosen among the same trials by a score "
+            "with the "
+            f"worst case at weight {shares}.",
+            _accuracy(results, others),
+        ]
+    attack = results.plan.attack
+    if attack.pgd:
+        rows = [
+            [g.family.name, *(percent(g, "pgd", f"{e:g}") for e in attack.pgd)]
+            for g in results.main()
+        ]
+        parts += ["### PGD", table(["family", *(f"{e:g}" for e in attack.pgd)], rows)]
+    parts += ["### What each attack left (first seed)", _after(results)]
+    parts += ["### Size, cost, conditioning", _cost(results)]
+    checked = [g for g in results.main() if g.done and g.done[0].get("masking")]
+    if checked:
+        parts += ["### Do gradients mislead the attacks? (first seed)", _masking(checked)]
+    bounded = [g for g in results.main() if g.done and "bound" in g.done[0].get("condition", {})]
+    if bounded:
+        parts += [
+            "### Condition number of the network, and its bound (first seed)",
+            _bound(bounded),
+        ]
+    lines = published.of(results.plan.network.data)
+    if lines is not None:
+        strengths, figures, note = lines
+        rows = [[f.method, f.saved, *(f"{a:g}" for a in f.accuracy)] for f in figures]
+        parts += ["### Published, with other attacks and training"]
+        parts += [table(["method", "saved", *strengths], rows), note]
+    return parts
+
+
+def _after(results: Results) -> str:
+    groups = [g for g in results.main() if g.done]
+    names = list(groups[0].done[0]["worst"][results.eps]["after"])
+    rows = []
+    for group in groups:
+        after = group.done[0]["worst"][results.eps]["after"]
+        rows.append([group.family.name, *(f"{100 * after[name]:.1f}" for name in names)])
+    return table(["family", *names], rows)
+
+
+def _cost(results: Results) -> str:
+    full = max(g.done[0]["multiply_adds"] for g in results.main() if g.done)
+    rows = []
+    for group in results.main():
+        if not group.done:
+            continue
+        row = group.done[0]
+        conds = [x["cond"] for x in row["layers"].values() if x["cond"] is not None]
+        seconds = sum(r["train_cpu_seconds"] for r in group.done) / len(group.done)
+        rows.append(
+            [
+                group.family.name,
+                f"{100 * row['trained_share']:.1f} %",
+                f"{100 * row['stored_share']:.1f} %",
+                f"{100 * row['multiply_adds'] / full:.1f} %",
+                f"{max(conds):.3g}" if conds else "–",
+                percent(group, "clean", "ece"),
+                f"{seconds:.1f}",
+            ]
+        )
+    head = ["family", "trained", "stored", "multiply-adds", "largest cond", "ECE", "CPU s"]
+    return table(head, rows) + (
+        "\n\nLargest cond: of a layer's weight as a matrix, the last layer included. ECE: "
+        "calibration error. "
+        "CPU seconds of one training, on a busy machine."
+    )
+
+
+def _masking(groups: Sequence[Group]) -> str:
+    rows = []
+    for group in groups:
+        m = group.done[0]["masking"]
+        box = ", ".join(f"{100 * a:.1f} ({q})" for q, a in m["black_box"].items())
+        cells = [f"{100 * m[key]:.1f}" for key in ("one_step", "many_steps", "unlimited")]
+        failed = "; ".join(f"not: {name}" for name in m["failed"])
+        alone = f"{100 * m['only_black_box']:.1f}"
+        rows.append([group.family.name, *cells, box, alone, failed or "passes"])
+    head = ["family", "one step", "PGD", "no limit", "Square (queries)", "Square alone", "checks"]
+    return table(head, rows)
+
+
+def _bound(groups: Sequence[Group]) -> str:
+    rows = []
+    for group in groups:
+        c = group.done[0]["condition"]
+        rows.append(
+            [
+                group.family.name,
+                f"{c['network']['median']:.3g}",
+                f"{c['tail']['median']:.3g}",
+                f"{c['bound']['median']:.3g}",
+                f"{c['ratio']['max']:.2g}",
+                f"{100 * c['plain_product_violated']:.0f} %",
+            ]
+        )
+    head = [
+        "family", "network, median", "linear layers at the end, median", "bound, median",
+        "measured / bound, largest", "product without cosines violated",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def index(pages: Sequence[tuple[str, Results]]) -> str:
+    """The page of all tables."""
+    parts = [
+        "# Robustness of low-rank training",
+        "Every table was planned before it was run: `plan.toml` beside it holds hypotheses, "
+        "families, "
+        "the search for settings and its budget. Written by `python -m benchmarks.report`.",
+    ]
+    for name, results in pages:
+        held = [f"- {f.hypothesis.text} **{f.verdict}**" for f in findings(results)]
+        parts += [f"## [{results.plan.title}]({name}/report.md)", "\n".join(held)]
+    parts.append(
+        "## Older tables\n\n[before.md](before.md): measured with weaker attacks and settings "
+        "chosen on "
+        "test images; what is wrong with each stands there."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+assert LEAST_SEEDS == 5  # VERDICTS says so

@@ -1,0 +1,78 @@
+"""The frontier as a picture: clean accuracy against the worst case, with error bars."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+
+from lrmanifold import viz
+
+from ..robustness.plan import Family
+from .results import Results, efficient, trial_point
+
+_KINDS = {
+    "dense": "dense",
+    "svd": "truncated",
+    "finetuned": "truncated",
+    "factors": "A Bᵀ",
+    "orthogonal": "orthogonal, full rank",
+    "condlr": "penalty without bound",
+}
+
+
+def side(family: Family) -> str:
+    """Families of one side have one colour."""
+    if family.ours:
+        return "CondLRAdam" if family.optimizer == "adam" else "CondLR"
+    return _KINDS.get(family.method.kind, family.method.kind)
+
+
+def frontier(results: Results) -> bytes:
+    """A PNG: all settings that no other of its side beats in validation; the chosen ones in test.
+
+    Bars on the left are standard errors over the seeds of the search, on the right standard
+    deviations over the seeds of the test.
+    """
+    figure, axes = viz.new_figure(2, width=5.6, height=4.8)
+    sides = list(dict.fromkeys(side(f) for f in results.plan.families))
+    for i, name in enumerate(sides):
+        look: dict[str, Any] = {
+            "color": viz.PALETTE[i % len(viz.PALETTE)],
+            "marker": viz.MARKERS[i % len(viz.MARKERS)],
+            "capsize": 2,
+            "label": name,
+        }
+        own = [t for t in results.trials if side(results.plan.family(t["family"])) == name]
+        best = efficient(own, trial_point)
+        bars = [[_error(t[key]) for t in best] for key in ("clean", "worst")]
+        x, y = np.array([trial_point(t) for t in best]).T
+        _bars(axes[0], x, y, *bars, line="-", **look)
+        groups = [g for g in results.groups if side(g.family) == name]
+        paths = [results.column(c) for c in ("clean", "worst")]
+        x, y = (np.array([g.mean(*path) for g in groups]) for path in paths)
+        _bars(axes[1], x, y, *([g.spread(*p) for g in groups] for p in paths), line="", **look)
+    for axis, title in zip(
+        axes, ("validation: the best of all trials", "test: chosen"), strict=True
+    ):
+        axis.set_title(title)
+        axis.set_xlabel("clean accuracy (%)")
+        axis.set_ylabel(f"worst case, {results.plan.attack.norm} {results.eps} (%)")
+        axis.grid(True, color="#DDDDDD", linewidth=0.7)
+    top = max(100 * trial_point(t)[0] for t in results.trials)
+    axes[0].set_xlim(top - 6, top + 0.7)
+    viz.legend_below(figure, axes[0], columns=4)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _bars(axis: Any, x: Any, y: Any, dx: Any, dy: Any, *, line: str, **look: Any) -> None:
+    dx, dy = 100 * np.array(dx), 100 * np.array(dy)
+    axis.errorbar(100 * x, 100 * y, dy, dx, ls=line, lw=1.4, ms=5, elinewidth=0.8, **look)
+
+
+def _error(values: list[float]) -> float:
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0

@@ -1,0 +1,198 @@
+"""What the lines of a table say together: families, chosen settings, paired intervals, pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..robustness.plan import Family, Hypothesis, Plan, load
+from ..robustness.runner import mean, scored
+from ..robustness.search import Ladder
+from ..robustness.table import Table
+
+Row = Mapping[str, Any]
+SLACK = 0.001  # of clean accuracy: so much less is "as accurate"
+LEAST_SEEDS = 5  # for a verdict
+
+
+@dataclass
+class Group:
+    """The seeds of one chosen setting of a family, on the test images."""
+
+    family: Family
+    rows: list[Row]
+
+    @property
+    def done(self) -> list[Row]:
+        """Seeds that did not diverge."""
+        return [row for row in self.rows if not row.get("diverged")]
+
+    @property
+    def shares(self) -> list[float]:
+        """Robust shares of the scores that chose it."""
+        return self.rows[0]["shares"]
+
+    def values(self, *path: str) -> dict[int, float]:
+        """A number by seed. A network that diverged is right on no image."""
+        found = {}
+        for row in self.rows:
+            value: Any = 0.0 if row.get("diverged") else row
+            for key in () if row.get("diverged") else path:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if isinstance(value, (int, float)):
+                found[row["seed"]] = float(value)
+        return found
+
+    def mean(self, *path: str) -> float:
+        """Over the seeds."""
+        return float(np.mean(list(self.values(*path).values())))
+
+    def spread(self, *path: str) -> float:
+        """Standard deviation over the seeds; 0 for one."""
+        found = list(self.values(*path).values())
+        return float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
+
+
+@dataclass
+class Results:
+    """A plan with all lines that belong to it; lines of an earlier plan do not count."""
+
+    plan: Plan
+    trials: Sequence[Row]
+    groups: list[Group]
+
+    @property
+    def eps(self) -> str:
+        """The strength of the score, as rows name it."""
+        return f"{self.plan.attack.eps:g}"
+
+    def column(self, name: str) -> tuple[str, ...]:
+        """The path of "clean" or "worst" in a row."""
+        return ("clean", "accuracy") if name == "clean" else ("worst", self.eps, "accuracy")
+
+    def of(self, family: str) -> Sequence[Row]:
+        """Its trials, in their order."""
+        return [t for t in self.trials if t["family"] == family]
+
+    def score(self, trial: Row) -> float:
+        """*The* score, on validation images."""
+        return scored(trial, self.plan.search.robust_share[0])
+
+    def best(self, family: str) -> Row:
+        """The trial that validation chose."""
+        return max(self.of(family), key=self.score)
+
+    def speaks(self, families: Iterable[str]) -> Group:
+        """The main setting of the family that validation scores best."""
+        name = max(families, key=lambda family: self.score(self.best(family)))
+        return next(g for g in self.main() if g.family.name == name)
+
+    def main(self) -> list[Group]:
+        """The settings that *the* score chose, one a family."""
+        share = self.plan.search.robust_share[0]
+        return [g for g in self.groups if share in g.shares]
+
+    def interior(self, family: Family) -> bool:
+        """Whether the chosen setting has all its neighbours among the trials."""
+        ladder = Ladder(self.plan.axes_of(family), family.start)
+        scores = {tuple(t["point"]): self.score(t) for t in self.of(family.name)}
+        return ladder.interior(tuple(self.best(family.name)["point"]), scores)
+
+
+def read(folder: Path) -> Results | None:
+    """The results beside a plan; None while a family or a seed is missing."""
+    plan = load(folder / "plan.toml")
+    trials, rows = (
+        [r for r in Table(folder / f"{n}.jsonl").rows() if r["plan"] == plan.digest]
+        for n in ("trials", "runs")
+    )
+    groups: dict[tuple[str, str], Group] = {}
+    for row in rows:
+        key = (row["family"], repr(sorted(row["values"].items())))
+        groups.setdefault(key, Group(plan.family(row["family"]), [])).rows.append(row)
+    found = Results(plan, trials, list(groups.values()))
+    complete = len(found.main()) == len(plan.families) and all(
+        len(g.rows) == len(plan.seeds) for g in groups.values()
+    )
+    return found if complete else None
+
+
+# --------------------------------------------------------------------------------- hypotheses
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A hypothesis and what came out: points, with a paired interval."""
+
+    hypothesis: Hypothesis
+    better: str
+    than: str
+    difference: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        """Only from five seeds or more."""
+        margin = self.hypothesis.margin
+        if self.seeds < LEAST_SEEDS:
+            return f"no verdict from {self.seeds} seeds"
+        if self.low > margin:
+            return "yes"
+        return "no" if self.high < margin else "not decided"
+
+
+def findings(results: Results) -> list[Finding]:
+    """Of all hypotheses; the intervals hold together at 95 % (Bonferroni)."""
+    hypotheses = results.plan.hypotheses
+    found = []
+    for hypothesis in hypotheses:
+        ours, theirs = (results.speaks(names) for names in (hypothesis.better, hypothesis.than))
+        path = results.column(hypothesis.column)
+        one, other = ours.values(*path), theirs.values(*path)
+        d = [100 * (one[s] - other[s]) for s in sorted(one.keys() & other.keys())]
+        middle, half = float(np.mean(d)), half_width(d, 0.05 / len(hypotheses))
+        names = (ours.family.name, theirs.family.name)
+        found.append(Finding(hypothesis, *names, middle, middle - half, middle + half, len(d)))
+    return found
+
+
+def half_width(differences: Sequence[float], error: float) -> float:
+    """Of the two-sided t interval of a mean; infinite for one number."""
+    from scipy import stats
+
+    n = len(differences)
+    if n < 2:
+        return math.inf
+    return float(stats.t.ppf(1 - error / 2, n - 1) * np.std(differences, ddof=1) / math.sqrt(n))
+
+
+# -------------------------------------------------------------------------------- the frontier
+
+Point = tuple[float, float]
+
+
+def efficient(items: Sequence[Any], at: Callable[[Any], Point]) -> list[Any]:
+    """Those that no other beats in both coordinates, by falling first coordinate."""
+    found: list[Any] = []
+    for item in sorted(items, key=at, reverse=True):
+        if not found or at(item)[1] > at(found[-1])[1]:
+            found.append(item)
+    return found
+
+
+def trial_point(trial: Row) -> Point:
+    """Clean and worst-case accuracy on validation images."""
+    return mean(trial["clean"]), mean(trial["worst"])
+
+
+def pairs(ours: Sequence[Point], theirs: Sequence[Point]) -> tuple[int, int]:
+    """In how many pairs is ours as accurate, and in how many of these harder to fool?"""
+    equal = [(a, b) for a in ours for b in theirs if a[0] >= b[0] - SLACK]
+    return sum(a[1] > b[1] for a, b in equal), len(equal)

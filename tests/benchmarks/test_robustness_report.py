@@ -1,0 +1,221 @@
+"""The report of a plan: what rows say together; every word of it can come out otherwise."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_plan import START, TINY, changed, write
+
+from benchmarks.report import page, published
+from benchmarks.report.results import (
+    LEAST_SEEDS,
+    Group,
+    Results,
+    efficient,
+    findings,
+    half_width,
+    pairs,
+    read,
+)
+from benchmarks.robustness.plan import parse
+
+SEEDS = [0, 1, 2, 3, 4]
+
+
+def trial(family, clean, worst, *, lr=0.1, k=0):
+    values = {**family.start, "lr": lr}
+    point = [k] + [0] * (len(values) - 1)
+    return {
+        "family": family.name, "values": values, "point": point, "clean": clean, "worst": worst,
+    }  # fmt: skip
+
+
+def row(family, seed, clean, worst, **more):
+    return {
+        "family": family.name, "seed": seed, "values": dict(family.start), "shares": [0.5],
+        "clean": {"accuracy": clean}, "worst": {"0.06": {"accuracy": worst}}, "stored_share": 0.4,
+        **more,
+    }  # fmt: skip
+
+
+def made(accuracies, seeds=SEEDS, **changes):
+    """Results with worst-case accuracies by family, one for each seed."""
+    plan = parse(changed(seeds=list(seeds), **changes), "tiny")
+    trials = [trial(f, [0.9], [0.5]) for f in plan.families]
+    groups = [
+        Group(f, [row(f, s, 0.9, a) for s, a in zip(seeds, accuracies[f.name], strict=True)])
+        for f in plan.families
+    ]
+    return Results(plan, trials, groups)
+
+
+def with_difference(d, **changes):
+    base = {name: [0.5] * len(d) for name in ("dense", "cut", "wild")}
+    seeds = range(len(d))
+    return made({**base, "ours": [0.5 + x / 100 for x in d]}, seeds=seeds, **changes)
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ([3.0, 3.5, 2.5, 3.2, 2.8], "yes"),
+        ([-3.0, -3.5, -2.5, -3.2, -2.8], "no"),
+        ([3.0, -3.5, 6.0, 3.2, -2.8], "not decided"),
+        ([0.1, 9.0, 0.2, 8.0, 0.1], "not decided"),  # positive in each seed, too wide
+        ([3.0, 3.5, 2.5, 3.2], "no verdict from 4 seeds"),
+    ],
+)
+def test_verdicts_come_from_five_seeds_and_the_whole_interval(differences, verdict):
+    (found,) = findings(with_difference(differences))
+    assert found.verdict == verdict
+    assert found.difference == pytest.approx(np.mean(differences))
+    assert LEAST_SEEDS == 5
+
+
+def test_the_margin_moves_the_verdict():
+    hypothesis = {**TINY["hypothesis"][0], "margin": -5.0}
+    (found,) = findings(with_difference([-3.0, -3.5, -2.5, -3.2, -2.8], hypothesis=[hypothesis]))
+    assert found.verdict == "yes"
+
+
+def test_more_hypotheses_make_wider_intervals():
+    one = TINY["hypothesis"][0]
+    widths = []
+    for count in (1, 4):
+        found = findings(with_difference([3.0, 3.5, 2.5, 3.2, 2.8], hypothesis=[one] * count))
+        widths.append(found[0].high - found[0].low)
+    assert widths[1] > 1.3 * widths[0]
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    """Monte Carlo: 95 % of intervals of five normal numbers hold the mean."""
+    generator = np.random.default_rng(0)
+    draws = generator.normal(size=(4000, 5))
+    held = [abs(d.mean()) <= half_width(list(d), 0.05) for d in draws]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.012)
+
+
+def test_a_diverged_seed_counts_as_zero():
+    results = made({name: [0.5] * 5 for name in ("dense", "cut", "ours", "wild")})
+    group = next(g for g in results.groups if g.family.name == "ours")
+    group.rows[2] = {**group.rows[2], "diverged": True}
+    assert group.mean("worst", "0.06", "accuracy") == pytest.approx(0.4)
+    assert len(group.done) == 4
+    assert "5 (1 diverged)" in page._accuracy(results, [group])
+
+
+def test_validation_decides_which_family_speaks():
+    """Not the test images: `cut` is better there, `dense` in validation."""
+    results = made({"dense": [0.3] * 5, "cut": [0.6] * 5, "ours": [0.5] * 5, "wild": [0.0] * 5})
+    results.trials[0]["worst"] = [0.8]
+    assert results.speaks(["dense", "cut"]).family.name == "dense"
+    results.trials[1]["worst"] = [0.9]
+    assert results.speaks(["dense", "cut"]).family.name == "cut"
+
+
+points = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12)
+
+
+@given(points)
+def test_efficient_points_are_those_that_nothing_beats(found):
+    kept = efficient(found, lambda p: p)
+    for p in found:
+        beaten = any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in found)
+        assert (p in kept) != beaten
+
+
+def test_pairs_are_counted_by_hand():
+    ours = [(0.90, 0.5), (0.80, 0.9)]
+    theirs = [(0.9005, 0.4), (0.85, 0.6), (0.70, 0.7)]
+    # as accurate: the first with all three (0.05 points less counts), the second with the last
+    assert pairs(ours, theirs) == (2, 4)
+    assert pairs(theirs, ours) == (0, 3)
+
+
+# ---------------------------------------------------------------------------------- from files
+
+
+@pytest.fixture
+def folder(tmp_path):
+    raw = changed(seeds=SEEDS)
+    path = write(tmp_path / "tiny", raw)
+    plan = parse(raw, "tiny")
+    extra = {
+        "plan": None, "plan_commit": "abc1234", "stored_share": 0.4, "trained_share": 0.5,
+        "multiply_adds": 10, "train_cpu_seconds": 1.0, "images": 20, "cond": [], "loss": [1.0],
+        "layers": {"fc1": {"cond": 1.1}}, "pgd": {"0.06": 0.5}, "fgsm": {"0.06": 0.6},
+        "transfer": {"0.1": 0.7}, "note": "",
+    }  # fmt: skip
+    from benchmarks.robustness.plan import load
+
+    extra["plan"] = load(path).digest
+    with open(path.parent / "trials.jsonl", "w") as file:
+        for family in plan.families:
+            for k in range(3):
+                line = trial(family, [0.8 + 0.05 * k], [0.5 - 0.1 * k], lr=0.1 * 2**k, k=k)
+                key = f"{family.name}{k}"
+                file.write(json.dumps({**line, "plan": extra["plan"], "key": key}) + "\n")
+    with open(path.parent / "runs.jsonl", "w") as file:
+        for i, family in enumerate(plan.families):
+            for seed in SEEDS:
+                line = row(family, seed, 0.9, 0.5 + 0.05 * i + 0.001 * seed, **extra)
+                line["worst"]["0.06"] |= {"after": {"pgd": 0.5}, "attacks": ["pgd"]}
+                line["clean"]["ece"] = 0.01
+                file.write(json.dumps({**line, "key": f"{family.name}{seed}"}) + "\n")
+    return path.parent
+
+
+def test_the_page_says_everything(folder):
+    results = read(folder)
+    text = page.write(results, folder).read_text()
+    assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    for word in (
+        "# Tiny", "`abc1234`", "Smaller is harder.", "| ours − ", "**yes**", "pgd all fail",
+        "Inside its grid", "0.5 clean + 0.5 worst case", "another start", "3 |",
+    ):  # fmt: skip
+        assert word in text, word
+    assert "**yes**" in page.index([("tiny", results)])
+
+
+def test_a_table_that_is_not_finished_has_no_page(folder):
+    lines = (folder / "runs.jsonl").read_text().splitlines()
+    (folder / "runs.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    assert read(folder) is None
+
+
+def test_rows_of_an_earlier_plan_do_not_count(folder):
+    write(folder, changed(seeds=SEEDS, title="Changed after the runs"))
+    assert read(folder) is None
+
+
+def test_a_setting_at_an_end_of_its_grid_is_marked(folder):
+    results = read(folder)
+    # nothing of decay and smoothing was tried: no setting has all its neighbours
+    assert not any(results.interior(f) for f in results.plan.families)
+    assert page._search(results).count("**no**") == len(results.plan.families)
+    family = results.plan.families[0]
+    best = results.best(family.name)
+    around = [
+        {**trial(family, [0.1], [0.1]), "point": [best["point"][0] + a, b, c]}
+        for a, b, c in ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
+    results.trials = [*results.trials, *around]
+    assert family.start == START
+    assert results.interior(family)
+
+
+def test_published_lines_stand_alone():
+    assert published.of("digits") is None
+    for data in ("mnist", "fashion-mnist", "cifar10"):
+        strengths, lines, note = published.of(data)
+        assert note
+        assert all(len(line.accuracy) == len(strengths) for line in lines)
+        assert all(0 < a < 100 and math.isfinite(a) for line in lines for a in line.accuracy)
