@@ -17,6 +17,7 @@ from .inventory import Other
 from .layer import LowRankLayer
 from .linear import LowRankLinear
 from .plan import Decision, Plan
+from .structure import restructure, structure
 from .transposed import LowRankTransposedLinear
 
 __all__ = [
@@ -42,5 +43,7 @@ __all__ = [
     "densify",
     "factorize",
     "fold",
+    "restructure",
+    "structure",
     "trained_state_dict",
 ]

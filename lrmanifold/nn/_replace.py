@@ -10,6 +10,7 @@ from torch import nn
 
 from ._carry import carry_over
 from ._obstacles import Obstacles, has_hooks, listed
+from ._saver import mark
 from .adapter import LowRankAdapter
 from .attention import LowRankMultiheadAttention
 from .embedding import LowRankEmbedding
@@ -30,6 +31,7 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modul
                 setattr(parent, name, replacements[id(child)])
     for parent in model.modules():
         _avoid_fused_path(parent)
+        mark(parent)
     return model
 
 

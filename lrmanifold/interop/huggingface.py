@@ -1,0 +1,119 @@
+"""transformers: factorized models are saved with their ranks, and loaded with them.
+
+``model.save_pretrained(folder)`` of a factorized model writes the ranks into ``config.json``, under
+"lrmanifold", and the packed factors into the file of weights. transformers itself would build the
+dense model from that configuration and find no weights that fit, so that the model is loaded here.
+A warning says so at saving. A model that :func:`lrmanifold.densify` made dense again is saved and
+loaded as always.
+
+A model of one's own with ``huggingface_hub.PyTorchModelHubMixin`` needs nothing of this module, if
+its constructor factorizes it: the mixin keeps the arguments of the constructor::
+
+    class Net(nn.Module, PyTorchModelHubMixin):
+        def __init__(self, rank=8):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+            lrm.factorize(self, rank)
+
+    Net(rank=4).save_pretrained("net")
+    model = Net.from_pretrained("net")
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._arguments import check_dtype
+from ..nn._saver import KEY
+from ..nn.structure import restructure
+from ..precision import STORAGE_DTYPES
+
+__all__ = ["from_pretrained"]
+
+_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def from_pretrained(
+    cls: Any, name_or_path: str, *, dtype: torch.dtype | None = None, **options: Any
+) -> nn.Module:
+    """A factorized model from what its ``save_pretrained`` wrote.
+
+    Parameters
+    ----------
+    cls : class
+        The model's class, or one of transformers' ``AutoModel`` classes.
+    name_or_path : str
+        A folder, or a repository of the hub.
+    dtype : torch.dtype, optional
+        Of the weights; torch's default by default.
+    **options
+        For the configuration and the files, as ``revision`` or ``cache_dir``.
+
+    Returns
+    -------
+    nn.Module
+        In evaluation mode, as transformers gives it. Build the optimizer after this.
+
+    Raises
+    ------
+    ImportError
+        Without transformers.
+    ValueError
+        If the configuration holds no ranks, or the weights do not fit it.
+
+    Examples
+    --------
+    >>> from lrmanifold.interop import huggingface
+    >>> model = GPT2LMHeadModel.from_pretrained("gpt2")
+    >>> lrm.factorize(model, 0.25)
+    >>> model.save_pretrained("small")
+    >>> model = huggingface.from_pretrained(GPT2LMHeadModel, "small")
+    """
+    from transformers import AutoConfig
+
+    check_dtype("dtype", dtype, STORAGE_DTYPES)
+    config = AutoConfig.from_pretrained(name_or_path, **options)
+    found = getattr(config, KEY, None)
+    if found is None:
+        raise ValueError(
+            f"{name_or_path!r} must hold a factorized model, but its configuration has no "
+            f"{KEY!r}: load it by {cls.__name__}.from_pretrained"
+        )
+    model: Any = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    restructure(model, found)
+    state = _state(name_or_path, options)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    parameters = model.state_dict(keep_vars=True)
+    loaded = {id(parameters[key]) for key in state if key in parameters}
+    lost = [key for key in missing if id(parameters[key]) not in loaded]
+    if lost or unexpected:
+        raise ValueError(
+            f"the weights of {name_or_path!r} must be those of a {type(model).__name__}, but "
+            f"{lost[:3]} are missing and {list(unexpected)[:3]} are none of it"
+        )
+    return (model if dtype is None else model.to(dtype)).eval()
+
+
+def _state(place: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+    from transformers.utils import cached_file
+
+    single, index = (
+        cached_file(place, name, _raise_exceptions_for_missing_entries=False, **options)
+        for name in _FILES
+    )
+    if single is not None:
+        return load_file(single)
+    if index is None:
+        raise ValueError(f"{place!r} must hold {_FILES[0]}, which is not there")
+    with open(index, encoding="utf-8") as file:
+        names = sorted(set(json.load(file)["weight_map"].values()))
+    state: dict[str, Tensor] = {}
+    for name in names:
+        state.update(load_file(cached_file(place, name, **options)))
+    return state

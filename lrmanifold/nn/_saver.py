@@ -1,0 +1,52 @@
+"""Models of transformers: what ``save_pretrained`` has to write beside the weights."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from .layer import LowRankLayer
+
+#: Under this name the configuration keeps the ranks.
+KEY = "lrmanifold"
+
+
+class Saver:
+    """``model.save_pretrained`` of a factorized model: the ranks go into its configuration first.
+
+    An attribute of the model object, which it is made for by :func:`mark`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class's own ``save_pretrained``."""
+        from .structure import structure
+
+        model: Any = self.model
+        setattr(model.config, KEY, structure(model))
+        warnings.warn(
+            "the model is low-rank, its ranks are saved in its configuration: load it by "
+            "lrmanifold.interop.huggingface.from_pretrained, or densify it first for "
+            f"{type(model).__name__}.from_pretrained",
+            stacklevel=2,
+        )
+        return type(model).save_pretrained(model, *args, **kwargs)
+
+
+def mark(module: nn.Module) -> None:
+    """Give a model of transformers with low-rank layers a :class:`Saver`; take it from others."""
+    kind = type(module)
+    # a hub mixin has no such configuration, and builds its model by its own constructor
+    if not (hasattr(kind, "save_pretrained") and hasattr(kind, "config_class")):
+        return
+    config = getattr(module, "config", None)
+    if any(isinstance(m, LowRankLayer) for m in module.modules()):
+        module.__dict__["save_pretrained"] = Saver(module)
+    elif isinstance(module.__dict__.get("save_pretrained"), Saver):
+        del module.__dict__["save_pretrained"]
+        if hasattr(config, KEY):
+            delattr(config, KEY)

@@ -1,0 +1,102 @@
+"""Factorized models of transformers go to a folder and come back; a hub mixin does by itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import lrmanifold as lrm
+from lrmanifold.interop import huggingface
+from lrmanifold.nn import LowRankEmbedding, LowRankLayer, LowRankTransposedLinear
+
+
+def gpt2():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 60, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+
+
+def saved(model, folder, **options):
+    with pytest.warns(UserWarning, match=r"interop\.huggingface\.from_pretrained"):
+        model.save_pretrained(folder, **options)
+
+
+@pytest.mark.parametrize("include", [None, ["*", "transformer.wte"]])
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_gpt2_is_saved_with_its_ranks_and_comes_back(tmp_path, include, shard):
+    model = gpt2()
+    lrm.factorize(model, 0.25, include=include)
+    blocks = [m for m in model.modules() if isinstance(m, LowRankTransposedLinear)]
+    assert len(blocks) == 8
+    saved(model, tmp_path, max_shard_size=shard)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["lrmanifold"]["layers"]["transformer.h.0.attn.c_attn"]["rank"] == 8
+    again = huggingface.from_pretrained(type(model), str(tmp_path))
+    assert isinstance(again.transformer.wte, LowRankEmbedding) == (include is not None)
+    assert again.lm_head.weight is again.transformer.wte.weight
+    ids = torch.randint(60, (2, 9))
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    assert not again.training
+    assert lrm.nn.structure(again) == lrm.nn.structure(model)
+    with pytest.raises((RuntimeError, ValueError)):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_ranks_are_those_at_the_time_of_saving_and_auto_classes_load_them(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = lrm.factorize(gpt2(), 8)
+    model.transformer.h[0].attn.c_attn = LowRankTransposedLinear(96, 32, 3)
+    saved(copy.deepcopy(model), tmp_path)
+    again = huggingface.from_pretrained(
+        transformers.AutoModelForCausalLM, str(tmp_path), dtype=torch.float64
+    )
+    assert again.transformer.h[0].attn.c_attn.rank == 3
+    assert again.dtype == torch.float64
+    text = again.generate(torch.tensor([[1, 2]]), max_new_tokens=3, do_sample=False)
+    expected = model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, do_sample=False)
+    assert torch.equal(text, expected)
+
+
+def test_a_densified_model_is_saved_as_always(tmp_path):
+    model = lrm.factorize(gpt2(), 8)
+    saved(model, tmp_path / "low")
+    expected = model(torch.tensor([[3, 1]])).logits
+    pickle.loads(pickle.dumps(model))
+    lrm.densify(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path / "dense")
+    assert "lrmanifold" not in (tmp_path / "dense" / "config.json").read_text()
+    again = type(model).from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(again(torch.tensor([[3, 1]])).logits, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="has no 'lrmanifold': load it by GPT2LMHeadModel"):
+        huggingface.from_pretrained(type(model), str(tmp_path / "dense"))
+
+
+def test_a_model_with_the_hub_mixin_factorizes_in_its_constructor(tmp_path):
+    """The example of lrmanifold.interop.huggingface."""
+    hub = pytest.importorskip("huggingface_hub")
+
+    class Net(nn.Module, hub.PyTorchModelHubMixin):
+        def __init__(self, rank: int = 8) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+            lrm.factorize(self, rank)
+
+        def forward(self, x):
+            return self.body(x)
+
+    model = Net(rank=4).eval()
+    model.save_pretrained(tmp_path)
+    again = Net.from_pretrained(tmp_path)
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(again(x), model(x))
+    layers = [m for m in again.modules() if isinstance(m, LowRankLayer)]
+    assert [layer.rank for layer in layers] == [4, 4]
+    assert all(layer.weight.manifold is layer.manifold for layer in layers)
