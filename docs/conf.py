@@ -55,6 +55,7 @@ nitpick_ignore_regex = [
 # -- lessons: executed at build, in the time that they promise
 
 nb_execution_mode = "force"
+nb_execution_in_temp = True  # cells may write files
 nb_execution_timeout = 120  # a cell; a whole lesson takes a quarter of that on a free machine
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
@@ -74,12 +75,17 @@ numpydoc_xref_param_type = False
 html_theme = "pydata_sphinx_theme"
 html_title = "lrmanifold"
 html_static_path = ["_static"]
+html_favicon = "_static/logo.svg"
 html_css_files = ["lrmanifold.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_sidebars = {"index": [], "quickstart": []}
 html_theme_options = {
-    "logo": {"text": "lrmanifold"},
+    "logo": {
+        "text": "lrmanifold",
+        "image_light": "_static/logo.svg",
+        "image_dark": "_static/logo.svg",
+    },
     "header_links_before_dropdown": 6,
     "navigation_with_keys": False,
     "show_prev_next": True,
@@ -107,6 +113,12 @@ def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
         lines[i] = line
 
 
+def unbroken(app, name, source: list[str]) -> None:
+    """A mean and its spread stay on one line."""
+    source[0] = re.sub(r"(?<=\d) ± (?=\d)", "\u00a0±\u00a0", source[0])
+
+
 def setup(app) -> None:
     """Hooks of this project."""
+    app.connect("source-read", unbroken)
     app.connect("autodoc-process-docstring", plain_text, priority=900)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,7 @@ from .experiments import demo as demos
 from .experiments import models, runs
 from .experiments.data import Dataset, load
 from .experiments.folder import DEMO_FILES
-from .experiments.methods import Method
+from .experiments.methods import Method, comparison
 from .experiments.training import Settings
 from .nn.plan import make_plan
 from .report import report as make_report
@@ -164,7 +165,9 @@ def demo_command(
     seeds: Annotated[int, typer.Option(help="runs of every method", min=1)] = len(demos.Demo.seeds),
     epochs: Annotated[int, typer.Option(min=1)] = demos.Demo.epochs,
     rank: Annotated[int, typer.Option(min=1, help="of both hidden layers")] = demos.Demo.rank,
-    lr: Annotated[float, typer.Option(help="of all methods")] = demos.Demo.lr,
+    lr: Annotated[
+        float | None, typer.Option(help="one rate for all; by default each has its own, tuned")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Compare dense, truncated, plain low-rank and CondLR networks on scikit-learn's digits."""
@@ -174,8 +177,8 @@ def demo_command(
         images = demos.load("digits")
         network = models.build("mlp", images)
         check_some_layer(make_plan(network, rank=rank, exclude=demos.EXCLUDE), rank)
-        for each in chosen:
-            plan.settings(each)
+        for each, method in itertools.product(chosen, comparison()):
+            plan.settings(method, each)
         viz.need_matplotlib()
         expected = {"settings": dataclasses.asdict(plan), "data": describe(images)}
     with claim_folder(out, DEMO_FILES, expected, what="lrmanifold demo", force=force) as state:

@@ -85,16 +85,22 @@ def print_demo(result: demos.Comparison) -> None:
     console.print(table)
     demo, count = result.demo, len(result.data.test_y)
     error = 50 / count**0.5
+    seeds = f"seed {demo.seeds[0]}"
+    if len(demo.seeds) > 1:
+        seeds = f"mean ± standard deviation over seeds {', '.join(map(str, demo.seeds))}"
+    rates = {o.method.name: demo.settings(o.method, demo.seeds[0]) for o in result.outcomes}
+    chosen = "; ".join(
+        f"{name} {s.lr:g}, {s.weight_decay:g}" for name, s in rates.items() if name in demos.CHOSEN
+    )
     for line in (
-        f"mean ± standard deviation over seeds {', '.join(map(str, demo.seeds))} (initial weights, "
-        f"order of batches); best mean in bold. {count} test images: one is {100 / count:.2f} "
-        f"points, and so few leave a standard error of up to {error:.1f} points.",
+        f"{seeds} (initial weights, order of batches); best in bold. {count} test images: one is "
+        f"{100 / count:.2f} points, and so few leave a standard error of up to {error:.1f} points.",
         "kept: parameters for inference, cores folded in. cond: σ_max/σ_min of the worse hidden "
         f"layer and seed, of all singular values for dense, of the {demo.rank} nonzero ones for "
         "the others (of the product A Bᵀ).",
-        f"All methods: {demo.epochs} epochs, batch {demo.batch_size}, lr {demo.lr:g} with a cosine "
-        f"to 0, momentum {demo.momentum:g}. Attacks: linf; PGD with 20 steps "
-        "and 2 runs, the first from the image itself.",
+        f"All methods: {demo.epochs} epochs, batch {demo.batch_size}, momentum {demo.momentum:g}, "
+        "a cosine to 0. Attacks: linf; PGD with 20 steps and 2 runs, the first from the image.",
+        f"Learning rate and weight decay, tuned for each on a validation split: {chosen}.",
         *result.verdicts(),
     ):
         console.print(line, highlight=False, markup=False)

@@ -43,14 +43,19 @@ _PAGE: Any = {
 
 
 def new_figure(
-    columns: int = 1, *, width: float = 6.0, height: float = 4.4, **subplots: Any
+    columns: int = 1,
+    *,
+    rows: int = 1,
+    width: float = 6.0,
+    height: float = 4.4,
+    **subplots: Any,
 ) -> tuple[Figure, Any]:
     """An empty figure in the look of this library, without pyplot's global state.
 
     Parameters
     ----------
-    columns : int
-        Axes side by side.
+    columns, rows : int
+        Axes side by side, and one below the other.
     width, height : float
         Of each of them, in inches.
     **subplots
@@ -60,14 +65,14 @@ def new_figure(
     -------
     figure : matplotlib.figure.Figure
     axes : Axes or array of Axes
-        One, or `columns` of them.
+        One, or an array as ``Figure.subplots`` gives it.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_PAGE):
-        made = Figure(figsize=(width * columns, height), layout="constrained")
-        return made, made.subplots(1, columns, **subplots)
+        made = Figure(figsize=(width * columns, height * rows), layout="constrained")
+        return made, made.subplots(rows, columns, **subplots)
 
 
 def legend_below(figure: Figure, ax: Axes, *, columns: int = 2, title: str | None = None) -> None:

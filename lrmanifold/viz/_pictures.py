@@ -33,6 +33,7 @@ def spectra(
     ax: Axes | Sequence[Axes] | None = None,
     title: str | None = None,
     columns: int = 4,
+    moments: str = "epoch",
 ) -> Figure:
     """Singular values over training, a panel for each layer.
 
@@ -53,6 +54,8 @@ def spectra(
         Above all panels.
     columns : int
         Panels side by side in a new figure.
+    moments : str
+        What one moment is, for the axis.
     """
     need_matplotlib()
     found = getattr(history, "spectra", history)
@@ -84,6 +87,7 @@ def spectra(
         for axis, (name, s) in zip(axes, panels.items(), strict=False):
             bound = tau.get(name) if isinstance(tau, Mapping) else tau
             handles.update(_spectrum_panel(axis, name, s, bound))
+            axis.set_xlabel(moments)
             if id(axis) in left:
                 axis.set_ylabel("singular value")
         plain_log_ticks(axes[: len(panels)], list(panels.values()))
@@ -185,26 +189,20 @@ def accuracy_panels(
     panels : mapping
         For each attack, what :func:`accuracy_curves` takes, with the same methods.
     relative_to : str
-        A second row with the differences to this method.
+        Differences to this method in place of the accuracies, which often hide each other.
     """
     need_matplotlib()
     check_instance("panels", panels, Mapping, "a mapping")  # type: ignore[type-abstract]
     if not panels:
         raise ValueError("panels must hold at least one attack")
     with style():
-        rows = 1 if relative_to is None else 2
-        figure = plain_figure(0.8 + 5.0 * len(panels), 0.9 + 3.5 * rows)
-        grid = figure.subplots(rows, len(panels), sharex=True, sharey="row", squeeze=False)
-        for column, (title, results) in enumerate(panels.items()):
-            accuracy_curves(results, ax=grid[0, column], title=title, legend=False)
-            if relative_to is not None:
-                axis = grid[1, column]
-                accuracy_curves(results, ax=axis, relative_to=relative_to, legend=False)
-            for axis in grid[:-1, column]:
-                axis.set_xlabel("")
-        for axis in grid[:, 1:].flat:
+        figure = plain_figure(0.8 + 5.0 * len(panels), 4.4)
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, results) in zip(axes, panels.items(), strict=True):
+            accuracy_curves(results, ax=axis, title=title, relative_to=relative_to, legend=False)
+        for axis in axes[1:]:
             axis.set_ylabel("")
-        handles, labels = grid[0, 0].get_legend_handles_labels()
+        handles, labels = axes[0].get_legend_handles_labels()
         legend_of(figure, dict(zip(labels, handles, strict=True)), columns=3)
     return figure
 
@@ -253,7 +251,6 @@ def _spectrum_panel(axis: Any, name: str, s: np.ndarray, tau: float | None) -> d
         limit = axis.plot(epochs, (1.0 + tau) * bottom, color=orange, ls=(0, (4, 3)), lw=1.6)[0]
         handles["(1 + τ) × smallest"] = limit
     axis.set_title(f"{name}\ncond {top[-1] / bottom[-1]:.3g} at the end")
-    axis.set_xlabel("epoch")
     axis.set_xlim(0, max(len(s) - 1, 1))
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     finish(axis)

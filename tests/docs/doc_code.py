@@ -10,6 +10,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 LESSONS = sorted((DOCS / "lessons").glob("[0-9]*.md"))
 
+CELL = "{code-cell} python"
 _FENCE = re.compile(r"^(```+|:::+)([^\n]*)\n(.*?)^\1$", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -25,6 +26,11 @@ def blocks(path: Path, language: str) -> list[str]:
         for opening, content in fences(path)
         if opening == language
     ]
+
+
+def python(path: Path) -> str:
+    """What the fences of Python code are called: pages that are executed have cells."""
+    return CELL if blocks(path, CELL) else "python"
 
 
 def run(path: Path, language: str) -> dict:

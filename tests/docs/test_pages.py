@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from doc_code import DOCS, PAGES, ROOT, blocks, fences, run
+from doc_code import CELL, DOCS, PAGES, ROOT, blocks, fences, python, run
 
 import lrmanifold as lrm
 
@@ -19,9 +19,9 @@ def _leave_no_trace(monkeypatch, tmp_path):
     monkeypatch.setattr(lrm.retractions, "_REGISTRY", dict(lrm.retractions._REGISTRY))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, python(p))], ids=lambda p: p.stem)
 def test_python_blocks_run_one_after_the_other(page):
-    run(page, "python")
+    run(page, python(page))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
@@ -33,17 +33,17 @@ def test_every_fence_is_tested_or_a_directive(page):
 def test_what_the_pages_print_is_true(capsys):
     """The blocks that end in a comparison say True."""
     for name in ("quickstart", "migrating", "how-to-choose"):
-        run(DOCS / f"{name}.md", "python")
+        run(DOCS / f"{name}.md", python(DOCS / f"{name}.md"))
     printed = capsys.readouterr().out
     assert "True" in printed
     assert "False" not in printed
 
 
-def test_quickstart_is_ten_lines_that_train():
-    block = blocks(DOCS / "quickstart.md", "python")[0]
-    lines = [line for line in block.splitlines() if line and not line.startswith("import")]
-    assert len(lines) <= 10
-    assert "CondLR" in block
+def test_quickstart_trains_the_network_of_the_readme():
+    """Both pages show one recommended start: the same network, optimizer and loop."""
+    block = blocks(DOCS / "quickstart.md", CELL)[1]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert block.strip() in readme
 
 
 def test_commands_exist():

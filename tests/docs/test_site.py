@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -67,18 +68,25 @@ class Links(HTMLParser):
         self.links += [given[key] for key in ("href", "src") if given.get(key)]
 
 
-@pytest.mark.slow
-def test_site_builds_without_warnings_and_its_links_lead_somewhere(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built without a warning."""
     pytest.importorskip("myst_nb")
-    site = tmp_path / "html"
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", DOCS, site]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    pytest.importorskip("pydata_sphinx_theme")
+    target = tmp_path_factory.mktemp("site") / "html"
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", DOCS, target]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert built.returncode == 0, built.stderr[-4000:]
+    return target.resolve()
+
+
+@pytest.mark.slow
+def test_links_lead_somewhere_and_no_page_asks_another_site(site):
     pages = {p.resolve(): Links(p) for p in site.rglob("*.html")}
     broken = []
     for page, found in pages.items():
         # The theme's templates are no pages; a listing of source links to one place a module only.
-        if {"_static", "_modules"} & set(page.relative_to(site.resolve()).parts):
+        if {"_static", "_modules"} & set(page.relative_to(site).parts):
             continue
         for link in found.links:
             url = urlsplit(link)
@@ -91,3 +99,45 @@ def test_site_builds_without_warnings_and_its_links_lead_somewhere(tmp_path):
             ):
                 broken.append((page.name, link))
     assert broken == []
+    loaded = re.compile(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"(?:https?:)?//[^\"]*\"")
+    text = {p: p.read_text(encoding="utf-8", errors="replace") for p in pages}
+    assert [(p.name, found) for p in pages for found in loaded.findall(text[p])] == []
+
+
+LOOK = """() => ({
+    wide: document.documentElement.scrollWidth - window.innerWidth,
+    broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src),
+    raw: [...document.querySelectorAll(".math")].filter(m => !m.querySelector("mjx-container"))
+        .map(m => m.textContent.slice(0, 60)),
+})"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_are_whole_in_a_browser_without_network(site, width, scheme):
+    """No raw TeX, no broken picture, no page wider than the window."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no browser")
+    faults = {}
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+        )
+        page = context.new_page()
+        for path in sorted([*site.glob("*.html"), *site.glob("lessons/*.html")]):
+            page.goto(path.as_uri())
+            page.wait_for_function("() => !window.MathJax || !!MathJax.startup?.promise")
+            page.evaluate("() => window.MathJax?.startup?.promise")
+            page.evaluate(
+                "() => document.images && [...document.images].map(i => i.loading = 'eager')"
+            )
+            page.wait_for_load_state("load")
+            found = page.evaluate(LOOK)
+            if found["wide"] > 0 or found["broken"] or found["raw"]:
+                faults[path.name] = found
+        browser.close()
+    assert faults == {}

@@ -174,7 +174,7 @@ def figure(dtype: torch.dtype, device: torch.device):
     fig, ax = new(width=6.4)
     t = q["t"][1:, 0].cpu()
     lines = (
-        (theorem_A(at, q, c), "-", COLOURS[2], "theorem A: grows like ε e^{μt/s}"),
+        (theorem_A(at, q, c), "-", COLOURS[2], r"theorem A: grows like ε $e^{\mu t/s}$"),
         (theorem_E(at, q, c), "-", COLOURS[3], "theorem E: ε μt/s + O(ε²)"),
         (q["e"], "-", COLOURS[1], "measured ‖Y - X‖"),
         (c["eps"], "--", COLOURS[0], "ε = ‖W - X‖"),
