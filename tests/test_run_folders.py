@@ -171,7 +171,7 @@ def test_the_demo_is_not_repeated_without_force(tmp_path):
     again = invoke(*options)
     assert again.exit_code == 0
     assert again.output.startswith("finished already: ")
-    assert_refused(invoke(*options, "--lr", 0.2), "with lr 0.1 instead of 0.2")
+    assert_refused(invoke(*options, "--lr", 0.2), "with lr None instead of 0.2")
     assert_refused(train(tmp_path), "holds the results of another run")
     assert contents(tmp_path) == before
     assert runs.load_results(tmp_path)["settings"]["rank"] == 8
