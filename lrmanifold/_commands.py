@@ -21,6 +21,7 @@ from ._words import (
     parse_device,
     parse_layers,
     parse_method,
+    parse_optimizer,
     parse_strengths,
     run_name,
 )
@@ -79,6 +80,13 @@ def train_command(
     tau: Annotated[
         str | None, typer.Option(help='condlr: cond <= 1 + tau, 0.1 by default; "none": no bound')
     ] = None,
+    compression: Annotated[
+        float | None,
+        typer.Option(help="in place of --rank: share of all weights to remove, as 0.8"),
+    ] = None,
+    keep_larger: Annotated[
+        bool, typer.Option("--keep-larger", help="factorize layers also where that saves nothing")
+    ] = False,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
@@ -86,13 +94,20 @@ def train_command(
             "layer, which gives the class scores, unless --rank names layers"
         ),
     ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="condlr (SGD on ordinary parameters) or adam (CondLRAdam, AdamW)")
+    ] = "condlr",
     epochs: int = 10,
     batch_size: int = 128,
     lr: Annotated[
         float | None,
-        typer.Option(help="at the start, 0.1 by default, 0.01 with --certified; a cosine to 0"),
+        typer.Option(help="at the start, 0.1 by default, 0.01 with adam; a cosine to 0"),
     ] = None,
-    momentum: float = 0.3,
+    momentum: Annotated[float, typer.Option(help="of condlr")] = 0.3,
+    weight_decay: Annotated[
+        float, typer.Option(help="of matrices; on a low-rank weight it acts on the core")
+    ] = 0.0,
+    label_smoothing: float = 0.0,
     seed: int = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     eps: Annotated[
@@ -117,12 +132,25 @@ def train_command(
         check_word("data", data, STRENGTHS)
         check_word("model", model, models.NAMES)
         how = parse_method(method, "0" if certified and tau is None and method == "condlr" else tau)
-        rate = (0.01 if certified else 0.1) if lr is None else lr
-        settings = Settings(epochs, batch_size, rate, momentum, seed)
+        rule = parse_optimizer(optimizer, certified)
+        rate = (0.01 if rule == "adam" else 0.1) if lr is None else lr
+        settings = Settings(
+            epochs,
+            batch_size,
+            rate,
+            momentum,
+            seed,
+            # trained for proofs, a run is by Adam without being told
+            "sgd" if certified else rule,
+            weight_decay=weight_decay,
+            label_smoothing=label_smoothing,
+        )
         where = parse_device(device)
         images = load(data, root)
         network = models.build(model, images)
-        ranks, dense_layers = parse_layers(how, network, rank, exclude)
+        ranks, dense_layers = parse_layers(
+            how, network, rank, exclude, compression=compression, keep_larger=keep_larger
+        )
         radii = parse_radii(eps or (), data) if certified else ()
         given = None if certified or eps is None else ",".join(eps)
         strengths = STRENGTHS[data] if given is None else parse_strengths(given)
@@ -141,6 +169,7 @@ def train_command(
         strengths,
         save_every,
         radii,
+        keep_larger,
     )
     run(job, force=force)
 
@@ -148,11 +177,13 @@ def train_command(
 @app.command("report")
 def report_command(
     path: Annotated[Path, typer.Argument(help="folder of a run, or its model.pt")],
+    json: Annotated[bool, typer.Option("--json", help="all numbers as JSON")] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="all columns of the table")] = False,
 ) -> None:
     """Print the layers of a trained network: ranks, singular values, conditioning, size."""
     with one_line_errors():
-        model = runs.load_model(path)
-        typer.echo(str(make_report(model.network)))
+        found = make_report(runs.load_model(path).network, wide=wide)
+        typer.echo(found.to_json() if json else str(found))
 
 
 app.command("certify")(certify_command)

@@ -48,6 +48,8 @@ class Job:
         Steps between two checkpoints, 0 for none.
     radii : tuple of float
         l2 radii to train for and to certify; empty for plain training.
+    keep_larger : bool
+        Factorize also layers that get no smaller by it.
     """
 
     folder: Path
@@ -61,6 +63,7 @@ class Job:
     strengths: tuple[float, ...]
     save_every: int
     radii: tuple[float, ...] = ()
+    keep_larger: bool = False
 
     @property
     def steps(self) -> int:
@@ -85,6 +88,7 @@ class Job:
                 "device": str(self.device),
                 "eps": self.strengths,
                 **({"certified": self.radii} if self.radii else {}),
+                **({"keep_larger": True} if self.keep_larger else {}),
             },
             "data": describe(self.images),
         }
@@ -133,7 +137,7 @@ def _train(job: Job) -> Trained:
                 job.ranks,
                 job.settings,
                 exclude=job.exclude,
-                keep_larger=isinstance(job.ranks, dict),
+                keep_larger=job.keep_larger or isinstance(job.ranks, dict),
                 device=job.device,
                 on_step=count,
                 on_resume=resumed,

@@ -12,6 +12,7 @@ from torch import nn
 from .experiments.methods import Method
 from .nn.plan import make_plan
 
+OPTIMIZERS = {"condlr": "sgd", "adam": "adam"}
 KINDS = ("condlr", "dense", "factors", "svd")
 
 
@@ -62,14 +63,31 @@ def parse_method(kind: str, tau: str | None) -> Method:
     return Method(f"CondLR tau={bound:g}", kind, bound)
 
 
+def parse_optimizer(word: str, certified: bool) -> str:
+    """What experiments call the optimizer of `--optimizer`."""
+    check_word("optimizer", word, OPTIMIZERS)
+    return "adam" if certified else OPTIMIZERS[word]
+
+
 def parse_layers(
-    how: Method, network: nn.Module, rank: str | None, exclude: list[str] | None
+    how: Method,
+    network: nn.Module,
+    rank: str | None,
+    exclude: list[str] | None,
+    *,
+    compression: float | None = None,
+    keep_larger: bool = False,
 ) -> tuple[Any, tuple[str, ...] | None]:
-    """Ranks and dense layers, after a check that at least one layer becomes low-rank."""
+    """Ranks and dense layers, after a check that at least one layer becomes low-rank.
+
+    A compression is turned into the ranks of the layers by name.
+    """
     if how.kind == "dense":
-        if rank is not None or exclude is not None:
-            raise ValueError("method dense takes no rank and no exclude")
+        if rank is not None or exclude is not None or compression is not None or keep_larger:
+            raise ValueError("method dense takes no rank, compression, exclude or keep-larger")
         return None, None
+    if rank is not None and compression is not None:
+        raise ValueError("give --rank or --compression, not both: each chooses the ranks")
     ranks = parse_rank(rank or "0.2")
     named = isinstance(ranks, dict)
     if exclude is None and not named:
@@ -77,7 +95,13 @@ def parse_layers(
         dense_layers: tuple[str, ...] | None = (last,)
     else:
         dense_layers = None if exclude in (None, ["none"]) else tuple(exclude or ())
-    plan = make_plan(network, rank=ranks, exclude=dense_layers, keep_larger=named)
+    if compression is not None:
+        plan = make_plan(
+            network, compression=compression, exclude=dense_layers, keep_larger=keep_larger
+        )
+        check_some_layer(plan, f"of compression {compression}")
+        return {d.name: d.rank for d in plan.decisions if d.rank is not None}, dense_layers
+    plan = make_plan(network, rank=ranks, exclude=dense_layers, keep_larger=named or keep_larger)
     check_some_layer(plan, ranks)
     return ranks, dense_layers
 

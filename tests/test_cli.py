@@ -239,6 +239,41 @@ def test_demo_shows_a_method_that_diverges(tmp_path, monkeypatch):
     assert "diverged: seed 0" in " ".join(result.output.split())
 
 
+def test_options_of_training_reach_the_run_and_its_results(tmp_path):
+    words = "--optimizer adam --weight-decay 0.01 --label-smoothing 0.1 --compression 0.6"
+    result = invoke("train", *QUICK, *words.split(), "--out", tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    found = strict_json(tmp_path / "a" / "results.json")
+    settings = found["settings"]
+    assert settings["optimizer"] == "adam"
+    assert settings["lr"] == 0.01
+    assert (settings["weight_decay"], settings["label_smoothing"]) == (0.01, 0.1)
+    assert found["weights_kept"] <= 0.4
+    ranks = {layer["name"]: layer["rank"] for layer in found["report"]["layers"]}
+    assert settings["rank"] == {name: ranks[name] for name in ("fc1", "fc2")}
+    other = invoke("train", *QUICK, "--rank", 64, "--keep-larger", "--out", tmp_path / "b")
+    assert other.exit_code == 0, other.output
+    larger = strict_json(tmp_path / "b" / "results.json")
+    assert larger["settings"]["keep_larger"] is True
+    assert [layer["rank"] for layer in larger["report"]["layers"]][:2] == [64, 64]
+    assert larger["settings"]["lr"] == 0.1
+
+
+def test_the_report_is_printed_as_json_and_wide(trained):
+    found = report(runs.load_model(trained[0]).network)
+    text = invoke("report", trained[0], "--json").output
+    assert json.loads(text) == found.to_dict()
+    assert "sigma_max" in invoke("report", trained[0], "--wide").output
+    assert "sigma_max" not in invoke("report", trained[0]).output
+
+
+def test_data_that_is_not_there_names_the_option(tmp_path, monkeypatch):
+    monkeypatch.delenv("LRMANIFOLD_DATA", raising=False)
+    result = invoke("train", "--data", "mnist")
+    assert result.exit_code == 2
+    assert "--root DIR" in result.output
+
+
 # -------------------------------------------------------------------------------------- errors
 
 WRONG = {
@@ -255,10 +290,17 @@ WRONG = {
     "--method svd --tau 0.1": "tau belongs to method condlr",
     "--method magic": "method must be one of condlr, dense, factors, svd, got 'magic'",
     "--method dense --rank 3": "method dense takes no rank",
+    "--method dense --keep-larger": "method dense takes no rank, compression, exclude or keep",
+    "--rank 3 --compression 0.5": "give --rank or --compression, not both",
+    "--compression 1": "compression must be a finite number in (0, 1), got 1.0",
+    "--compression 0.999": "compression=0.999 cannot be reached",
+    "--optimizer adamw": "optimizer must be one of condlr, adam, got 'adamw'",
+    "--weight-decay -1": "weight_decay must be a finite number >= 0, got -1.0",
+    "--label-smoothing 1": "label_smoothing must be a finite number in [0, 1), got 1.0",
     "--data digit": "data must be one of digits, mnist, fashion-mnist, cifar10, got 'digit'",
     "--model lenet": "model must be one of mlp, mlp-maxmin, lenet5, got 'lenet'",
     "--model lenet5": "lenet5 needs images of at least 16 x 16",
-    "--data mnist --root nowhere": "root is no folder: nowhere",
+    "--data mnist --root nowhere": "root (--root) is no folder: nowhere",
     "--root .": "digits ships with scikit-learn: root must be None",
     "--epochs 0": "epochs must be an integer >= 1, got 0",
     "--lr 0": "lr must be a finite number > 0, got 0.0",

@@ -195,7 +195,10 @@ def _load_digits(name: str, root: str | os.PathLike[str] | None) -> Dataset:
     No random numbers: the split is the same for every version of every library.
     """
     if root is not None:
-        raise DataError(f"digits ships with scikit-learn: root must be None, got {root}")
+        raise DataError(
+            f"digits ships with scikit-learn: root must be None (no --root on the command line), "
+            f"got {root}"
+        )
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -335,7 +338,7 @@ def _folder(name: str, root: str | os.PathLike[str] | None, files: list[str]) ->
     named = os.environ.get(ENVIRONMENT_VARIABLE) if root is None else root
     tops = [Path(named).expanduser()] if named else []
     if tops and not tops[0].is_dir():
-        source = ENVIRONMENT_VARIABLE if root is None else "root"
+        source = ENVIRONMENT_VARIABLE if root is None else "root (--root)"
         raise DataError(f"{source} is no folder: {tops[0]}")
     folders = [top / below for top in tops for below in _FOLDERS[name]]
     if root is None and name == "fashion-mnist":
@@ -348,7 +351,8 @@ def _folder(name: str, root: str | os.PathLike[str] | None, files: list[str]) ->
     looked = ", ".join(map(str, folders)) or "nowhere (root and the variable are not set)"
     raise DataError(
         f"{name} was not found; looked in {looked}. Needed: {_SOURCES[name]}. Name their folder, "
-        f"or the one above it, by root or by the environment variable {ENVIRONMENT_VARIABLE}"
+        f"or the one above it, by root (on the command line --root DIR) or by the environment "
+        f"variable {ENVIRONMENT_VARIABLE}"
     )
 
 

@@ -325,13 +325,16 @@ def _save(keeper: Keeper, at: Position, history: History, settings: Settings) ->
     try:
         keeper.save(at, history)
     except CheckpointError as error:  # a state that could not be taken up is not written
-        raise FloatingPointError(f"{error}: lower lr = {settings.lr}") from error
+        raise FloatingPointError(
+            f"{error}: lower lr = {settings.lr}, to {settings.lr / 10:g} for example"
+        ) from error
 
 
 def _check_loss(at: Position, epoch: int, settings: Settings) -> None:
     if not torch.isfinite(at.total):
         raise FloatingPointError(
-            f"the training loss is not finite in epoch {epoch + 1}: lower lr = {settings.lr}"
+            f"the training loss is not finite in epoch {epoch + 1}: lower lr = {settings.lr}, "
+            f"to {settings.lr / 10:g} for example"
         )
 
 
@@ -339,5 +342,6 @@ def _check_weights(epoch: int, model: nn.Module, settings: Settings) -> None:
     """The loss is of before the last step: what that step did shows in the weights only."""
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
         raise FloatingPointError(
-            f"the weights are not finite after epoch {epoch + 1}: lower lr = {settings.lr}"
+            f"the weights are not finite after epoch {epoch + 1}: lower lr = {settings.lr}, "
+            f"to {settings.lr / 10:g} for example"
         )
