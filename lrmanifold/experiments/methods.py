@@ -36,7 +36,7 @@ class Method:
     ----------
     name : str
         For tables.
-    kind : one of :data:`KINDS`
+    kind : one of `KINDS`
         "dense"; "svd", dense, then truncated to the rank; "finetuned", dense for half of the
         epochs, truncated to two factors and trained on for the other half; "factors", two free
         factors A Bᵀ; "orthogonal", all matrices but the last orthogonal, of full rank; "condlr";

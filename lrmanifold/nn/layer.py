@@ -117,7 +117,7 @@ class LowRankLayer(WholeWeight):
     def U(self) -> Tensor:
         """Left factor, shape (..., m, r): UᵀU = I. A view of the weight, with gradients.
 
-        It is no parameter: train :attr:`weight`. Under ``torch.no_grad()``, writing into the view
+        It is no parameter: train ``weight``. Under ``torch.no_grad()``, writing into the view
         writes into the weight, which then must stay on its manifold.
         """
         return self.factors.U

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from doc_code import LESSONS, run
+from doc_code import CELL, LESSONS, blocks, run
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +30,13 @@ VERDICTS = {"7-approximation": ["True", "False", "False", "False"]}  # wrong con
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
 def test_all_cells_run(lesson, capsys):
-    run(lesson, "{code-cell} python")
-    verdicts = re.findall(r"\b(True|False)$", capsys.readouterr().out, flags=re.MULTILINE)
+    names = run(lesson, CELL)
+    printed = capsys.readouterr().out
+    verdicts = re.findall(r"\b(True|False)$", printed, flags=re.MULTILINE)
+    assert printed.endswith("not yet\n")  # the exercise, before it is solved
+    (solution,) = blocks(lesson, "python")
+    exec(compile(solution, f"{lesson.name}, solution", "exec"), names)
+    assert capsys.readouterr().out == "right\n"
     assert verdicts == VERDICTS.get(lesson.stem, ["True"] * len(verdicts))
 
 
@@ -41,5 +46,8 @@ def test_a_lesson_has_questions_solutions_and_a_download(lesson):
     questions = re.findall(r"^\*\*(\d)\.\*\*", text, flags=re.MULTILINE)
     assert questions == [str(k + 1) for k in range(len(questions))]
     assert len(questions) >= 3
-    assert text.count('<details class="solution">') == text.count("</details>") == len(questions)
+    assert (
+        text.count('<details class="solution">') == text.count("</details>") == len(questions) + 1
+    )
+    assert text.count("## Exercise\n") == 1
     assert f"<{lesson.stem}.ipynb>" in text.replace("\n", " ")
