@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._arguments import check_instance, check_module, check_path
 from .._wrappers import unwrapped
-from ..nn import LowRankLayer
+from ..nn import LowRankLayer, LowRankMultiheadAttention
 from ..precision import storage_tolerance
 
 
@@ -32,6 +34,25 @@ def low_rank_weights(model: nn.Module) -> dict[str, LowRankLayer]:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, LowRankLayer)
     }
+
+
+def with_split_attention(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict whose dense attentions have a weight for each projection that is one here."""
+    state = dict(state)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, LowRankMultiheadAttention):
+            continue
+        prefix = f"{name}." if name else ""
+        whole = state.get(f"{prefix}in_proj_weight")
+        if isinstance(whole, Tensor) and whole.ndim == 2 and len(whole) == 3 * module.embed_dim:
+            del state[f"{prefix}in_proj_weight"]
+            for part, weight in zip("qkv", whole.chunk(3), strict=True):
+                state[f"{prefix}{part}_proj.weight"] = weight
+        for part in "qkv":
+            if isinstance(state.get(f"{prefix}{part}_proj_weight"), Tensor):
+                weight = state.pop(f"{prefix}{part}_proj_weight")
+                state[f"{prefix}{part}_proj.weight"] = weight
+    return state
 
 
 def is_dense(layer: LowRankLayer, value: Tensor) -> bool:

@@ -21,6 +21,7 @@ from ._layers import (
     low_rank_weights,
     not_finite,
     packed_from_dense,
+    with_split_attention,
 )
 
 # State of an optimizer that has the shape of its parameter.
@@ -94,6 +95,7 @@ def load(
         if not isinstance(payload, Mapping) or not isinstance(payload.get("model"), Mapping):
             raise TypeError("migrate must return the payload, a dict with a state dict in 'model'")
     payload, old = _in_present_order(model, _without_wrappers(model, dict(payload)))
+    payload["model"] = with_split_attention(model, payload["model"])
     state, converted, problems = _fitted(model, payload, dense)
     if old and optimizer is not None:
         problems.append(
