@@ -18,6 +18,7 @@ from ._train import Job, run
 from ._words import (
     check_some_layer,
     check_word,
+    parse_adversarial,
     parse_device,
     parse_layers,
     parse_method,
@@ -69,7 +70,7 @@ def train_command(
     root: Annotated[
         Path | None, typer.Option(help="folder of the data; else the variable LRMANIFOLD_DATA")
     ] = None,
-    model: Annotated[str, typer.Option(help="mlp, mlp-maxmin or lenet5")] = "mlp",
+    model: Annotated[str, typer.Option(help="mlp, mlp-maxmin, lenet5 or plain")] = "mlp",
     method: Annotated[
         str, typer.Option(help="condlr, dense, factors (A Bᵀ by SGD) or svd (dense, then cut)")
     ] = "condlr",
@@ -114,6 +115,13 @@ def train_command(
         list[str] | None,
         typer.Option(help='strengths of FGSM (linf), as "0.02,0.04"; --certified: l2 radii'),
     ] = None,
+    adversarial: Annotated[
+        str | None,
+        typer.Option(
+            help='train on attacked images: "linf" or "l2" by PGD, "linf-trades", "linf-single" '
+            "(one step); --eps is the radius"
+        ),
+    ] = None,
     certified: Annotated[
         bool, typer.Option("--certified", help="train for proofs by Adam; tau is 0 by default")
     ] = False,
@@ -152,9 +160,12 @@ def train_command(
             how, network, rank, exclude, compression=compression, keep_larger=keep_larger
         )
         radii = parse_radii(eps or (), data) if certified else ()
-        given = None if certified or eps is None else ",".join(eps)
+        attack = parse_adversarial(adversarial, eps, certified)
+        apart = certified or (attack is not None and attack.norm == "l2")  # no radii of FGSM
+        given = None if apart or eps is None else ",".join(eps)
         strengths = STRENGTHS[data] if given is None else parse_strengths(given)
         name = run_name(data, model, how, seed) + ("-certified" if certified else "")
+        name += f"-{adversarial}{attack.eps:g}" if attack is not None else ""
         folder = out or Path("runs") / name
         viz.need_matplotlib()
     job = Job(
@@ -170,6 +181,7 @@ def train_command(
         save_every,
         radii,
         keep_larger,
+        attack,
     )
     run(job, force=force)
 

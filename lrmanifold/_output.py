@@ -51,6 +51,9 @@ def accuracy_words(results: dict[str, Any], data: Dataset) -> str:
     """One line; with the uncertainty that so many test images leave."""
     accuracy = results["accuracy"]
     attacked = ", ".join(f"{eps}: {100 * a:.2f} %" for eps, a in accuracy["fgsm"].items())
+    if "pgd" in accuracy:
+        ((where, share),) = accuracy["pgd"].items()
+        attacked += f"; under PGD ({where}) {100 * share:.2f} %"
     return (
         f"clean accuracy {100 * accuracy['clean']:.2f} %; under FGSM (linf) {attacked} "
         f"({len(data.test_y):,} test images, one is {100 / len(data.test_y):.2g} points)"

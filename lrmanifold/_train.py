@@ -15,6 +15,7 @@ from ._failures import claim_folder, one_line_errors, write_somewhere
 from ._output import accuracy_words, describe, progress_bar
 from .checkpoint import CheckpointError
 from .experiments import models, runs
+from .experiments.adversarial import Adversarial
 from .experiments.data import Dataset
 from .experiments.folder import RUN_FILES
 from .experiments.methods import Method, Trained, train
@@ -50,6 +51,8 @@ class Job:
         l2 radii to train for and to certify; empty for plain training.
     keep_larger : bool
         Factorize also layers that get no smaller by it.
+    adversarial : Adversarial or None
+        The attack to train against; the network is measured under PGD at its radius, too.
     """
 
     folder: Path
@@ -64,6 +67,7 @@ class Job:
     save_every: int
     radii: tuple[float, ...] = ()
     keep_larger: bool = False
+    adversarial: Adversarial | None = None
 
     @property
     def steps(self) -> int:
@@ -89,6 +93,7 @@ class Job:
                 "eps": self.strengths,
                 **({"certified": self.radii} if self.radii else {}),
                 **({"keep_larger": True} if self.keep_larger else {}),
+                **({"adversarial": vars(self.adversarial)} if self.adversarial else {}),
             },
             "data": describe(self.images),
         }
@@ -144,6 +149,7 @@ def _train(job: Job) -> Trained:
                 checkpoint=job.checkpoint if job.save_every else None,
                 save_every=job.save_every or 1,
                 certified=_certify.ROOM * max(job.radii) if job.radii else None,
+                adversarial=job.adversarial,
             )
     except KeyboardInterrupt as error:
         where = f"stopped at step {done} of {job.steps}"
@@ -164,6 +170,18 @@ def _way_out(job: Job, error: BaseException) -> str:
     return f"; the same command goes on after step {step}"
 
 
+def _under_pgd(
+    model: torch.nn.Module, test: tuple[torch.Tensor, torch.Tensor], how: Adversarial
+) -> dict[str, float]:
+    """Accuracy under PGD, in the norm and at the radius of the training; starts are seeded."""
+    generator = torch.Generator().manual_seed(0)
+    norm: Any = how.norm
+    found = robustness.accuracy_under_attack(
+        model, test, robustness.pgd, (how.eps,), norm=norm, steps=20, generator=generator
+    )
+    return {f"{how.norm} {how.eps:.4g}": found[how.eps]}
+
+
 def _finish(job: Job, trained: Trained, began: float) -> None:
     """Attack the network, write everything, print the summary."""
     summary = make_report(trained.model.network)
@@ -171,6 +189,10 @@ def _finish(job: Job, trained: Trained, began: float) -> None:
     accuracy = robustness.accuracy_under_attack(
         trained.model, test, robustness.fgsm, (0.0, *job.strengths)
     )
+    attacked = {f"{e:.4g}": a for e, a in accuracy.items() if e}
+    measured: dict[str, Any] = {"clean": accuracy[0.0], "fgsm": attacked}
+    if job.adversarial is not None:
+        measured["pgd"] = _under_pgd(trained.model, test, job.adversarial)
     results: dict[str, Any] = {
         "format": runs.FORMAT,
         **job.expected(),
@@ -180,10 +202,7 @@ def _finish(job: Job, trained: Trained, began: float) -> None:
         "weights_kept": trained.weights_kept,
         "inference_kept": trained.inference_kept,
         "report": summary.to_dict(),
-        "accuracy": {
-            "clean": accuracy[0.0],
-            "fgsm": {f"{e:.4g}": a for e, a in accuracy.items() if e},
-        },
+        "accuracy": measured,
     }
     title = f"FGSM on {job.images.name}"
     figures = {"accuracy.png": viz.accuracy_curves({job.method.name: accuracy}, title=title)}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .experiments import adversarial
+from .experiments.adversarial import Adversarial
 from .experiments.methods import Method
 from .nn.plan import make_plan
 
@@ -135,6 +137,25 @@ def parse_strengths(text: str) -> tuple[float, ...]:
     if not found or not all(0 < eps < float("inf") for eps in found):
         raise ValueError(f'eps must be positive numbers, as "0.02,0.04", got {text!r}')
     return found
+
+
+def parse_adversarial(
+    word: str | None, eps: list[str] | None, certified: bool
+) -> Adversarial | None:
+    """ "linf-trades" and its radius; None without the option."""
+    if word is None:
+        return None
+    if certified:
+        raise ValueError("adversarial and certified are two ways to train: give one of them")
+    norm, _, kind = word.partition("-")
+    known = [
+        n + ("" if k == "pgd" else f"-{k}") for n in adversarial.NORMS for k in adversarial.KINDS
+    ]
+    check_word("adversarial", word, known)
+    radii = parse_strengths(",".join(eps or ()))
+    if len(radii) != 1:
+        raise ValueError(f"adversarial needs one radius, as --eps 0.3, got {len(radii)}")
+    return Adversarial(radii[0], norm, kind or "pgd")
 
 
 def run_name(data: str, model: str, how: Method, seed: int) -> str:

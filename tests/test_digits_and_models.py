@@ -164,7 +164,7 @@ def test_models_are_built_for_their_data_and_refuse_what_does_not_fit():
         models.lenet5(image_size=15)
     with pytest.raises(ValueError, match="square images, got 4 x 3"):
         models.build("lenet5", data.dataclasses.replace(colour, train_x=colour.train_x[..., :3]))
-    with pytest.raises(ValueError, match=r"\('mlp', 'mlp-maxmin', 'lenet5'\), got 'vgg'"):
+    with pytest.raises(ValueError, match=r"\('mlp', 'mlp-maxmin', 'lenet5', 'plain'\), got 'vgg'"):
         models.build("vgg", colour)
     with pytest.raises(ValueError, match=r"hidden\[0\] must be an integer >= 1, got 0"):
         models.mlp(4, 2, hidden=(0,))

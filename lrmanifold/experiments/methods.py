@@ -17,6 +17,7 @@ from .. import certify
 from .._arguments import check_callable, check_instance, check_number
 from ..nn import LowRankLayer, densify, factorize
 from ..optim import DLRT, CondLR, CondLRAdam, param_groups, robust_dlrt
+from .adversarial import Adversarial, AdversarialLoss
 from .data import Dataset, check_dataset
 from .factors import Rank, two_factors
 from .orthogonal import orthogonalize
@@ -115,6 +116,7 @@ def train(
     checkpoint: Path | None = None,
     save_every: int = 1,
     certified: float | None = None,
+    adversarial: Adversarial | None = None,
 ) -> Trained:
     """Train one network by one method.
 
@@ -139,6 +141,8 @@ def train(
         An l2 radius, in the unit of the images, to train for: the worst case that the network's
         Lipschitz bound allows, the radius growing over the first half, by
         :class:`~lrmanifold.optim.CondLRAdam` (AdamW on ordinary parameters).
+    adversarial : Adversarial, optional
+        Train on images that an attack finds.
 
     Returns
     -------
@@ -148,6 +152,10 @@ def train(
     check_callable("build", build, "a function that makes the dense network")
     check_dataset("data", data)
     check_settings(settings)
+    if adversarial is not None:
+        check_instance("adversarial", adversarial, Adversarial, "an Adversarial")
+        if certified is not None:
+            raise ValueError("certified and adversarial are two losses: give one of them")
     layers: dict[str, Any] = {"exclude": exclude, "keep_larger": keep_larger}
     loop: dict[str, Any] = {
         "on_step": on_step,
@@ -160,10 +168,19 @@ def train(
     torch.manual_seed(settings.seed)
     network = build()
     size = sum(p.numel() for p in network.parameters())
-    again = functools.partial(train, Method("dense", "dense"), build, data, rank, device=device)
+    again = functools.partial(
+        train,
+        Method("dense", "dense"),
+        build,
+        data,
+        rank,
+        device=device,
+        certified=certified,
+        adversarial=adversarial,
+    )
     if method.kind == "svd":
         if dense is None:
-            dense = again(settings, certified=certified, **loop)
+            dense = again(settings, **loop)
         model = copy.deepcopy(dense.model)
         factorize(model.network, rank=rank, tau=None, **layers)
         kept = _shares(model, size)
@@ -174,7 +191,7 @@ def train(
         if settings.epochs < 2:
             raise ValueError(f"finetuned needs settings.epochs >= 2, got {settings.epochs}")
         half = settings.epochs // 2
-        first = {**loop, "checkpoint": _beside(checkpoint), "certified": certified}
+        first = {**loop, "checkpoint": _beside(checkpoint)}
         dense = again(dataclasses.replace(settings, epochs=settings.epochs - half), **first)
         network, before = dense.model.network, dense.history.loss
         settings = dataclasses.replace(settings, epochs=half, lr=settings.lr * method.finetune)
@@ -185,11 +202,19 @@ def train(
     elif method.kind != "dense":
         bound = {"tau": method.tau} if method.kind == "condlr" else _PROBED
         network = factorize(network, rank=rank, **bound, **layers)
-    model = Normalized(network, data).to(device)
+    model = Normalized(network, data, channels_last=settings.channels_last).to(device)
     if certified is not None:
         settings = dataclasses.replace(settings, optimizer="adam")
         loop["objective"] = _objective(model, data, settings, certified)
         loop["about"] = f"certified loss, eps {certified!r}"
+    if adversarial is not None:
+        loop["objective"] = AdversarialLoss(
+            adversarial,
+            settings.steps(data),
+            seed=settings.seed,
+            label_smoothing=settings.label_smoothing,
+        )
+        loop["about"] = repr(adversarial)
     loop["closure"] = method.kind in ("dlrt", "robust_dlrt")
     history = fit(model, _optimizer(model, method, settings), data, settings, **loop)
     history.loss = before + history.loss

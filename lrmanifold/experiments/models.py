@@ -15,7 +15,7 @@ from .._arguments import check_integer, shown
 from ..nn import MaxMin
 from .data import Dataset
 
-NAMES = ("mlp", "mlp-maxmin", "lenet5")
+NAMES = ("mlp", "mlp-maxmin", "lenet5", "plain")
 
 
 def mlp(
@@ -75,6 +75,41 @@ def lenet5(in_channels: int = 1, classes: int = 10, image_size: int = 28) -> nn.
     )
 
 
+def plain(
+    in_channels: int = 3, classes: int = 10, widths: Sequence[int] = (32, 64, 128)
+) -> nn.Sequential:
+    """A small convolutional network for 32 x 32 images that two CPU cores train in minutes.
+
+    A stem of 24 filters 3 x 3, then for each width a block ``conv, pool, norm, relu, conv, norm,
+    relu`` that halves the image, mean over the pixels, and a linear ``head``. Convolutions start
+    as the identity on as many channels as they can (Dirac), with torch's initialisation on the
+    rest.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+
+    def convolution(name: str, inside: int, out: int) -> None:
+        conv = nn.Conv2d(inside, out, 3, padding=1, bias=False)
+        nn.init.dirac_(conv.weight[:inside])
+        layers[name] = conv
+
+    def activation(place: str, width: int) -> None:
+        layers[f"norm{place}"], layers[f"relu{place}"] = nn.BatchNorm2d(width), nn.ReLU()
+
+    width = 24
+    convolution("stem", in_channels, width)
+    activation("0", width)
+    for block, out in enumerate(widths, 1):
+        convolution(f"conv{block}a", width, out)
+        layers[f"pool{block}"] = nn.MaxPool2d(2)
+        activation(f"{block}a", out)
+        convolution(f"conv{block}b", out, out)
+        activation(f"{block}b", out)
+        width = out
+    layers["mean"], layers["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    layers["head"] = nn.Linear(width, classes)
+    return nn.Sequential(layers)
+
+
 def build(name: str, dataset: Dataset) -> nn.Sequential:
     """The named model, one of `NAMES`, with the input and output sizes of `dataset`."""
     if not hasattr(dataset, "image_shape") or not hasattr(dataset, "classes"):
@@ -88,4 +123,8 @@ def build(name: str, dataset: Dataset) -> nn.Sequential:
         if height != width:
             raise ValueError(f"lenet5 needs square images, got {height} x {width}: use the mlp")
         return lenet5(channels, dataset.classes, height)
+    if name == "plain":
+        if min(height, width) < 8:
+            raise ValueError(f"plain needs images of at least 8 x 8, got {height} x {width}")
+        return plain(channels, dataset.classes)
     raise ValueError(f"name must be one of {NAMES}, got {name!r}")

@@ -1,0 +1,153 @@
+"""Adversarial training: losses on images that an attack on the present network finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._arguments import check_choice, check_integer, check_number
+from .._evaluation import evaluation_mode
+
+KINDS = ("pgd", "trades", "single")
+NORMS = ("linf", "l2")
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """How images are changed in training, in a ball about them and within [0, 1].
+
+    Attributes
+    ----------
+    eps : float
+        Radius at the end.
+    norm : {"linf", "l2"}
+    kind : {"pgd", "trades", "single"}
+        "pgd": cross entropy on the images that PGD finds from a random start (Madry et al., ICLR
+        2018). "trades": cross entropy on the images plus `beta` times the divergence of the
+        predictions on those that PGD finds for it (Zhang et al., ICML 2019, equation 5). "single":
+        one step of 1.25 `eps` from a random start (Wong et al., ICLR 2020), the cheapest; it may
+        overfit to one step: look at the accuracy under PGD.
+    steps : int
+        Of PGD, each of 2.5 eps / steps.
+    beta : float
+    ramp : float
+        Share of the training over which the radius grows from 0, linearly. Without it training may
+        stay at chance, at large radii and rates.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a value of the wrong type or out of range.
+    """
+
+    eps: float
+    norm: str = "linf"
+    kind: str = "pgd"
+    steps: int = 7
+    beta: float = 6.0
+    ramp: float = 0.3
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            "eps": check_number("eps", self.eps, low=0.0, open_low=True),
+            "norm": check_choice("norm", self.norm, NORMS),
+            "kind": check_choice("kind", self.kind, KINDS),
+            "steps": check_integer("steps", self.steps, low=1),
+            "beta": check_number("beta", self.beta, low=0.0),
+            "ramp": check_number("ramp", self.ramp, low=0.0, high=1.0),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
+class AdversarialLoss:
+    """The loss of :func:`~lrmanifold.experiments.training.fit` for adversarial training.
+
+    The attack sees the network in evaluation mode, so that batch norm's averages come from the
+    images of the loss alone; its gradients reach no parameter. Random starts depend on the seed and
+    the place in the training only: a run that was cut off goes on alike.
+
+    Parameters
+    ----------
+    how : Adversarial
+    steps : int
+        Batches of the whole training.
+    seed : int
+    label_smoothing : float
+        Of the cross entropy.
+    """
+
+    def __init__(
+        self, how: Adversarial, steps: int, *, seed: int = 0, label_smoothing: float = 0.0
+    ) -> None:
+        self.how, self.steps, self.seed, self.smoothing = how, steps, seed, label_smoothing
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
+        """Mean loss of images (B, C, H, W) after `step` batches."""
+        how = self.how
+        grown = round(how.ramp * self.steps)
+        eps = how.eps * min(1.0, (step + 1) / grown) if grown else how.eps
+        z = self.attacked(model, x, y, eps, step)
+        if how.kind != "trades":
+            return F.cross_entropy(model(z).float(), y, label_smoothing=self.smoothing)
+        clean, found = model(torch.cat((x, z))).float().chunk(2)
+        apart = _divergence(found, clean.log_softmax(1))
+        return F.cross_entropy(clean, y, label_smoothing=self.smoothing) + how.beta * apart
+
+    def attacked(self, model: nn.Module, x: Tensor, y: Tensor, eps: float, step: int) -> Tensor:
+        """Images at most `eps` away that the network finds hard."""
+        how = self.how
+        generator = torch.Generator().manual_seed((7_919 * step + self.seed + 1) % 2**63)
+        count = 1 if how.kind == "single" else how.steps
+        length = (1.25 if how.kind == "single" else 2.5 / count) * eps
+        with evaluation_mode(model):
+            target = model(x).float().log_softmax(1).detach() if how.kind == "trades" else None
+            z = _project(x, _start(x, how.norm, generator) * eps, eps, how.norm)
+            for _ in range(count):
+                with torch.enable_grad():
+                    z.requires_grad_()
+                    logits = model(z).float()
+                    # sums: each image's gradient is its own
+                    loss = (
+                        F.cross_entropy(logits, y, reduction="sum")
+                        if target is None
+                        else _divergence(logits, target) * len(y)
+                    )
+                    (g,) = torch.autograd.grad(loss, z)
+                z = _project(x, z.detach() + length * _direction(g, how.norm) - x, eps, how.norm)
+        return z.detach()
+
+
+def _divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over images of KL(target, softmax(logits)); target is given by its logarithm."""
+    return F.kl_div(logits.log_softmax(1), target, reduction="batchmean", log_target=True)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+
+
+def _start(x: Tensor, norm: str, generator: torch.Generator) -> Tensor:
+    """Uniform in the unit ball; for l2 a uniform direction at a uniform distance."""
+    if norm == "linf":
+        return (2 * torch.rand(x.shape, generator=generator) - 1).to(x)
+    draw = torch.randn(x.shape, generator=generator)
+    share = torch.rand(len(x), *[1] * (x.ndim - 1), generator=generator)
+    return (share * draw / _flat(draw)).to(x)
+
+
+def _direction(g: Tensor, norm: str) -> Tensor:
+    return g.sign() if norm == "linf" else g / _flat(g).clamp_min(torch.finfo(g.dtype).tiny)
+
+
+def _project(x: Tensor, change: Tensor, eps: float, norm: str) -> Tensor:
+    """x + change within the ball and [0, 1]; the second only shortens the change."""
+    if norm == "linf":
+        change = change.clamp(-eps, eps)
+    else:
+        change = change * (eps / _flat(change).clamp_min(eps)) if eps else 0 * change
+    return (x + change).clamp(0, 1)
