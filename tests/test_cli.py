@@ -298,7 +298,7 @@ WRONG = {
     "--weight-decay -1": "weight_decay must be a finite number >= 0, got -1.0",
     "--label-smoothing 1": "label_smoothing must be a finite number in [0, 1), got 1.0",
     "--data digit": "data must be one of digits, mnist, fashion-mnist, cifar10, got 'digit'",
-    "--model lenet": "model must be one of mlp, mlp-maxmin, lenet5, got 'lenet'",
+    "--model lenet": "model must be one of mlp, mlp-maxmin, lenet5, plain, got 'lenet'",
     "--model lenet5": "lenet5 needs images of at least 16 x 16",
     "--data mnist --root nowhere": "root (--root) is no folder: nowhere",
     "--root .": "digits ships with scikit-learn: root must be None",
