@@ -6,7 +6,7 @@ PY := .venv/bin/python
 STAMP := .venv/.ready
 DOCS := .venv/.docs
 
-.PHONY: setup demo test test-slow test-integration theory bench-robustness bench-report docs docs-numbers docs-linkcheck lint types clean
+.PHONY: setup demo test test-slow test-integration theory bench-robustness bench-report docs slides docs-numbers docs-linkcheck lint types clean
 
 setup: $(STAMP)
 
@@ -55,6 +55,12 @@ $(DOCS): $(STAMP)
 # Executes the lessons; a warning is an error. The site is docs/_build/html/index.html.
 docs: $(DOCS)
 	$(PY) -m sphinx -W --keep-going -n -q docs docs/_build/html
+
+# One lesson as slides: make slides LESSON=4-well-conditioned; they need no internet either.
+LESSON ?= 4-well-conditioned
+slides: $(DOCS)
+	LESSON=$(LESSON) $(PY) -m sphinx -b revealjs -q -c docs/slides docs docs/_build/slides
+	@echo "docs/_build/slides/lessons/$(LESSON).html"
 
 # Numbers of README and docs: measured once, and the same everywhere.
 docs-numbers: $(STAMP)

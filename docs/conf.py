@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 # Lessons are timed on one thread; matrices here are too small for more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["LRMANIFOLD_STILL"] = "1"  # a page cannot move a slider
 sys.path.insert(0, str(ROOT))
 
 project = "lrmanifold"

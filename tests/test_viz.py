@@ -152,3 +152,23 @@ def test_missing_matplotlib_is_said_with_the_remedy(monkeypatch):
     for picture in (viz.spectra, viz.accuracy_curves, viz.accuracy_panels):
         with pytest.raises(ImportError, match=r"pip install 'lrmanifold\[demo\]'"):
             picture({})
+
+
+def test_slider_shows_still_pictures_where_nothing_can_slide():
+    figures = viz.slider(lambda v: viz.new_figure()[0], 0.0, 1.0, still=(0.1, 0.5))
+    assert len(figures) == 2
+    with pytest.raises(ValueError, match="high must be a finite number > 1"):
+        viz.slider(lambda v: None, 1.0, 1.0, still=())
+
+
+def test_slider_slides_in_a_notebook(monkeypatch):
+    """With a kernel and ipywidgets there is one control, and no still picture."""
+    widgets = pytest.importorskip("ipywidgets")
+    ipython = pytest.importorskip("IPython")
+    made = []
+    monkeypatch.delenv("LRMANIFOLD_STILL", raising=False)
+    monkeypatch.setattr(ipython, "get_ipython", lambda: object())
+    monkeypatch.setattr(widgets, "interact", lambda f, **controls: made.append(controls))
+    assert viz.slider(lambda v: None, 0.0, 2.0, still=(0.5,), name="τ") == []
+    (control,) = made[0].values()
+    assert (control.min, control.max, control.value, control.description) == (0.0, 2.0, 0.5, "τ")

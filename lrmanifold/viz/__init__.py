@@ -9,6 +9,7 @@ matplotlib is imported when a function is called: ``pip install 'lrmanifold[demo
 
 from ._look import MARKERS, PALETTE, legend_below, need_matplotlib, new_figure, plain_log_ticks
 from ._pictures import accuracy_curves, accuracy_panels, spectra
+from ._slider import slider
 
 __all__ = [
     "MARKERS",
@@ -19,5 +20,6 @@ __all__ = [
     "need_matplotlib",
     "new_figure",
     "plain_log_ticks",
+    "slider",
     "spectra",
 ]
