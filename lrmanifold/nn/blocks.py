@@ -84,7 +84,10 @@ class ConvexPotential(nn.Module):
     rank : int
         In 1..min(features, hidden).
     hidden : int, optional
-        Rows m of W; `features` by default.
+        Rows m of W; `features` by default. With ``hidden=rank``, τ = 0 and ReLU, Q has orthonormal
+        rows, so every Jacobian is a reflection (its square is :math:`I`): the layer folds space
+        along r directions, stretches nothing and loses nothing, and a network of such layers has a
+        local constant as large as its bound. That is what certifies best (docs/certification.md).
     tau : float
         As in :class:`LowRankLinear`.
     activation : callable, optional

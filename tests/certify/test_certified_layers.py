@@ -227,3 +227,27 @@ def test_a_potential_with_a_changed_part_has_no_certificate():
 def test_potentials_of_monotone_activations_are_certified_at_one(act):
     model = nn.Sequential(ConvexPotential(4, 2, activation=act))
     assert 1.0 <= lrm.certify.lipschitz(model, (4,)).total <= 1.0 + 1e-5
+
+
+@given(features=st.integers(2, 9), data=st.data(), seed=st.integers(0, 2**16))
+def test_a_potential_with_as_many_rows_as_rank_folds_space_and_stretches_nothing(
+    features, data, seed
+):
+    torch.manual_seed(seed)
+    rank = data.draw(st.integers(1, features))
+    layer = ConvexPotential(features, rank, rank, dtype=torch.float64)
+    with torch.no_grad():
+        layer.layer.bias.normal_()
+    x = torch.randn(features, dtype=torch.float64)
+    J = torch.func.jacrev(layer)(x)
+    eye = torch.eye(features, dtype=torch.float64)
+    assert torch.allclose(J @ J, eye, atol=1e-10)
+    assert torch.allclose(J, J.mT, atol=1e-10)
+
+
+def test_a_potential_with_more_rows_than_rank_shrinks_some_directions():
+    # the control: there the local constant falls below the bound
+    torch.manual_seed(0)
+    layer = ConvexPotential(6, 3, 12, dtype=torch.float64)
+    J = torch.func.jacrev(layer)(torch.randn(6, dtype=torch.float64))
+    assert float(torch.linalg.svdvals(J)[-1]) < 0.9
