@@ -188,7 +188,7 @@ def folds(seed: int, *, choice: bool = False, **changes: Any) -> Run:
 
 def fashion_folds(seed: int) -> Run:
     """Fashion-MNIST at 1.0 with the network and rate of MNIST at 1.58."""
-    return folds(seed, group="fashion1.0", data="fashion-mnist", eps=1.0, eps_train=1.4, epochs=10)
+    return folds(seed, group="fashion1.0", data="fashion-mnist", eps=1.0, eps_train=1.4, epochs=5)
 
 
 def tree(seed: int, *, choice: bool = False, **changes: Any) -> Run:
