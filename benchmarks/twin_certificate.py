@@ -158,7 +158,7 @@ def draw(found: dict[str, dict[str, Any]], save: Callable[[Any], None]) -> None:
     axes[2].set(xlabel="step", ylabel="test images, %", ylim=(-2, 102), xlim=(0, None))
     axes[2].set(title="Same class as the dense twin")
     for ax in axes:  # below the axes: curves fill all of them
-        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=1)
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1)
     save(fig)
 
 

@@ -14,6 +14,7 @@ from theory.training import (
     constrained_steps,
     discrete,
     momentum,
+    momentum_one_sided,
     noise,
     outputs,
     product,
@@ -25,7 +26,7 @@ F64 = torch.float64
 seeds = st.integers(0, 2**31 - 1)
 FEW = settings(max_examples=max(2, settings().max_examples // 8))
 QUICK = [product, projected_step, outputs]
-TRAINED = [discrete, momentum, constrained_steps]
+TRAINED = [discrete, momentum, momentum_one_sided, constrained_steps]
 
 
 @pytest.mark.parametrize("module", QUICK, ids=lambda m: m.__name__.split(".")[-1])
@@ -55,6 +56,8 @@ def test_momentum_is_transported_for_every_retraction(device, dtype, seed):
         (discrete, discrete.resting),
         (momentum, momentum.resting),
         (momentum, momentum.turned),
+        (momentum_one_sided, momentum_one_sided.turned),
+        (momentum_one_sided, momentum_one_sided.returning),
         (product, product.one_layer),
         (projected_step, projected_step.attained),
         (constrained_steps, constrained_steps.attained),
@@ -85,6 +88,30 @@ def test_clipping_now_and_then_costs_the_set_or_the_rate(device):
     assert second.detail["slope"] == pytest.approx(1.0, abs=0.05)
     assert second.detail["cond / κ, largest"] > 1.01
     assert root.detail["slope"] < 0.6
+
+
+@pytest.mark.parametrize(("retraction", "order"), [("factored", 1), ("svd", 2)])
+def test_steps_leave_a_path_in_the_manifold_without_noise_and_gap(device, retraction, order):
+    """Why T5 has h²: ε = σ = 0, and yet the distance is not 0."""
+    given_ = noise.sample(0, F64, device)
+    far, near = (noise.path_in_the_manifold(given_, n, retraction)[0] for n in (16, 32))
+    assert far / near == pytest.approx(2.0**order, rel=0.1)
+
+
+def test_the_one_sided_form_of_T6_stays_small_where_the_field_contracts(device):
+    """λ = -1, ℓ = 1: the form with ℓ grows exponentially, this one does not."""
+    options = {"family": "attraction", "h": 0.05, "steps": 60, "retraction": "svd"}
+    given_ = momentum_one_sided.sample(3, F64, device, **options)
+    at, beta = given_["training"], given_["beta"]
+    old, rows = momentum.run(at, beta), momentum_one_sided.run(at, beta)
+    E, V = old[0]["e"], old[0]["v"]
+    for q in old:
+        V = beta * V + (beta * q["memory"] + q["force"] + q["lipschitz"]) * E + q["source"]
+        V = V + beta * q["lost"]
+        E = E + at.h * (V + q["rho"] + q["d"])
+    new = momentum_one_sided.bounds(at, beta, rows)[-1]
+    assert bool((rows[-1]["next e"] <= new).all())
+    assert bool((new < 0.1 * E).all())
 
 
 def test_the_bootstrap_interval_holds_a_known_slope():

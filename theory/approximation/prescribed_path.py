@@ -50,12 +50,12 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 4.1, A2, sharpened by the -1"),
     sample=sample,
     check=check,
-    extremal=(Extremal(partial(constant_defect, horizon=0.05)),),
+    extremal=(Extremal(partial(constant_defect, horizon=0.02)),),
     controls=(
         Control(
             "0.9 of the 2, which t = 0 needs",
             partial(check, factor=0.9 * FACTOR),
-            partial(constant_defect, horizon=0.05),
+            partial(constant_defect, horizon=0.02),
         ),
         Control(
             "no growth: 2ε - ε",

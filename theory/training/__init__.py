@@ -9,6 +9,7 @@ from . import (
     discrete,
     discrete_a_priori,
     momentum,
+    momentum_one_sided,
     noise,
     outputs,
     product,
@@ -25,6 +26,7 @@ CLAIMS: tuple[Claim, ...] = (
     outputs.CLAIM,
     noise.CLAIM,
     momentum.CLAIM,
+    momentum_one_sided.CLAIM,
     transport.CLAIM,
     catching_up.CLAIM,
 )

@@ -19,9 +19,8 @@ F(W) = P_Y(F(Y) - F(X)) + P_Y(F(X) - F(W)) + (P_Y - P_X)F(W). Add h times the di
 velocities to that of the positions. P_X P_{X₋}^⊥ = (P_X - P_{X₋})P_{X₋}^⊥ is O(‖X - X₋‖/s) = O(h).
 ∎
 
-**What is not proved.** Here ℓ stands where T1 has λ + κ: with momentum the velocity is not a
-function of the position, and L3.4 has no sign to give. Whether a one-sided constant is enough is
-open (README).
+Here ℓ stands where T1 has λ + κ, because the velocity is no function of the position. For the
+averaged iterates it is one: ``momentum_one_sided.py`` has λ + κ.
 
 Another transport T adds β‖Tb - P_Y b‖ to V⁺. What ``CondLR`` does is the claim ``transport``. Ours.
 """
