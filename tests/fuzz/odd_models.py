@@ -234,7 +234,70 @@ ODDITIES: dict[str, Callable[[nn.Module, random.Random], Any]] = {
     "low-rank": put(lambda: LowRankLinear.from_dense(linear(), 2, tau=None)),
     "adapter": put(lambda: LowRankAdapter(linear(), 2)),
     "LSTM": put(lambda: Recurrent()),
+    "transposed convolution": put(lambda: transposed()),
+    "attention": put(lambda: Attends()),
+    "attention with a hook inside": put(lambda: Attends(hooked=True)),
+    "attention that shares a weight": put(lambda: Attends(shared=True)),
+    "attention of another": put(lambda: nn.Sequential(Attends(), Watches())),
+    "encoder layer": put(lambda: Encodes()),
 }
+
+
+def transposed() -> nn.Module:
+    kernel = of_rank_2(nn.ConvTranspose2d(3, 3, 3, padding=1, dtype=torch.float64))
+    return nn.Sequential(Image(), kernel, nn.Flatten())
+
+
+def attention_of_rank_2() -> nn.MultiheadAttention:
+    inner = nn.MultiheadAttention(WIDTH, 2, batch_first=True, dtype=torch.float64)
+    with torch.no_grad():
+        for weight in (*inner.in_proj_weight.chunk(3), inner.out_proj.weight):
+            weight.copy_(torch.randn(WIDTH, 2).double() @ torch.randn(2, WIDTH).double() / 4)
+        nn.init.normal_(inner.in_proj_bias)
+    return inner
+
+
+class Attends(nn.Module):
+    """The rows of the batch as one sequence."""
+
+    def __init__(self, *, hooked: bool = False, shared: bool = False) -> None:
+        super().__init__()
+        self.inner = attention_of_rank_2()
+        if hooked:  # never runs: torch does not call it
+            self.inner.out_proj.register_forward_hook(lambda m, args, out: 2 * out)
+        if shared:
+            self.again = attention_of_rank_2()
+            self.again.in_proj_weight = self.inner.in_proj_weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.inner(x, x, x, need_weights=False)[0]
+        return x if not hasattr(self, "again") else self.again(x, x, x)[0]
+
+
+class Watches(nn.Module):
+    """An attention whose weights are read, not only its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = attention_of_rank_2()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1 + self.inner.in_proj_weight.detach().norm()
+        y, weights = self.inner(x[None], x[None], x[None], average_attn_weights=False)
+        return x + y[0] / scale + weights.square().mean()
+
+
+class Encodes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.TransformerEncoderLayer(
+            WIDTH, 2, WIDTH, dropout=0.0, batch_first=True, dtype=torch.float64
+        )
+        self.inner.self_attn = attention_of_rank_2()
+        of_rank_2(self.inner.linear1), of_rank_2(self.inner.linear2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x[None])[0]
 
 
 class Recurrent(nn.Module):

@@ -14,7 +14,17 @@ from torch import nn
 import lrmanifold as lrm
 from lrmanifold import testing
 from lrmanifold.experiments.training import Settings
-from lrmanifold.nn import LowRankAdapter, LowRankConv1d, LowRankConv2d, LowRankLinear
+from lrmanifold.nn import (
+    LowRankAdapter,
+    LowRankConv1d,
+    LowRankConv2d,
+    LowRankConvTranspose2d,
+    LowRankEmbedding,
+    LowRankLinear,
+    LowRankMultiheadAttention,
+)
+
+FOUND = {"version": 1, "layers": {}}
 
 NAN = float("nan")
 
@@ -99,7 +109,7 @@ def functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str,
                                {"compression": share, "energy": share}),
         "densify": (lrm.densify, {}, {"model": "module"}),
         "fold": (lrm.fold, {}, {"model": "module"}),
-        "report": (lrm.report, {}, {"model": "module"}),
+        "report": (lrm.report, {"model": nn.Linear(3, 2)}, {"model": "module", "wide": "flag"}),
         "trained_state_dict": (lrm.nn.trained_state_dict, {}, {"model": "module"}),
         "param_groups": (
             lrm.optim.param_groups, {"model": low()},
@@ -119,6 +129,38 @@ def functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str,
         "LowRankConv1d": (
             LowRankConv1d, {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "rank": 2},
             {"kernel_size": sizes, "stride": sizes},
+        ),
+        "LowRankConvTranspose2d": (
+            LowRankConvTranspose2d,
+            {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "rank": 2},
+            {"in_channels": size, "out_channels": size, "kernel_size": sizes, "stride": sizes,
+             "padding": ("integer", {"bad": (-1, (1, 2, 3))}), "dilation": sizes,
+             "groups": size, "bias": "flag", **layer},
+        ),
+        "LowRankEmbedding": (
+            LowRankEmbedding, {"num_embeddings": 6, "embedding_dim": 5, "rank": 2},
+            {"num_embeddings": size, "embedding_dim": size,
+             "padding_idx": ("integer", {"optional": True, "bad": (6, -7)}), **layer},
+        ),
+        "LowRankMultiheadAttention": (
+            LowRankMultiheadAttention, {"embed_dim": 6, "num_heads": 2, "rank": 2},
+            {"embed_dim": size, "num_heads": size, "rank": size, "bias": "flag",
+             "add_bias_kv": "flag", "add_zero_attn": "flag", "batch_first": "flag",
+             "dropout": ("number", {"bad": (-1.0, 2.0)}), "tau": tau()},
+        ),
+        "LowRankMultiheadAttention.from_dense": (
+            LowRankMultiheadAttention.from_dense,
+            {"module": nn.MultiheadAttention(6, 2), "rank": 2},
+            {"module": "module", "init": "name", "tau": tau()},
+        ),
+        "LowRankEmbedding.from_dense": (
+            LowRankEmbedding.from_dense, {"module": nn.Embedding(6, 5), "rank": 2},
+            {"module": "module", "init": "name", "rank": rank, "tau": tau()},
+        ),
+        "structure": (lrm.nn.structure, {}, {"model": "module"}),
+        "restructure": (
+            lrm.nn.restructure, {"model": nn.Linear(6, 5), "found": FOUND},
+            {"model": "module"},
         ),
         "LowRankLinear.from_dense": (
             LowRankLinear.from_dense, {"module": nn.Linear(6, 5), "rank": 2},

@@ -15,7 +15,7 @@ def assert_nothing_found(count: int, seed: int) -> None:
     assert not findings, "\n".join(map(str, findings))
 
 
-def test_248_odd_models_come_out_right_or_are_refused_whole():
+def test_odd_models_come_out_right_or_are_refused_whole():
     assert_nothing_found(len(odd_models.ODDITIES) * len(zoo.CONVERSIONS), seed=0)
 
 

@@ -110,3 +110,19 @@ def test_without_transformers_it_is_a_linear_layer_that_says_what_it_lacks(monke
     assert layer(torch.randn(3, 4)).shape == (3, 6)
     with pytest.raises(ImportError, match="pip install transformers"):
         layer.to_dense()
+
+
+def test_it_is_a_head_that_certificates_know():
+    """Where the margin is taken, the weight must be (classes, inputs), not the dense one's."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), LowRankTransposedLinear(3, 8, 2)).double()
+    plain = lrm.nn.LowRankLinear(8, 3, 2).double()
+    plain.load_state_dict(model[2].state_dict())
+    twin = nn.Sequential(model[0], nn.ReLU(), plain)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    y = model(x).argmax(1)
+    a, b = (lrm.certify.LipschitzBound(m, (6,)).evaluate() for m in (model, twin))
+    assert a[2].shape == (3, 8)
+    torch.testing.assert_close(a[2], b[2])
+    radii = [lrm.certify.radius(m, x, y) for m in (model, twin)]
+    assert (radii[0] > 0).all()
+    torch.testing.assert_close(*radii)
