@@ -6,14 +6,21 @@ programs disturb least.
 
     git worktree add ../old COMMIT
     python -m benchmarks.speed.against ../old [--quick] [--output DIR]
+    python -m benchmarks.speed.against ../old --training "VGG16 b32" "VGG16 b128 50%"
+
+With ``--training`` whole training steps of networks, beside dense SGD, which runs twice: the two
+differ by what the machine adds.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import importlib.util
+import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -27,6 +34,7 @@ from torch import Tensor
 import lrmanifold
 
 from .._record import FOLDER, conditions
+from ._problems import Problem, loss, problems
 
 _WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 RULES: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -117,17 +125,83 @@ def compare(old: Any, case: str, rule: tuple[str, str, dict[str, Any]], steps: i
     }
 
 
+def whole_steps(old: Any, case: str, problem: Problem, rounds: int) -> list[dict[str, Any]]:
+    """Median CPU seconds of training steps in turn; low-rank images in channels-last memory."""
+    torch.manual_seed(0)
+    dense = problem.build()
+    x, y = problem.batch()
+    tasks: dict[str, tuple[Any, Any, Tensor]] = {}
+    for name in ("dense SGD", "dense SGD again"):
+        model: Any = copy.deepcopy(dense)
+        tasks[name] = model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9), x
+    for side, package in (("old", old), ("new", lrmanifold)):
+        for kind, options in (("CondLR", {"lr": 1e-3, "momentum": 0.9}), ("CondLRAdam", {})):
+            model = copy.deepcopy(dense)
+            package.factorize(model, rank=problem.rank, tau=0.1, exclude=[problem.exclude])
+            images = x
+            if problem.images:
+                model = model.to(memory_format=torch.channels_last)
+                images = x.to(memory_format=torch.channels_last)
+            optimizer = getattr(package.optim, kind)(model.parameters(), **{"lr": 1e-4, **options})
+            tasks[f"{kind}, {side}"] = model, optimizer, images
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
+    gc.disable()
+    try:
+        for _ in range(rounds + 2):
+            for name, (model, optimizer, images) in tasks.items():
+                start = time.process_time()
+                optimizer.zero_grad()
+                loss(model, images, y).backward()
+                between = time.process_time()
+                optimizer.step()
+                seconds[name].append((between - start, time.process_time() - between))
+    finally:
+        gc.enable()
+    times = {name: found[2:] for name, found in seconds.items()}  # the first steps load libraries
+
+    def ratio(name: str, other: str, whole: bool) -> float:
+        pairs = zip(times[name], times[other], strict=True)
+        return statistics.median((sum(a) / sum(b)) if whole else a[1] / b[1] for a, b in pairs)
+
+    return [
+        {
+            "case": case,
+            "by": name,
+            "passes ms": 1e3 * statistics.median(a for a, _ in found),
+            "step ms": 1e3 * statistics.median(b for _, b in found),
+            "whole / dense": ratio(name, "dense SGD", True),
+            "step / CondLR's": ratio(name, f"CondLR, {name[-3:]}", False)
+            if name.startswith("CondLR")
+            else None,
+            "rounds": rounds,
+            "load": os.getloadavg()[0],
+        }
+        for name, found in times.items()
+    ]
+
+
 def main(arguments: list[str]) -> None:
     """Print the table and write it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--quick", action="store_true", help="the small cases, few steps")
     parser.add_argument("--output", type=Path, default=FOLDER)
+    parser.add_argument("--training", nargs="+", metavar="TEXT", help="networks, by their name")
+    parser.add_argument("--rounds", type=int, default=11, help="of --training")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     old, rows = other_package(chosen.checkout), []
-    for case in list(CASES)[2:] if chosen.quick else CASES:
-        for rule in RULES:
+    if chosen.training:
+        for case, problem in problems(torch.device("cpu")).items():
+            if any(text in case for text in chosen.training):
+                found = whole_steps(old, case, problem, chosen.rounds)
+                rows += found
+                for row in found:
+                    numbers = (f"{v:.3f}" if isinstance(v, float) else v for v in row.values())
+                    print(*numbers, sep=", ", flush=True)
+    else:
+        cases = list(CASES)[2:] if chosen.quick else CASES
+        for case, rule in itertools.product(cases, RULES):
             row = compare(old, case, rule, 5 if chosen.quick else 20)
             rows.append(row)
             print(
@@ -137,8 +211,9 @@ def main(arguments: list[str]) -> None:
             )
     if not chosen.quick:
         chosen.output.mkdir(parents=True, exist_ok=True)
-        target = chosen.output / "speed_against.json"
-        target.write_text(json.dumps({"conditions": conditions(), "results": rows}, indent=1))
+        name = "speed_against_training.json" if chosen.training else "speed_against.json"
+        payload = {"conditions": conditions(), "results": rows}
+        (chosen.output / name).write_text(json.dumps(payload, indent=1))
 
 
 if __name__ == "__main__":

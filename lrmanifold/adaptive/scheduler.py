@@ -15,10 +15,17 @@ from .._arguments import check_instance, check_integer, check_module, check_numb
 from ..factors import unpack
 from ..manifolds import Factors, WellConditioned
 from ..nn.layer import LowRankLayer
-from ..optim.rank import augment, nearest_rank, rank_for_tolerance, resize, truncate
+from ..optim.rank import (
+    augment,
+    factors_of,
+    nearest_rank,
+    new_directions,
+    rank_for_tolerance,
+    resize,
+    truncate,
+)
 from ..parameter import replace_data
 from .budget import excess, meet_budget
-from .directions import directions_of, point_of
 
 Rule = float | Mapping[str, float]
 
@@ -122,9 +129,8 @@ class RankScheduler:
             low, high = _rule(min_rank, name), _rule(max_rank, name)
             low = 1 if low is None else check_integer(f"min_rank of {name}", low, low=1)
             if high is not None:
-                hint = f"min_rank is {low}"
-                check_integer(f"max_rank of {name}", high, low=int(low), hint=hint)
-            if not self._capped(layer) and layer.manifold.gradient != "probe":
+                check_integer(f"max_rank of {name}", high, low=int(low), hint=f"min_rank is {low}")
+            if not _capped(layer) and layer.manifold.gradient != "probe":
                 raise ValueError(
                     f"{name} has no bound on its condition number and gradients that divide by S; "
                     "an augmented core is singular: build it with gradient='probe'"
@@ -162,7 +168,7 @@ class RankScheduler:
         or Inf, weights, ranks and the optimizer's state are those from before.
         """
         layers = self._trained()
-        capped = {k: v for k, v in layers.items() if self._capped(v)}
+        capped = {k: v for k, v in layers.items() if _capped(v)}
         if capped and closure is None:
             raise ValueError(
                 f"step needs a closure: {next(iter(capped))} has a bound on its condition number"
@@ -172,12 +178,9 @@ class RankScheduler:
             return
         saved = [(x, x.rank, x.weight.data.clone(), dict(self._state(x))) for x in layers.values()]
         try:
-            directions = {k: directions_of(v) for k, v in layers.items() if k not in capped}
-            if (
-                directions
-                and self.augment != 0
-                and not any(layers[k].weight.grad is not None for k in directions)
-            ):
+            directions = {k: new_directions(v.weight) for k, v in layers.items() if k not in capped}
+            none = all(layers[k].weight.grad is None for k in directions)
+            if directions and self.augment != 0 and none:
                 warnings.warn(
                     f"{next(iter(directions))} and the other layers without a bound have no "
                     "gradients, so that no rank can grow: call the scheduler's step after "
@@ -185,8 +188,7 @@ class RankScheduler:
                     RuntimeWarning,
                     stacklevel=3,
                 )
-            if capped:
-                assert closure is not None
+            if capped and closure is not None:
                 self._try_out(capped, closure)
             self.truncate()
             for name, found in directions.items():
@@ -210,7 +212,7 @@ class RankScheduler:
     def truncate(self) -> None:
         """Cut every layer to its tolerance (and the budget), and project it onto its set."""
         layers = self._trained()
-        points = {name: point_of(layer) for name, layer in layers.items()}
+        points = {name: factors_of(layer.weight) for name, layer in layers.items()}
         spectra = {name: linalg.svdvals(X.S) for name, X in points.items()}
         ranks = {name: self._tolerated(name, s) for name, s in spectra.items()}
         if self.target_compression is not None:
@@ -220,7 +222,7 @@ class RankScheduler:
             X = points[name]
             if ranks[name] < X.S.shape[-1]:
                 X = truncate(X, ranks[name])
-            elif not self._capped(layer):
+            elif not _capped(layer):
                 continue
             self._set(layer, Factors(X.U, layer.manifold.project_core(X.S), X.V))
 
@@ -228,10 +230,6 @@ class RankScheduler:
 
     def _trained(self) -> dict[str, LowRankLayer]:
         return {name: layer for name, layer in self._layers.items() if layer.weight.requires_grad}
-
-    @staticmethod
-    def _capped(layer: LowRankLayer) -> bool:
-        return isinstance(layer.manifold, WellConditioned)
 
     def _state(self, layer: LowRankLayer) -> dict[str, Any]:
         return self.optimizer.state.get(layer.weight, {})
@@ -250,14 +248,12 @@ class RankScheduler:
         if found is not None:
             wanted = layer.rank if self.augment is None else self.augment
             room = min(wanted, found[0].shape[-1], self._limits(name, layer)[1] - layer.rank)
-            self._set(layer, augment(point_of(layer), *found, max(0, room)))
+            self._set(layer, augment(factors_of(layer.weight), *found, max(0, room)))
 
     def _tolerated(self, name: str, s: Tensor) -> int:
         low, high = self._limits(name, self._layers[name])
-        high = min(high, s.shape[-1])
-        low = min(low, high)
-        tol = _rule(self.tol, name)
-        assert tol is not None
+        low, high = min(low, s.shape[-1]), min(high, s.shape[-1])
+        tol: Any = _rule(self.tol, name)
         rank = min(max(rank_for_tolerance(s, tol), low), high)
         return nearest_rank(self._layers[name].manifold, s, low, rank)
 
@@ -273,7 +269,7 @@ class RankScheduler:
         with torch.enable_grad():
             closure()
         for name, layer in layers.items():
-            self._widen(name, layer, directions_of(layer))
+            self._widen(name, layer, new_directions(layer.weight))
         for _ in range(self.coefficient_steps):
             with torch.enable_grad():
                 closure()
@@ -308,6 +304,10 @@ class RankScheduler:
                 "the model's state dict first"
             )
         self.count = int(state["count"])
+
+
+def _capped(layer: LowRankLayer) -> bool:
+    return isinstance(layer.manifold, WellConditioned)
 
 
 class _NonFiniteError(Exception):

@@ -24,7 +24,8 @@ from .. import linalg
 from ..factors import Factors, unpack
 from ..manifolds import FixedRank, WellConditioned
 from ..precision import compute_dtype
-from .coordinates import Velocities, is_factored
+from .coordinates import is_factored
+from .velocities import Velocities
 
 # What a batch costs: its launches at 5 µs each, and its flops at the rate of small products.
 _LAUNCHES, _LAUNCH, _RATE = 400, 5e-6, 1.5e13
@@ -269,21 +270,17 @@ def partition(manifolds: Sequence[FixedRank]) -> list[list[int]]:
     A batch costs its launches and the flops of its padded size. Sorted by size, the best cuts by
     dynamic programming.
     """
-    order = sorted(range(len(manifolds)), key=lambda i: (manifolds[i].rank, _rows(manifolds[i])))
+    tall = [M.m + M.n for M in manifolds]
+    order = sorted(range(len(manifolds)), key=lambda i: (manifolds[i].rank, tall[i]))
     best: list[tuple[float, list[list[int]]]] = [(0.0, [])]
     for j in range(1, len(order) + 1):
-        options, r, rows = [], 0, 0
+        options, r = [], 0
         for i in range(j - 1, -1, -1):
-            M = manifolds[order[i]]
-            r = max(r, M.rank)
-            rows = max(_rows(manifolds[k]) + 2 * (r - manifolds[k].rank) for k in order[i:j])
+            r = max(r, manifolds[order[i]].rank)
+            rows = max(tall[k] + 2 * (r - manifolds[k].rank) for k in order[i:j])
             flops = (j - i) * (14.0 * rows * r**2 + 800.0 * r**3)
             cost = best[i][0] + _LAUNCHES * _LAUNCH + flops / _RATE
             options.append((cost, i))
         cost, i = min(options)
         best.append((cost, [*best[i][1], order[i:j]]))
     return best[-1][1]
-
-
-def _rows(M: FixedRank) -> int:
-    return M.m + M.n

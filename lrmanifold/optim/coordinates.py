@@ -1,10 +1,8 @@
-"""In which coordinates a rule moves points: as the manifold has them, or by velocities of factors.
+"""What a rule may ask of a manifold, and the answers by the manifold's own methods.
 
-:class:`Ambient` works on every geoopt manifold by the manifold's own methods. :class:`Velocities`
-is for low-rank weights with the retraction "factored": a tangent vector (U_p, M, V_p) of
-U S Vᵀ is kept as the velocity (U̇, Ṡ, V̇) = (U_p S⁻¹, M, V_p S⁻ᵀ) of the factors. Then neither
-gradient, momentum nor point is multiplied by S, and transport is the projection that the next
-gradient needs anyway (mathematics 1).
+Low-rank weights with the retraction "factored" have coordinates of their own,
+:mod:`lrmanifold.optim.velocities`, and accelerators a batch for all of them,
+:mod:`lrmanifold.optim.accelerator`.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from torch import Tensor
 from .. import linalg, retractions
 from ..factors import Factors, pack, perp, unpack
 from ..manifolds import FixedRank, WellConditioned
-from ..precision import compute_dtype
 
 
 class Whole(NamedTuple):
@@ -40,37 +37,6 @@ def is_factored(manifold: geoopt.Manifold | None) -> bool:
 def combine(x: Any, y: Any, a: float) -> Any:
     """x + a y, block by block."""
     return x._make(torch.add(p, q, alpha=a) for p, q in zip(x, y, strict=True))
-
-
-def plus_product(
-    b: Tensor,
-    P: Tensor,
-    Q: Tensor,
-    *,
-    beta: float = 1.0,
-    alpha: float = 1.0,
-    out: Tensor | None = None,
-) -> Tensor:
-    """beta b + alpha P Q in one call, into `out`, which may be `b`."""
-    if b.ndim <= 3:
-        product = torch.addmm if b.ndim == 2 else torch.baddbmm
-        return product(b, P, Q, beta=beta, alpha=alpha, out=out)
-    return torch.add(beta * b, P @ Q, alpha=alpha, out=out)
-
-
-def room_for(X: Factors) -> Factors:
-    """Blocks like those of `X`, to be written to, of one new packed tensor."""
-    m, r, n = (b.shape[-2] for b in X)
-    return unpack(X.U.new_empty(*X.U.shape[:-2], m + r + n, r), m, n)
-
-
-def packed_of(x: Factors) -> Tensor | None:
-    """The tensor that :func:`room_for` has made for these blocks; None for others."""
-    whole, starts = x.U._base, [b.storage_offset() for b in x]
-    rows = sum(b.shape[-2] for b in x)
-    if whole is None or any(b._base is not whole for b in x) or starts != sorted(starts):
-        return None
-    return whole if whole.shape == (*x.U.shape[:-2], rows, x.U.shape[-1]) else None
 
 
 def along(x: Tensor, d: Tensor, lr: float | Tensor) -> Tensor:
@@ -111,11 +77,11 @@ class Ambient:
         return [X] if count == 1 else X.unbind()
 
     def gather_moments(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Second moments of a bundle."""
+        """As :meth:`gather`, of second moments."""
         return Ambient.gather(self, tensors)
 
     def scatter_moments(self, X: Tensor, count: int) -> Sequence[Tensor]:
-        """The inverse of :meth:`gather_moments`."""
+        """As :meth:`scatter`, of second moments."""
         return Ambient.scatter(self, X, count)
 
     def each_moment(self, x: Tensor) -> Tensor:
@@ -199,135 +165,3 @@ class Ambient:
         Y = self.join(self.retract(X, self.add_to_core(self.scaled(v, scale), force), lr))
         moved = self.manifold.transp(self.join(X), Y, self.join(v))
         return self.split(Y), self.split(moved)
-
-
-class Velocities(Ambient):
-    """Velocities of the factors, (..., m, r), (..., r, r), (..., n, r), by thin products."""
-
-    def join(self, x: Factors) -> Tensor:
-        packed = packed_of(x)
-        return pack(*x) if packed is None else packed
-
-    def velocity(
-        self, X: Factors, G: Factors, metric: str, b: Any = None, mu: float = 0.0
-    ) -> Factors:
-        """(g_U (SSᵀ)⁻¹, g_S, g_V (SᵀS)⁻¹) + mu b; the scalar metric has r/‖S‖² for inverses."""
-        if metric == "scalar":
-            A_u = A_v = X.S.shape[-1] / X.S.square().sum((-2, -1), keepdim=True)
-            if self.manifold.gradient == "probe":
-                A_u, A_v = A_u * X.S.mT, A_u * X.S
-        elif self.manifold.gradient == "probe":
-            A_u = self.inverse(X.S)
-            A_v = A_u.mT
-        else:
-            A_u, A_v = self.inverse_grams(X.S)
-        product = torch.mul if A_u.shape != X.S.shape else torch.matmul
-        if b is None:
-            return Factors(product(G.U, A_u), G.S, product(G.V, A_v))
-        v = room_for(X)
-        torch.add(G.S, b.S, alpha=mu, out=v.S)
-        for g, A, before, new in ((G.U, A_u, b.U, v.U), (G.V, A_v, b.V, v.V)):
-            if product is torch.mul:
-                torch.add(g * A, before, alpha=mu, out=new)
-            else:
-                plus_product(before, g, A, beta=mu, out=new)
-        return v
-
-    def project(self, X: Factors, v: Factors) -> Factors:
-        """Take the motions within the bases out of U̇ and V̇, in place."""
-        return Factors(self.perp(X.U, v.U, 0, v.U), v.S, self.perp(X.V, v.V, 1, v.V))
-
-    def retract(self, X: Factors, d: Factors, lr: float | Tensor) -> Factors:
-        """Polar factors of U - lr U̇ and V - lr V̇, and S - lr Ṡ projected onto the set."""
-        U, V = self.polars(along(X.U, d.U, lr), along(X.V, d.V, lr))
-        return Factors(U, self.project_core(along(X.S, d.S, lr)), V)
-
-    def transport(self, X: Factors, Y: Factors, v: Factors) -> Factors:
-        """Velocities keep their coordinates; the next :meth:`project` does the rest."""
-        return v
-
-    def tangent(self, X: Factors, G: Factors) -> Factors:
-        """(U_p, M, V_p) as in ``manifold.egrad2rgrad``."""
-        if self.manifold.gradient == "probe":
-            return Factors(self.perp(X.U, G.U, 0), G.S, self.perp(X.V, G.V, 1))
-        inverse = self.inverse(X.S)
-        return self.project(X, Factors(G.U @ inverse.mT, G.S, G.V @ inverse))
-
-    def advance(
-        self, X: Factors, v: Factors, scale: Tensor, force: Tensor | None, lr: float | Tensor
-    ) -> tuple[Factors, Factors]:
-        """As :meth:`Ambient.advance`, without forming the step.
-
-        U - v_U N spans the new basis Q, hence (I - QQᵀ)(U A + v_U B) = (I - QQᵀ) v_U (N A + B).
-        """
-        s_u, s_s, s_v = (s[..., None, None] for s in scale.unbind(-1))
-        inverse = self.inverse(X.S)
-        N_u, N_v = lr * s_u * inverse, lr * s_v * inverse.mT
-        Y_u = plus_product(X.U, v.U, N_u, alpha=-1.0)
-        Y_v = plus_product(X.V, v.V, N_v, alpha=-1.0)
-        Q, P, H_u, H_v = self.decompositions(Y_u, Y_v)
-        core = s_s * v.S if force is None else s_s * v.S + force
-        c, d = Q.mT @ v.U, P.mT @ v.V
-        a, b = plus_product(H_u, c, N_u), plus_product(H_v, d, N_v)  # QᵀU, PᵀV
-        right = plus_product(d.mT, v.S, b.mT)
-        left = plus_product(c, a, v.S).mT
-        moved = Factors(
-            self.outside(Q, v.U, plus_product(b.mT, N_u, right), c, 0),
-            plus_product(a @ right, c, b.mT),
-            self.outside(P, v.V, plus_product(a.mT, N_v, left), d, 1),
-        )
-        return Factors(Q, self.project_core(along(X.S, core, lr)), P), moved
-
-    # -- kernels, which accelerators replace
-
-    def project_core(self, S: Tensor) -> Tensor:
-        """The manifold's own projection of a core."""
-        if self.margin:
-            return self.manifold.project_core(S, margin=self.margin)
-        return self.manifold.project_core(S)
-
-    def polars(self, Y_u: Tensor, Y_v: Tensor) -> tuple[Tensor, Tensor]:
-        """Polar factors of both moved bases; a square one has not moved."""
-        U, V = (Y if Y.shape[-2] == Y.shape[-1] else linalg.polar(Y) for Y in (Y_u, Y_v))
-        return U, V
-
-    def decompositions(self, Y_u: Tensor, Y_v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The polar factors Q of both moved bases, then the two QᵀY."""
-        (Q, H_u), (P, H_v) = (
-            (Y, Y.mT @ Y) if Y.shape[-2] == Y.shape[-1] else linalg.polar_decomposition(Y)
-            for Y in (Y_u, Y_v)
-        )
-        return Q, P, H_u, H_v
-
-    def perp(self, Q: Tensor, Z: Tensor, side: int, out: Tensor | None = None) -> Tensor:
-        """(I - QQᵀ) Z; 0 where the basis is square. `out` may be `Z`."""
-        if Q.shape[-2] == Q.shape[-1]:
-            return torch.zeros_like(Z) if out is None else out.zero_()
-        return plus_product(Z, Q, Q.mT @ Z, alpha=-1.0, out=out)
-
-    def outside(self, Q: Tensor, Z: Tensor, B: Tensor, overlap: Tensor, side: int) -> Tensor:
-        """(I - QQᵀ) Z B, where `overlap` is QᵀZ."""
-        found = Z @ B
-        return plus_product(found, Q, overlap @ B, alpha=-1.0, out=found)
-
-    def inverse(self, S: Tensor) -> Tensor:
-        """S⁻¹."""
-        return linalg.inverse(S)
-
-    def inverse_grams(self, S: Tensor) -> tuple[Tensor, Tensor]:
-        """(SSᵀ)⁻¹ and (SᵀS)⁻¹."""
-        inverse = self.inverse(S)
-        return linalg.gram(inverse), linalg.gram(inverse.mT)
-
-
-def tangent_of_velocity(manifold: FixedRank, X: Tensor, velocity: Tensor) -> Tensor:
-    """The packed tangent vector (U_p, M, V_p) at the packed point `X` of a velocity (U̇, Ṡ, V̇)."""
-    wide = compute_dtype(X.dtype)
-    (U, S, V), v = manifold.unpack(X.to(wide)), manifold.unpack(velocity.to(wide))
-    return pack(perp(U, v.U) @ S, v.S, perp(V, v.V) @ S.mT).to(X.dtype)
-
-
-def velocity_of_tangent(X: Factors, xi: Factors) -> Factors:
-    """The inverse of :func:`tangent_of_velocity`, for cores that may be singular."""
-    inverse = torch.linalg.pinv(X.S)
-    return Factors(xi.U @ inverse, xi.S, xi.V @ inverse.mT)

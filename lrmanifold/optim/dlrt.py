@@ -16,10 +16,10 @@ from ..factors import Factors, pack, unpack
 from ..manifolds import FixedRank
 from ..parameter import manifold_of, replace_data
 from .arithmetic import PlainArithmetic
-from .evaluations import Evaluations, NonFiniteError, factors_of, forced
+from .evaluations import Evaluations, NonFiniteError, forced
 from .items import Rule
 from .optimizer import GeometricOptimizer
-from .rank import augment, nearest_rank, rank_for_tolerance, resize, truncate
+from .rank import augment, factors_of, nearest_rank, rank_for_tolerance, resize, truncate
 from .step import sgd
 
 Integrator = Literal["bug", "augmented_bug", "ksl"]
@@ -211,7 +211,7 @@ class DLRT(GeometricOptimizer):
 
     def _kl_gradients(self, run: Evaluations, low: list) -> dict[Tensor, tuple[Tensor, Tensor]]:
         """GV and GᵀU at the start, without dividing by S."""
-        points = {p: factors_of(p, M) for _, p, M in low}
+        points = {p: factors_of(p) for _, p, _ in low}
         if all(M.gradient == "probe" for _, _, M in low):
             run.evaluate()
             blocks = {p: self._gradient(g, p, M) for g, p, M in low}
@@ -230,7 +230,7 @@ class DLRT(GeometricOptimizer):
 
     def _bug(self, run: Evaluations, low: list) -> None:
         """BUG, augmented or not."""
-        points = {p: factors_of(p, M) for _, p, M in low}
+        points = {p: factors_of(p) for _, p, _ in low}
         gradients = self._kl_gradients(run, low)
         cores: dict[Tensor, Factors] = {}
         for group, p, M in low:
@@ -261,7 +261,7 @@ class DLRT(GeometricOptimizer):
 
     def _ksl(self, run: Evaluations, low: list) -> None:
         """Projector splitting: every substep at the point that the one before has reached."""
-        points = {p: factors_of(p, M) for _, p, M in low}
+        points = {p: factors_of(p) for _, p, _ in low}
         for _, p, M in low:
             U, S, V = points[p]
             self._place(p, M, U @ S, None, V)

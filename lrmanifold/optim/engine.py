@@ -20,14 +20,16 @@ from ..linalg import all_finite
 from ..manifolds import FixedRank
 from ..precision import compute_dtype
 from .accelerator import Flat, Padded, is_accelerated, may_be_padded, partition, real_view
-from .coordinates import Ambient, Velocities, is_factored, packed_of
+from .coordinates import Ambient, is_factored
 from .items import Item, Rule, blocks_of
+from .velocities import Velocities, packed_of
 
 # Flops of a step below which its calls take longer than its work: on the CPU such weights of equal
 # shape are copied into one tensor and back, which large ones pay for (benchmarks/speed, `step`).
 _SMALL = 1_000_000
-# Entries from which an ordinary parameter on an accelerator is moved without being copied.
-_LARGE = 1_000_000
+# Entries from which an ordinary parameter moves alone, without being copied: on the CPU biases and
+# norms go together, on an accelerator all but the largest.
+_COPIED, _COPIED_THERE = 10_000, 1_000_000
 
 
 class Engine:
@@ -65,7 +67,8 @@ class Engine:
                 raise FloatingPointError(f"the gradient of {item.label} holds NaN or Inf")
         for M, bundle in self._bundles(there):
             if is_accelerated(bundle[0].point):
-                self._move_masked(M, bundle)
+                Y, new, ok = self._apply(M, bundle, masked=True)
+                self._write(M, bundle, Y, new, ok)
             else:
                 commits += self._moves(M, bundle)
         return commits
@@ -103,7 +106,7 @@ class Engine:
         p, M, accelerated = item.point, item.manifold, is_accelerated(item.point)
         alike = id(item.group), p.dtype, p.device
         if M is None:
-            return alike if accelerated and p.numel() < _LARGE else id(item)
+            return alike if p.numel() < (_COPIED_THERE if accelerated else _COPIED) else id(item)
         if not is_factored(M):
             return id(item)
         assert isinstance(M, FixedRank)
@@ -118,8 +121,15 @@ class Engine:
         points = [item.point for item in items]
         if len(points) == 1:
             return Flat(points)
-        return self._kept((*(p.numel() for p in points), points[0].dtype, points[0].device),
-                          lambda: Flat(points))  # fmt: skip
+        key = (*(p.numel() for p in points), points[0].dtype, points[0].device)
+        return self._kept(key, lambda: Flat(points))
+
+    def _padding(self, items: Sequence[Item], margin: float) -> Padded:
+        sets: list[Any] = [item.manifold for item in items]
+        points = [item.point for item in items]
+        sizes = ((M.m, M.n, M.rank, *p.shape[:-2]) for M, p in zip(sets, points, strict=True))
+        key = *sizes, sets[0].bundle_key, points[0].dtype, points[0].device, margin
+        return self._kept(key, lambda: Padded(sets, points, margin))
 
     def _kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Index tensors are sent to the device once."""
@@ -129,52 +139,52 @@ class Engine:
             self._plans[key] = make()
         return self._plans[key]
 
-    def _padding(self, items: Sequence[Item], margin: float) -> Padded:
-        sets: list[Any] = [item.manifold for item in items]
-        sizes = tuple(
-            (M.m, M.n, M.rank, *item.point.shape[:-2]) for M, item in zip(sets, items, strict=True)
-        )
-        first = items[0].point
-        key = sizes, sets[0].bundle_key, first.dtype, first.device, margin
-        return self._kept(key, lambda: Padded(sets, [item.point for item in items], margin))
-
     # -- the step
 
-    def _apply(self, M: Any, items: Sequence[Item], X: Tensor, G: Tensor) -> tuple:
-        """The rule on gathered points and gradients; returns the old state, new point and state."""
-        group, old = items[0].group, {}
-        for name in self.rule.used_vectors(group):
-            vectors = [item.remembered(name, self.rule) for item in items]
-            old[name] = M.gather(vectors).to(X.dtype)
-        for name in self.rule.moments:
-            moments = [item.remembered(name, self.rule) for item in items]
-            old[name] = M.gather_moments(moments)
-        state = {k: M.split(v) if k not in self.rule.moments else v for k, v in old.items()}
+    def _apply(self, M: Any, items: Sequence[Item], *, masked: bool = False) -> tuple:
+        """The rule on all of these: the new point, the new state, and which weights may move."""
+        rule, group, count = self.rule, items[0].group, len(items)
+        wide = compute_dtype(real_view(items[0].point).dtype)
+        X = M.gather([item.point for item in items], point=True).to(wide)
+        G = M.gather([item.grad for item in items]).to(wide)
+        G = -G if group.get("maximize") else G
+        ok = None
+        if masked and group.get("skip_nonfinite", True):
+            ok = M.finite(G, count)
+            G = torch.where(M.mask(ok, G), G, 0.0)
+        old = {}
+        for name in rule.names(group):
+            values = [item.remembered(name, rule) for item in items]
+            moment = name in rule.moments
+            old[name] = M.gather_moments(values) if moment else M.gather(values).to(wide)
+        state = {k: v if k in rule.moments else M.split(v) for k, v in old.items()}
         state["step"] = self._count(M, items)
-        move = self.rule.move_dense if isinstance(M, Flat) else self.rule.move
+        move = rule.move_dense if isinstance(M, Flat) else rule.move
         Y, new = move(M, M.split(X), M.split(G), state, group)
-        return old, Y, new
+        if ok is not None:
+            Y = M.join(Y)
+            new = {k: v if k in rule.moments else M.join(v) for k, v in new.items()}
+            for value in (Y, *(new[k] for k in rule.vectors if k in new)):
+                ok = ok & M.finite(value, count)
+            Y = torch.where(M.mask(ok, Y), Y, X)
+            new = {k: torch.where(M.mask(ok, v), v, old[k]) for k, v in new.items()}
+        return Y, new, ok
 
     def _count(self, M: Any, items: Sequence[Item]) -> Any:
         """The number of this step, from 1; a tensor where weights differ or live elsewhere."""
-        if len(items) == 1 and not is_accelerated(items[0].point):
-            return float(items[0].state["step"]) + 1.0
+        steps = [item.state["step"] for item in items]
+        if not is_accelerated(items[0].point) and len({int(step) for step in steps}) == 1:
+            return float(steps[0]) + 1.0
         if not self.rule.moments:
             return None  # nobody asks
-        steps = torch.stack([item.state["step"] for item in items])
         dtype = compute_dtype(real_view(items[0].point).dtype)
-        return M.each_moment(steps.to(dtype) + 1.0)
+        return M.each_moment(torch.stack(steps).to(dtype) + 1.0)
 
     def _moves(self, M: Any, items: Sequence[Item]) -> list[Callable[[], Any]]:
         """On the CPU: compute, look whether it is finite, and leave the writing for later."""
-        wide = compute_dtype(real_view(items[0].point).dtype)
         try:
-            X = M.gather([item.point for item in items], point=True).to(wide)
-            G = M.gather([item.grad for item in items]).to(wide)
-            G = -G if items[0].group.get("maximize") else G
-            _, Y, new = self._apply(M, items, X, G)
-            parts = [Y, *new.values()]
-            if not all(all_finite(t) for x in parts for t in blocks_of(x)):
+            Y, new, _ = self._apply(M, items)
+            if not all(all_finite(t) for x in (Y, *new.values()) for t in blocks_of(x)):
                 raise ValueError("it overflows")
         except (ValueError, RuntimeError) as error:
             # LinAlgError is a RuntimeError, as is a rate beyond the range of the dtype.
@@ -182,92 +192,56 @@ class Engine:
             if not known and "overflow" not in str(error):
                 raise
             if len(items) > 1:  # one of them is at fault: alone, it is named
-                return [c for x in items for c in self._moves(type(M)(x.manifold, M.margin), [x])]
-            group = items[0].group
+                flat = isinstance(M, Flat)
+                alone = (
+                    Flat([x.point]) if flat else Velocities(x.manifold, M.margin) for x in items
+                )
+                return [c for M, x in zip(alone, items, strict=True) for c in self._moves(M, [x])]
             raise FloatingPointError(
                 f"the step of {items[0].label} cannot be made, lower lr or penalty: {error} "
-                f"(lr = {group['lr']}; nothing has moved)"
+                f"(lr = {items[0].group['lr']}; nothing has moved)"
             ) from error
-
         return [partial(self._write, M, items, Y, new)]
 
-    def _write(self, M: Any, items: Sequence[Item], Y: Any, new: dict[str, Any]) -> None:
-        """Put a computed step into parameters and state; block by block where it is one weight."""
+    def _write(
+        self, M: Any, items: Sequence[Item], Y: Any, new: dict[str, Any], ok: Tensor | None = None
+    ) -> None:
+        """Put a computed step into parameters and state; `ok` tells which weights have moved."""
         for item in items:
-            item.state["step"] += 1
             for gone in set(self.rule.vectors) - set(new):
                 item.state.pop(gone, None)  # not transported, it would be no vector at the point
-        for name in (None, *new):
-            value = Y if name is None else new[name]
-            targets = [self._target(item, name) for item in items]
-            if len(items) == 1 and isinstance(value, Factors):
-                self._write_one(M, items[0], name, targets[0], value)
+        alone = len(items) == 1 and not is_accelerated(items[0].point)
+        for name, value in ((None, Y), *new.items()):
+            if alone and isinstance(value, Factors):
+                self._write_blocks(M, items[0], name, value)
                 continue
-            moment = name in self.rule.moments
-            parts = (
-                M.scatter_moments(value, len(items))
-                if moment
-                else M.scatter(M.join(value), len(items))
-            )
-            for old, part in zip(targets, parts, strict=True):
-                old.copy_(part.view(old.shape))
+            scatter = M.scatter_moments if name in self.rule.moments else M.scatter
+            parts = scatter(value if isinstance(value, Tensor) else M.join(value), len(items))
+            # In place, so that a captured graph goes on from where it was.
+            places = [self._place(item, name) for item in items]
+            parts = [part.reshape(x.shape) for part, x in zip(parts, places, strict=True)]
+            torch._foreach_copy_(places, parts)
+        steps = [item.state["step"] for item in items]
+        if ok is None:
+            torch._foreach_add_(steps, 1)
+        else:
+            torch._foreach_add_(steps, list(ok.to(torch.int64).unbind()))
+            skipped = [item.state["skipped"] for item in items]
+            torch._foreach_add_(skipped, list((~ok).to(torch.int64).unbind()))
 
-    @staticmethod
-    def _write_one(M: Any, item: Item, name: str | None, old: Tensor, value: Factors) -> None:
-        """Put one weight's blocks into place; state that is packed already takes the place."""
+    def _write_blocks(self, M: Any, item: Item, name: str | None, value: Factors) -> None:
+        """Of one weight, without packing; a vector that is packed takes the place of the old."""
         packed = packed_of(value)
-        if name is not None and packed is not None and packed.dtype == old.dtype:
+        if name is not None and packed is not None and packed.dtype == item.point.dtype:
             item.state[name] = packed
             return
-        for there, block in zip(M.split(old), value, strict=True):
-            there.copy_(block)
+        for old, block in zip(M.split(self._place(item, name)), value, strict=True):
+            old.copy_(block)
 
-    def _target(self, item: Item, name: str | None) -> Tensor:
+    def _place(self, item: Item, name: str | None) -> Tensor:
         """Where to write: the point, or an entry of the state, made when it is first needed."""
         if name is None:
             return real_view(item.point)
         if name not in item.state:
             item.state[name] = item.remembered(name, self.rule)
         return real_view(item.state[name])
-
-    def _move_masked(self, M: Any, items: Sequence[Item]) -> None:
-        """On an accelerator: compute everywhere, then keep the old values where not finite."""
-        group, count = items[0].group, len(items)
-        points = [real_view(item.point) for item in items]
-        wide = compute_dtype(points[0].dtype)
-        X = M.gather(points, point=True).to(wide)
-        G = M.gather([item.grad for item in items]).to(wide)
-        G = -G if group.get("maximize") else G
-        ok = None
-        if group.get("skip_nonfinite", True):
-            ok = M.finite(G, count)
-            G = torch.where(M.mask(ok, G), G, 0.0)
-        old, Y, new = self._apply(M, items, X, G)
-        Y, new = M.join(Y), {k: v if k in self.rule.moments else M.join(v) for k, v in new.items()}
-        if ok is not None:
-            for value in (Y, *(new[k] for k in self.rule.vectors if k in new)):
-                ok = ok & M.finite(value, count)
-            Y = torch.where(M.mask(ok, Y), Y, X)
-        parts = M.scatter(Y, count)
-        torch._foreach_copy_(points, [y.view(x.shape) for x, y in zip(points, parts, strict=True)])
-        for name, value in new.items():
-            if ok is not None:
-                value = torch.where(M.mask(ok, value), value, old[name])
-            moment = name in self.rule.moments
-            parts = (M.scatter_moments if moment else M.scatter)(value, count)
-            # Written in place, so that a captured graph goes on from where it was.
-            kept = []
-            for item, part in zip(items, parts, strict=True):
-                if name not in item.state:
-                    zero = item.remembered(name, self.rule)
-                    item.state[name] = torch.zeros_like(part) if isinstance(zero, float) else zero
-                kept.append(real_view(item.state[name]))
-            torch._foreach_copy_(
-                kept, [y.reshape(x.shape) for x, y in zip(kept, parts, strict=True)]
-            )
-        steps, skipped = ([item.state[k] for item in items] for k in ("step", "skipped"))
-        if ok is None:
-            torch._foreach_add_(steps, 1)
-        else:
-            torch._foreach_add_(steps, list(ok.to(torch.int64).unbind()))
-            torch._foreach_add_(skipped, list((~ok).to(torch.int64).unbind()))

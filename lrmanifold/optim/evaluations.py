@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import linalg
-from ..factors import Factors, unpack
-from ..manifolds import FixedRank
+from ..factors import Factors
 from .arithmetic import PlainArithmetic
 from .step import core_force
 
@@ -46,7 +44,3 @@ class NonFiniteError(Exception):
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
-
-
-def factors_of(p: Tensor, M: FixedRank) -> Factors:
-    return Factors(*(b.clone() for b in unpack(p.data.to(linalg.compute_dtype(p.dtype)), M.m, M.n)))

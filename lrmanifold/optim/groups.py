@@ -58,21 +58,14 @@ def param_groups(
         if not p.requires_grad:
             continue
         manifold = manifold_of(p)
-        if manifold is None:
-            kind = "decay" if p.ndim >= 2 else "no_decay"
+        if isinstance(manifold, FixedRank):
+            kind = "manifold"
         else:
-            kind = "manifold" if isinstance(manifold, FixedRank) else "no_decay"
+            kind = "decay" if manifold is None and p.ndim >= 2 else "no_decay"
         buckets[kind].append((name, p))
     groups = []
     for kind, params in buckets.items():
-        if not params:
-            continue
-        group: dict[str, Any] = {"name": kind, "params": params}
-        if lr is not None:
-            group["lr"] = lr
-        if weight_decay is not None:
-            group["weight_decay"] = weight_decay
-        if kind == "no_decay":
-            group["weight_decay"] = 0.0
-        groups.append(group)
-    return groups
+        options = {"lr": lr, "weight_decay": 0.0 if kind == "no_decay" else weight_decay}
+        given = {key: value for key, value in options.items() if value is not None}
+        groups.append({"name": kind, "params": params, **given})
+    return [group for group in groups if group["params"]]

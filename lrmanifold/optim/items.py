@@ -60,22 +60,19 @@ class Item:
     label: str
     state: dict[str, Any]
 
-    def moment_shape(self) -> tuple[int, ...]:
-        """Shape of a second moment: three blocks, or what the manifold's metric sums over."""
-        if self.manifold is None:
-            return tuple(self.point.shape)
-        if isinstance(self.manifold, FixedRank):
-            return (*self.point.shape[:-2], 3)
-        return tuple(self.manifold.inner(self.point, self.point, keepdim=True).shape)
-
-    def remembered(self, name: str, rule: Rule) -> Any:
+    def remembered(self, name: str, rule: Rule) -> Tensor:
         """An entry of the state; zero before the first step."""
         if name in self.state:
             return self.state[name]
+        X, M = self.point, self.manifold
         if name not in rule.moments:
-            return torch.zeros_like(self.point)
-        wide = compute_dtype(self.point.dtype)
-        return self.point.new_zeros(self.moment_shape(), dtype=wide)
+            return torch.zeros_like(X)
+        shape: tuple[int, ...] = X.shape
+        if isinstance(M, FixedRank):
+            shape = (*X.shape[:-2], 3)  # a number a block
+        elif M is not None:
+            shape = M.inner(X, X, keepdim=True).shape
+        return X.new_zeros(shape, dtype=compute_dtype(X.dtype))
 
 
 def blocks_of(x: Any) -> tuple[Tensor, ...]:

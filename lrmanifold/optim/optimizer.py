@@ -16,12 +16,13 @@ from ..parameter import gathered, is_sharded, manifold_of, sharded_like
 from ._watch import SkipWatch
 from .accelerator import is_accelerated
 from .arithmetic import PlainArithmetic
-from .coordinates import is_factored, tangent_of_velocity
+from .coordinates import is_factored
 from .distributed import move_sharded, move_shared_out
 from .engine import Engine
 from .geometry import GeometryMemory
 from .items import Item, Rule
 from .loading import brought_over, checked_state
+from .velocities import tangent_of_velocity
 
 # Options of torch's optimizers that do not exist here: in a group they would be ignored in silence.
 _UNSUPPORTED = frozenset({"foreach", "fused", "differentiable", "dampening", "amsgrad"})

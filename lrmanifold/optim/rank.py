@@ -11,12 +11,30 @@ from .. import linalg
 from ..factors import change_of_base, pack, unpack
 from ..manifolds import Factors, FixedRank, WellConditioned
 from ..parameter import replace_data
-from .coordinates import is_factored, tangent_of_velocity, velocity_of_tangent
+from .coordinates import is_factored
+from .velocities import tangent_of_velocity, velocity_of_tangent
 
 # State tensors that are tangent vectors at the parameter's point.
 _TANGENT_STATE = ("momentum_buffer", "exp_avg")
 # Second moments; geoopt's Adam stores them packed, one value repeated over each block.
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+
+
+def factors_of(p: Tensor) -> Factors:
+    """Copies of the factors of a low-rank parameter, in a compute dtype."""
+    manifold: FixedRank = p.manifold  # type: ignore[attr-defined]
+    wide = p.detach().to(linalg.compute_dtype(p.dtype), copy=True)
+    return unpack(wide, manifold.m, manifold.n)
+
+
+def new_directions(p: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What is new in GV and GᵀU: the gradient's blocks U_p and V_p. None if it is not finite."""
+    manifold: FixedRank = p.manifold  # type: ignore[attr-defined]
+    if p.grad is None or not linalg.all_finite(p.grad):
+        return None
+    wide = linalg.compute_dtype(p.dtype)
+    xi = manifold.egrad2rgrad(p.detach().to(wide), p.grad.to(wide))
+    return xi[..., : manifold.m, :], xi[..., -manifold.n :, :]
 
 
 def augment(X: Factors, dU: Tensor, dV: Tensor, count: int) -> Factors:

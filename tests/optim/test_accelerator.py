@@ -315,12 +315,15 @@ def test_batches_are_few_and_hold_every_weight_once():
     assert all(sum(m in part for part in parts) == 1 for m in range(10))
 
 
-def test_a_captured_step_writes_in_place_and_takes_its_rate_from_a_tensor():
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("one", [True, False])
+def test_a_captured_step_writes_in_place_and_takes_its_rate_from_a_tensor(skip, one):
     torch.manual_seed(0)
-    model = network(0.1)
+    model = LowRankLinear(6, 5, 2, bias=False, tau=0.1) if one else network(0.1)
     x = torch.randn(16, 4, 6, 6)
+    options = {"momentum": 0.9, "capturable": True, "skip_nonfinite": skip}
     with force_accelerator():
-        optimizer = CondLR(model.parameters(), lr=0.1, momentum=0.9, capturable=True)
+        optimizer = CondLR(model.parameters(), lr=0.1, **options)
         assert isinstance(optimizer.param_groups[0]["lr"], Tensor)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     train(model, optimizer, x, 1, forced=True)
@@ -333,6 +336,18 @@ def test_a_captured_step_writes_in_place_and_takes_its_rate_from_a_tensor():
     assert places == [
         t.data_ptr() for p in model.parameters() for t in (p, *optimizer.state[p].values())
     ]
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_momentum_that_is_switched_off_is_forgotten(forced):
+    model = network(0.1)
+    optimizer = CondLR(model.parameters(), lr=0.1, momentum=0.9)
+    x = torch.randn(16, 4, 6, 6)
+    train(model, optimizer, x, 1, forced=forced)
+    assert all("momentum_buffer" in state for state in optimizer.state.values())
+    optimizer.param_groups[0]["momentum"] = 0.0
+    train(model, optimizer, x, 1, forced=forced)
+    assert not any("momentum_buffer" in state for state in optimizer.state.values())
 
 
 def test_capturable_needs_an_accelerator():

@@ -36,16 +36,13 @@ def together(params: list, **options) -> tuple[CondLRAdam, list[int]]:
     """An optimizer, and a list of the sizes of the batches that it moves."""
     optimizer, sizes = CondLRAdam(params, **options), []
     engine = optimizer._engine
+    apply = engine._apply
 
-    def counting(move):
-        def counted(M, items):
-            sizes.append(len(items))
-            return move(M, items)
+    def counted(M, items, **options):
+        sizes.append(len(items))
+        return apply(M, items, **options)
 
-        return counted
-
-    for name in ("_moves", "_move_masked"):
-        setattr(engine, name, counting(getattr(engine, name)))
+    engine._apply = counted
     return optimizer, sizes
 
 
