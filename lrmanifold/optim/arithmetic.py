@@ -51,8 +51,8 @@ class PlainArithmetic:
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
     """float32 products in float32, on CUDA and on the CPU."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn]
-    backends[1] = getattr(backends[1], "matmul", None)
+    mkldnn: Any = torch.backends.mkldnn
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(mkldnn, "matmul", None)]
     if not all(hasattr(b, "fp32_precision") for b in backends):  # torch before 2.9
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")

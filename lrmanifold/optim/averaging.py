@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import geoopt
@@ -72,15 +72,10 @@ class RetractingAverage(AveragedModel):
     """See :func:`retracting_average`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        decay: float | None,
-        device: torch.device | str | None,
-        use_buffers: bool,
+        self, model: nn.Module, decay: float | None, device: Any, use_buffers: bool
     ) -> None:
-        average: Callable[..., Any] | None = None if decay is None else get_ema_avg_fn(decay)
-        inside = unwrapped(model)
-        super().__init__(inside, device, average, use_buffers=use_buffers)  # type: ignore[arg-type]
+        average: Any = None if decay is None else get_ema_avg_fn(decay)
+        super().__init__(unwrapped(model), device, average, use_buffers=use_buffers)
         self.decay = decay
 
     @torch.no_grad()

@@ -156,10 +156,12 @@ def move_shared_out(engine: Engine, items: Sequence[Item], ensure: Callable[[Ite
             "distribute=True needs a process group: call torch.distributed.init_process_group "
             "first, or run under torchrun"
         )
-    me, ranks = dist.get_rank(), dist.get_world_size()
+    me = dist.get_rank()
     shared = [item for item in items if isinstance(item.manifold, FixedRank)]
     _compare(items, shared)
-    owners = assign([float(x.point.numel() * x.point.shape[-1]) for x in shared], ranks)
+    owners = assign(
+        [float(x.point.numel() * x.point.shape[-1]) for x in shared], dist.get_world_size()
+    )
     others = {id(x) for x, owner in zip(shared, owners, strict=True) if owner != me}
     mine = [item for item in items if id(item) not in others]
     before = {id(x): [x.state[k].clone() for k in _COUNTERS] for x in mine}
@@ -171,21 +173,13 @@ def move_shared_out(engine: Engine, items: Sequence[Item], ensure: Callable[[Ite
         commits = engine.compute(mine)
     except (FloatingPointError, GeometryError) as caught:
         error = caught
-    _raise_together(error, items, me)
+    _raise_together(error, items)
     for commit in commits:
         commit()
-    for kind in sorted({(x.point.dtype, str(x.point.device)) for x in shared}, key=str):
-        _exchange(engine, [
-            (x, owner)
-            for x, owner in zip(shared, owners, strict=True)
-            if (x.point.dtype, str(x.point.device)) == kind
-        ], me, ranks, before)  # fmt: skip
-
-
-def _device(items: Sequence[Item]) -> torch.device:
-    """Where messages have to be for the backend of the default group."""
-    nccl = dist.get_backend() == "nccl"
-    return items[0].point.device if nccl and items else torch.device("cpu")
+    kinds = [f"{x.point.dtype} {x.point.device}" for x in shared]
+    for kind in sorted(set(kinds)):
+        triples = zip(shared, owners, kinds, strict=True)
+        _exchange(engine, [(x, owner) for x, owner, other in triples if other == kind], before)
 
 
 def _compare(items: Sequence[Item], shared: Sequence[Item]) -> None:
@@ -214,19 +208,21 @@ def _compare(items: Sequence[Item], shared: Sequence[Item]) -> None:
 
 
 def _all_ranks(values: Sequence[float], items: Sequence[Item]) -> list[list[float]]:
-    mine = torch.tensor(values, dtype=torch.float64, device=_device(items))
+    on_device = dist.get_backend() == "nccl" and items
+    device = items[0].point.device if on_device else "cpu"
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
     table = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(table, mine)
     return [row.tolist() for row in table]
 
 
-def _raise_together(error: Exception | None, items: Sequence[Item], me: int) -> None:
+def _raise_together(error: Exception | None, items: Sequence[Item]) -> None:
     """Raise on every rank what failed on one."""
     failed = [i for i, (flag,) in enumerate(_all_ranks([float(error is not None)], items)) if flag]
     if not failed:
         return
     # All of this happens after a failure only: who failed tells the others why.
-    words = [(type(error).__name__, str(error)) if failed[0] == me else None]
+    words = [(type(error).__name__, str(error)) if failed[0] == dist.get_rank() else None]
     dist.broadcast_object_list(words, failed[0])
     if error is not None:
         raise error
@@ -236,16 +232,12 @@ def _raise_together(error: Exception | None, items: Sequence[Item], me: int) -> 
 
 
 def _exchange(
-    engine: Engine,
-    chosen: Sequence[tuple[Item, int]],
-    me: int,
-    ranks: int,
-    before: dict[int, list[Tensor]],
+    engine: Engine, chosen: Sequence[tuple[Item, int]], before: dict[int, list[Tensor]]
 ) -> None:
     """Send and receive weights and states, one message a rank."""
-    like = chosen[0][0].point
+    me, like = dist.get_rank(), chosen[0][0].point
     messages, pending = [], []
-    for rank in range(ranks):
+    for rank in range(dist.get_world_size()):
         parts = [_parts(engine, item) for item, owner in chosen if owner == rank]
         size = sum(p.numel() for part in parts for p in part) + 3 * len(parts)
         message = torch.zeros(size, dtype=compute_dtype(like.dtype), device=like.device)

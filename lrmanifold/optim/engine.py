@@ -21,7 +21,7 @@ from ..manifolds import FixedRank
 from ..precision import compute_dtype
 from .accelerator import Flat, Padded, is_accelerated, may_be_padded, partition, real_view
 from .coordinates import Ambient, is_factored
-from .items import Item, Rule, blocks_of
+from .items import Item, Rule
 from .velocities import Velocities, packed_of
 
 # Flops of a step below which its calls take longer than its work: on the CPU such weights of equal
@@ -184,7 +184,8 @@ class Engine:
         """On the CPU: compute, look whether it is finite, and leave the writing for later."""
         try:
             Y, new, _ = self._apply(M, items)
-            if not all(all_finite(t) for x in (Y, *new.values()) for t in blocks_of(x)):
+            blocks = (t for x in (Y, *new.values()) for t in ((x,) if isinstance(x, Tensor) else x))
+            if not all(map(all_finite, blocks)):
                 raise ValueError("it overflows")
         except (ValueError, RuntimeError) as error:
             # LinAlgError is a RuntimeError, as is a rate beyond the range of the dtype.

@@ -116,8 +116,5 @@ def content_mark(X: Tensor) -> tuple:
 
 
 def _same_kind(known: geoopt.Manifold, now: geoopt.Manifold | None) -> bool:
-    if now is known:
-        return True
-    return type(now) is type(known) and getattr(now, "point_shape", None) == getattr(
-        known, "point_shape", None
-    )
+    shapes = [getattr(M, "point_shape", None) for M in (known, now)]
+    return now is known or (type(now) is type(known) and shapes[0] == shapes[1])

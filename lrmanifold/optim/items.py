@@ -39,13 +39,10 @@ class Rule(NamedTuple):
     moments: tuple[str, ...] = ()
     switch: str | None = None
 
-    def used_vectors(self, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """The vectors that a step with these options needs."""
-        return self.vectors if self.switch is None or options.get(self.switch) else ()
-
     def names(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """All that a step with these options needs to remember."""
-        return (*self.used_vectors(options), *self.moments)
+        vectors = self.vectors if self.switch is None or options.get(self.switch) else ()
+        return (*vectors, *self.moments)
 
 
 @dataclass
@@ -73,8 +70,3 @@ class Item:
         elif M is not None:
             shape = M.inner(X, X, keepdim=True).shape
         return X.new_zeros(shape, dtype=compute_dtype(X.dtype))
-
-
-def blocks_of(x: Any) -> tuple[Tensor, ...]:
-    """The tensors of a point or vector in blocks; a tensor is one."""
-    return (x,) if isinstance(x, Tensor) else tuple(x)

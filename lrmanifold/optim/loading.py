@@ -93,8 +93,8 @@ def _entry(
             f"the state of {label} must have entries of {name}, {sorted(known)}, "
             f"got {sorted(state)}"
         )
-    used = [k for k in (*rule.used_vectors(options), *rule.moments) if k in state]
-    if used and len(used) < len((*rule.used_vectors(options), *rule.moments)):
+    used = tuple(key for key in rule.names(options) if key in state)
+    if used and used != rule.names(options):
         raise ValueError(f"the state of {label} must have all entries of {name}, got only {used}")
     entry: dict[str, Any] = {}
     for key in _COUNTERS:
@@ -110,14 +110,11 @@ def _entry(
 def _tensor(p: Tensor, M: Any, key: str, value: Any, moment: bool, label: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{key} of {label} must be a tensor, got {shown(value)}")
-    if not moment or M is None:
-        shape: Any = p.shape
-    else:
-        shape = (*p.shape[:-2], 3) if isinstance(M, FixedRank) else value.shape
-    if tuple(value.shape) != tuple(shape):
-        raise ValueError(
-            f"{key} of {label} must have shape {tuple(shape)}, got {tuple(value.shape)}"
-        )
+    shape = tuple(p.shape)
+    if moment and M is not None:
+        shape = (*shape[:-2], 3) if isinstance(M, FixedRank) else tuple(value.shape)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{key} of {label} must have shape {shape}, got {tuple(value.shape)}")
     if not (is_sharded(value) or value.is_meta or bool(torch.isfinite(value).all())):
         raise ValueError(f"{key} of {label} must be finite, got NaN or Inf")
     dtype = compute_dtype(p.dtype) if moment else p.dtype

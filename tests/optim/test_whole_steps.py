@@ -131,7 +131,7 @@ def test_finite_gradients_at_the_end_of_the_range_write_no_infinity(victim, mome
     params, optimizer = mixed(CondLR, lr=1e3, momentum=momentum)
     params[victim].grad.fill_(3e38)
     before = [p.detach().clone() for p in params]
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(FloatingPointError, match=f"parameter {victim} of group 0"):
         optimizer.step()
     assert all(torch.equal(p.detach(), x) for p, x in zip(params, before, strict=True))
 
