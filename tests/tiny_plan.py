@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 START = {"lr": 0.1, "weight_decay": 0.0, "label_smoothing": 0.0}
 TINY = {
@@ -20,7 +21,7 @@ TINY = {
     },
     "attack": {
         "eps": 0.06, "fgsm": [0.06], "pgd": [0.06], "transfer": [0.1], "images": 20, "steps": 2,
-        "queries": 20, "condition_images": 3,
+        "queries": 20, "worst_l2": [0.1], "condition_images": 3,
     },
     "axes": {
         "lr": {"factor": 2},
@@ -31,7 +32,10 @@ TINY = {
     "family": [
         {"name": "dense", "kind": "dense", "start": START},
         {"name": "cut", "kind": "finetuned", "start": {**START, "finetune": 0.3}},
-        {"name": "ours", "kind": "condlr", "tau": 0.1, "start": START},
+        {
+            "name": "ours", "kind": "condlr", "tau": 0.1, "start": START,
+            "ranks": {"fc1": 4, "fc2": 4},
+        },
         {"name": "wild", "kind": "factors", "start": {**START, "lr": 1e9}},
     ],
     "hypothesis": [{"text": "Smaller is harder.", "better": ["ours"], "than": ["dense", "cut"]}],
@@ -55,7 +59,9 @@ def write(folder, raw):
     def line(key, value):
         text = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else None
         if isinstance(value, dict):
-            text = "{ " + ", ".join(f"{k} = {_word(v)}" for k, v in value.items()) + " }"
+            text = (
+                "{ " + ", ".join(f"{json.dumps(k)} = {_word(v)}" for k, v in value.items()) + " }"
+            )
         lines.append(f"{key} = {text or _word(value)}")
 
     tables = {k: v for k, v in raw.items() if isinstance(v, dict)}
@@ -82,5 +88,5 @@ def _word(value):
     if isinstance(value, list):
         return "[" + ", ".join(map(_word, value)) + "]"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {_word(v)}" for k, v in value.items()) + " }"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+        return "{ " + ", ".join(f"{json.dumps(k)} = {_word(v)}" for k, v in value.items()) + " }"
+    return json.dumps(value) if isinstance(value, str) else repr(value)

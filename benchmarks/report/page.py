@@ -98,6 +98,7 @@ def _accuracy(results: Results, groups: Sequence[Group]) -> str:
     columns: list[tuple[str, tuple[str, ...]]] = [
         ("clean", results.column("clean")),
         *((f"**worst {e:g}**", ("worst", f"{e:g}", "accuracy")) for e in _strengths(results)),
+        *((f"worst ℓ2 {e:g}", ("worst_l2", f"{e:g}", "accuracy")) for e in attack.worst_l2),
         *((f"PGD {e:g}", ("pgd", f"{e:g}")) for e in attack.pgd if f"{e:g}" == eps),
         *((f"FGSM {e:g}", ("fgsm", f"{e:g}")) for e in attack.fgsm),
         *((f"transfer {e:g}", ("transfer", f"{e:g}")) for e in attack.transfer),

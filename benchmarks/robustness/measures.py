@@ -139,6 +139,9 @@ def everything(
             f"{eps:g}": worst_case(model, images, eps, asked, norm)
             for eps in sorted({asked.eps, *asked.worst})
         },
+        "worst_l2": {
+            f"{eps:g}": worst_case(model, images, eps, asked, "l2") for eps in asked.worst_l2
+        },
         "images": len(y),
         "trained_share": trained.weights_kept,
         "stored_share": trained.inference_kept,

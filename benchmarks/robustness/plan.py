@@ -92,6 +92,7 @@ class Attack:
     eps: float
     norm: str = "linf"
     worst: tuple[float, ...] = ()
+    worst_l2: tuple[float, ...] = ()
     pgd: tuple[float, ...] = ()
     fgsm: tuple[float, ...] = ()
     transfer: tuple[float, ...] = ()
@@ -106,12 +107,12 @@ class Attack:
 @dataclass(frozen=True)
 class Family:
     """``[[family]]``: a method with everything but the axes of its search; `start` places it on
-    them. `size` of the frontier: "full" families keep all weights."""
+    them, and `ranks` stand in place of the network's."""
 
     method: Method
     optimizer: str
     start: Mapping[str, float]
-    size: str
+    ranks: Mapping[str, float] | None = None
 
     @property
     def name(self) -> str:
@@ -217,14 +218,13 @@ def parse(raw: Mapping[str, Any], name: str) -> Plan:
 def _family(entry: Mapping[str, Any], axes: Mapping[str, Axis]) -> Family:
     entry = dict(entry)
     start = dict(entry.pop("start"))
-    optimizer = entry.pop("optimizer", "sgd")
+    optimizer, ranks = entry.pop("optimizer", "sgd"), entry.pop("ranks", None)
     method = _make(Method, entry)
     if method.kind not in KINDS:
         raise PlanError(f"{method.name}: kind must be one of {KINDS}, got {method.kind!r}")
     if not {*COMMON} <= start.keys() <= {*COMMON, *OWN} or not start.keys() <= axes.keys():
         raise PlanError(f"{method.name}: start must name {COMMON}, maybe {OWN}, got {[*start]}")
-    size = "full" if method.kind in ("dense", "orthogonal") else "low"
-    return Family(method, optimizer, start, size)
+    return Family(method, optimizer, start, ranks)
 
 
 def _hypothesis(entry: Mapping[str, Any]) -> Hypothesis:

@@ -209,7 +209,7 @@ class Runner:
                 method,
                 lambda: models.build(network.model, data),
                 data,
-                dict(network.ranks),
+                dict(family.ranks or network.ranks),
                 settings,
                 exclude=network.exclude or None,
                 keep_larger=True,

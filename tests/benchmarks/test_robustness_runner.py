@@ -20,6 +20,7 @@ from benchmarks.robustness.plan import PlanError, parse, registered
 from benchmarks.robustness.runner import Runner, scored
 from benchmarks.robustness.search import Axis, Ladder, ranked, search
 from benchmarks.robustness.table import Table
+from lrmanifold.experiments.data import Dataset
 
 
 def runner(folder, raw=TINY, **options):
@@ -182,7 +183,9 @@ def test_rows_hold_what_was_asked_for(finished):
     dense = next(r for r in done if r["family"] == "dense")
     ours = next(r for r in done if r["family"] == "ours")
     assert dense["stored_share"] == 1.0
-    assert ours["stored_share"] < 0.5
+    cut = next(r for r in done if r["family"] == "cut")
+    assert ours["stored_share"] < cut["stored_share"] < 0.5  # ranks of its own
+    assert ours["worst_l2"]["0.1"]["accuracy"] <= ours["clean"]["accuracy"] + 0.1
     assert ours["multiply_adds"] < dense["multiply_adds"]
     assert ours["condition"]["ratio"]["max"] <= 1.0
     assert max(c for c in ours["cond"]) <= 1.1 * (1 + 1e-5)
@@ -224,6 +227,30 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_rows(finished, tmp_path, monk
             assert a["key"] == b["key"]
             assert a.get("clean") == b.get("clean")
             assert a.get("worst") == b.get("worst")
+
+
+def test_the_plan_for_cifar_runs_at_tiny_size(tmp_path, monkeypatch):
+    """The network, the recipe and the search of the real file, on a few random images."""
+    raw = plans.tomllib.loads((FOLDER / "robustness/cifar10/plan.toml").read_text("utf-8"))
+    families = [f for f in raw["family"] if f["name"] in ("dense SGD", "CondLR τ=0, 25 %")]
+    attack = {**raw["attack"], "images": 4, "steps": 1, "queries": 5, "masking_images": 0}
+    search = {**raw["search"], "trials": 1, "epochs": 1, "images": 4, "steps": 1, "queries": 5}
+    training = {**raw["training"], "epochs": 1, "batch_size": 20}
+    raw |= {
+        "family": families, "attack": attack, "search": search, "training": training,
+        "seeds": [0],
+    }  # fmt: skip
+    del raw["hypothesis"]
+    y = torch.arange(40) % 10
+    x = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    names, half = tuple("0123456789"), (0.5, 0.5, 0.5)
+    data = Dataset("cifar10", x, y, x[:20], y[:20], 10, names, half, half)
+    monkeypatch.setattr("benchmarks.robustness.runner.datasets.load", lambda name, root: data)
+    assert runner(tmp_path, raw).go()
+    dense, ours = Table(tmp_path / "tiny" / "runs.jsonl").rows()
+    assert dense["stored_share"] == 1.0
+    assert ours["stored_share"] == pytest.approx(0.25, abs=0.005)
+    assert set(ours["fgsm"]) == {"0.002", "0.004", "0.006"}
 
 
 def test_a_torn_last_line_costs_one_row_only(tmp_path):
