@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 from torch import Tensor, nn
 
@@ -87,11 +87,10 @@ class FoldedConvTranspose(_Folded):
         for name in (*names, "padding_mode"):
             setattr(self, name, getattr(last, name))
 
-    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+    # in words that TorchScript reads
+    def forward(self, x: Tensor, output_size: Optional[list[int]] = None) -> Tensor:  # noqa: UP045
         """As torch's."""
-        first: Any = self[0]
-        last: Any = self[1]
-        return last(first(x), output_size)
+        return self[1](self[0](x), output_size)
 
     @property
     def weight(self) -> Tensor:

@@ -160,6 +160,10 @@ class LowRankLayer(WholeWeight):
             raise ValueError(f"alpha belongs to tau = 0, got tau = {self.tau}: use sigma_max()")
         return self.sigma_max()
 
+    def __dir__(self) -> list[str]:
+        # torch.jit.trace asks for every name that is listed here
+        return [name for name in super().__dir__() if name != "alpha" or self.tau == 0.0]
+
     @property
     def compression(self) -> float:
         """Share of the dense layer's weights that is saved (negative if the layer is larger)."""

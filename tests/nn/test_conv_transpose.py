@@ -72,6 +72,15 @@ def test_full_rank_is_the_dense_layer_with_its_gradients(device, drawn, gradient
     torch.testing.assert_close(folded[0].weight, dense.weight, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_folded_one_is_scripted_and_a_low_rank_one_traced():
+    layer, x = LowRankConvTranspose1d(4, 6, 3, 2), torch.randn(2, 4, 5)
+    expected = layer(x)
+    torch.testing.assert_close(torch.jit.trace(layer, x)(x), expected)
+    folded = lrm.fold(nn.Sequential(layer))
+    torch.testing.assert_close(torch.jit.script(folded)(x), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_output_size_chooses_among_the_sizes_of_a_stride(dtype):
     dense = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, dtype=dtype)
