@@ -433,7 +433,7 @@ def test_several_processes_give_what_one_gives(tmp_path):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
-@pytest.mark.parametrize("group", ["conditioning", "networks", "geometry"])
+@pytest.mark.parametrize("group", ["conditioning", "networks", "geometry", "certification"])
 def test_every_constant_is_looked_at(group):
     for known in catalogue.load(group):
         for name in constants(known):
