@@ -93,13 +93,16 @@ def test_trades_is_the_published_formula():
     """CE(x) + beta KL(p(x) || p(x')) with the mean over images, written out."""
     torch.manual_seed(0)
     model = mlp(16, 3, (10,))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3)
     x, y = torch.rand(8, 1, 4, 4), torch.arange(8) % 3
-    loss = AdversarialLoss(Adversarial(0.1, kind="trades", beta=4.0, ramp=0.0), 10)
-    z = loss.attacked(model, x, y, 0.1, 3)
+    loss = AdversarialLoss(Adversarial(0.4, kind="trades", beta=4.0, ramp=0.0), 10)
+    z = loss.attacked(model, x, y, 0.4, 3)
     p, q = model(x).softmax(1), model(z).softmax(1)
     want = -p[range(8), y].log().mean() + 4.0 * (p * (p / q).log()).sum(1).mean()
     torch.testing.assert_close(loss(model, x, y, 3), want)
-    start = x + 0.1 * (2 * torch.rand(x.shape) - 1)
+    start = x + 0.4 * (2 * torch.rand(x.shape) - 1)
     random = model(start).softmax(1)
     assert (p * (p / q).log()).sum() > 2 * (p * (p / random).log()).sum()
 

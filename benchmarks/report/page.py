@@ -9,7 +9,7 @@ from typing import Any
 from lrmanifold.experiments.runs import write_atomically
 
 from . import published
-from .picture import frontier, side
+from .picture import curves, frontier, side
 from .results import LEAST_SEEDS, Finding, Group, Results, efficient, findings, pairs, trial_point
 
 VERDICTS = "yes / no only where the whole interval lies on one side, from five seeds or more"
@@ -30,9 +30,12 @@ def percent(group: Group, *path: str) -> str:
 
 
 def write(results: Results, folder: Path) -> Path:
-    """Write ``report.md`` and ``frontier.png`` beside the plan; returns the first."""
+    """Write ``report.md`` and its pictures beside the plan; returns the first."""
     plan = results.plan
     write_atomically(folder / "frontier.png", frontier(results))
+    attacked = curves(results)
+    if attacked is not None:
+        write_atomically(folder / "pgd.png", attacked)
     parts = [
         f"# {plan.title}",
         _registration(results),
@@ -201,7 +204,9 @@ def _appendix(results: Results) -> list[str]:
             [g.family.name, *(percent(g, "pgd", f"{e:g}") for e in attack.pgd)]
             for g in results.main()
         ]
-        parts += ["### PGD", table(["family", *(f"{e:g}" for e in attack.pgd)], rows)]
+        words = "The family of each side that validation scores best; bands: standard deviations."
+        parts += ["### PGD", f"![accuracy against the strength of PGD](pgd.png)\n\n{words}"]
+        parts += [table(["family", *(f"{e:g}" for e in attack.pgd)], rows)]
     parts += ["### What each attack left (first seed)", _after(results)]
     parts += ["### Size, cost, conditioning", _cost(results)]
     checked = [g for g in results.main() if g.done and g.done[0].get("masking")]

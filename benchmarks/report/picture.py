@@ -64,6 +64,26 @@ def frontier(results: Results) -> bytes:
     top = max(100 * trial_point(t)[0] for t in results.trials)
     axes[0].set_xlim(top - 6, top + 0.7)
     viz.legend_below(figure, axes[0], columns=4)
+    return _png(figure)
+
+
+def curves(results: Results) -> bytes | None:
+    """A PNG: PGD at all strengths against the family of each side that validation scores best."""
+    by_side: dict[str, list[str]] = {}
+    for family in results.plan.families:
+        by_side.setdefault(side(family), []).append(family.name)
+    shown: dict[str, dict[float, list[float]]] = {}
+    for names in by_side.values():
+        group = results.speaks(names)
+        found = {0.0: group.values("clean", "accuracy")}
+        found |= {eps: group.values("pgd", f"{eps:g}") for eps in results.plan.attack.pgd}
+        shown[group.family.name] = {eps: list(by.values()) for eps, by in found.items() if by}
+    if not results.plan.attack.pgd:
+        return None
+    return _png(viz.accuracy_curves(shown, title=f"PGD, {results.plan.network.data}"))
+
+
+def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -22,7 +22,7 @@ from .._record import conditions
 from . import measures
 from .plan import Family, Plan, PlanError, load, registered
 from .search import Ladder, Point, ranked, search
-from .table import Table
+from .table import Table, finite
 
 Log = Callable[[str], None]
 
@@ -143,6 +143,7 @@ class Runner:
             "attacks": attacks,
             "cpu_seconds": time.process_time() - began,
         }
+        row = finite(row)  # as it is read again: the search repeats itself to the point
         self.trials.append(row)
         self.log(
             f"trial {family.name} {values}: clean {100 * mean(clean):.1f}, "
@@ -257,8 +258,11 @@ class Runner:
 
 
 def scored(trial: Mapping[str, Any], share: float) -> float:
-    """(1 - share) clean + share worst case, means over the seeds of the search."""
-    return (1 - share) * mean(trial["clean"]) + share * mean(trial["worst"])
+    """(1 - share) clean + share worst case, means over the seeds of the search.
+
+    Rounded, so that the same number of images is a tie whatever the order of the sums.
+    """
+    return round((1 - share) * mean(trial["clean"]) + share * mean(trial["worst"]), 9)
 
 
 def mean(values: list[float]) -> float:

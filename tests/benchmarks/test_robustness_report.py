@@ -176,7 +176,8 @@ def folder(tmp_path):
 def test_the_page_says_everything(folder):
     results = read(folder)
     text = page.write(results, folder).read_text()
-    assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("frontier", "pgd"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     for word in (
         "# Tiny", "`abc1234`", "Smaller is harder.", "| ours − ", "**yes**", "pgd all fail",
         "Inside its grid", "0.5 clean + 0.5 worst case", "another start", "3 |",
