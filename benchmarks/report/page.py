@@ -269,7 +269,10 @@ def _masking(groups: Sequence[Group]) -> str:
     rows = []
     for group in groups:
         m = group.done[0]["masking"]
-        box = ", ".join(f"{100 * a:.1f} ({q})" for q, a in m["black_box"].items())
+        box = ", ".join(
+            f"{100 * a:.1f} ({q})"
+            for q, a in sorted(m["black_box"].items(), key=lambda item: int(item[0]))
+        )
         cells = [f"{100 * m[key]:.1f}" for key in ("one_step", "many_steps", "unlimited")]
         failed = "; ".join(f"not: {name}" for name in m["failed"])
         alone = f"{100 * m['only_black_box']:.1f}"
