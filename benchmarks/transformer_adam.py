@@ -56,11 +56,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Characters (B, T) to logits (B, T, size)."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, width: int = WIDTH) -> None:
         super().__init__()
-        self.token, self.place = nn.Embedding(size, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block(WIDTH, HEADS) for _ in range(BLOCKS)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, size)
+        self.token, self.place = nn.Embedding(size, width), nn.Embedding(CONTEXT, width)
+        self.blocks = nn.Sequential(*(Block(width, HEADS) for _ in range(BLOCKS)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, size)
         for embedding in (self.token, self.place):
             nn.init.normal_(embedding.weight, std=0.02)
 

@@ -14,7 +14,7 @@ from oracles import ForbidHostSynchronisation
 
 import lrmanifold as lrm
 from lrmanifold import linalg
-from lrmanifold.optim import CondLR, CondLRAdam
+from lrmanifold.optim import CondLR, CondLRAdam, CondLRMuon
 
 BATCHES = [(), (4,)]
 MANIFOLDS = {
@@ -91,6 +91,8 @@ STEPS = {
     "margin": (CondLR, {"lr": 0.1, "clip_margin": 0.5}),
     "not skipping": (CondLR, {"lr": 0.1, "skip_nonfinite": False}),
     "Adam": (CondLRAdam, {"penalty": 0.1, "weight_decay": 0.1}),
+    "Muon": (CondLRMuon, {"penalty": 0.1, "weight_decay": 0.1}),
+    "Muon, no decay": (CondLRMuon, {}),
 }
 
 

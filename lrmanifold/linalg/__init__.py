@@ -35,7 +35,14 @@ from ._orthonormal import (
     qr,
     solve_right,
 )
-from ._products import SERIES_LIMIT, clip_by_products, constant, inverse_grams, polar_pair
+from ._products import (
+    SERIES_LIMIT,
+    clip_by_products,
+    constant,
+    damped_polar,
+    inverse_grams,
+    polar_pair,
+)
 from ._spectral_bound import (
     gram_norm,
     orthonormality_defect_bound,
@@ -60,6 +67,7 @@ __all__ = [
     "convolution_norm",
     "convolution_norm_estimate",
     "convolution_singular_range",
+    "damped_polar",
     "gram",
     "gram_norm",
     "inverse",

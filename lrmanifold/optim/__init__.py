@@ -13,6 +13,7 @@ from .condlr import CondLR
 from .dlrt import DLRT
 from .groups import param_groups
 from .items import Rule
+from .muon import CondLRMuon
 from .optimizer import GeometricOptimizer
 from .rank import resize
 from .recipes import capped_dlrt, robust_dlrt
@@ -25,6 +26,7 @@ __all__ = [
     "DLRT",
     "CondLR",
     "CondLRAdam",
+    "CondLRMuon",
     "GeometricOptimizer",
     "OptionScheduler",
     "RankScheduler",

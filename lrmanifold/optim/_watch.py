@@ -103,7 +103,7 @@ def warn_of_foreign_optimizer(optimizer: Any, *_: Any) -> None:
         warnings.warn(
             f"{name} moved {moved} low-rank weights as if they were ordinary tensors, so that they "
             "leave their manifold: rank and condition number are no longer kept. Use "
-            "lrmanifold.optim.CondLR or CondLRAdam, or an optimizer of geoopt.optim; bring a "
-            "weight back by p.data.copy_(p.manifold.projx(p))",
+            "lrmanifold.optim.CondLR, CondLRAdam or CondLRMuon, or an optimizer of geoopt.optim; "
+            "bring a weight back by p.data.copy_(p.manifold.projx(p))",
             stacklevel=3,
         )

@@ -227,7 +227,11 @@ class Flat:
     def __init__(self, points: Sequence[Tensor]) -> None:
         self.sizes = [p.numel() * (2 if p.is_complex() else 1) for p in points]
         self.dtype = compute_dtype(real_view(points[0]).dtype)
-        owners = torch.repeat_interleave(torch.tensor(self.sizes)) if len(points) > 1 else None
+        owners = (
+            torch.repeat_interleave(torch.tensor(self.sizes, device="cpu"))
+            if len(points) > 1
+            else None
+        )
         self.owners = None if owners is None else owners.to(points[0].device)
 
     def split(self, X: Tensor) -> Tensor:

@@ -131,6 +131,19 @@ class Ambient:
         """The Riemannian gradient as a tangent vector of the manifold."""
         return self.split(self.manifold.egrad2rgrad(self.join(X), self.join(G)))
 
+    def blocks(self, X: Any, v: Any) -> Any:
+        """The blocks (U_p, M, V_p) of a vector in these coordinates."""
+        return v
+
+    def vector(self, X: Any, xi: Any) -> Any:
+        """The inverse of :meth:`blocks`."""
+        return xi
+
+    def aspect(self, like: Tensor) -> Tensor:
+        """m/n of each low-rank weight, to be multiplied with blocks."""
+        counts = self._counts(like)
+        return (counts[..., 0] / counts[..., 2])[..., None, None]
+
     def block_moments(self, X: Any, v: Any) -> Tensor:
         """Mean square of the entries that share a second moment.
 

@@ -248,7 +248,7 @@ def _exchange(
                     flat += [
                         item.state[k] - x for k, x in zip(_COUNTERS, before[id(item)], strict=True)
                     ]
-                    names = engine.rule.names(item.group)
+                    names = engine.rule.names(item.group, item.manifold)
                     flat.append(torch.tensor(float(all(k in item.state for k in names))))
                     flat += _parts(engine, item)
             torch.cat([x.reshape(-1).to(message) for x in flat], out=message)
@@ -265,7 +265,8 @@ def _exchange(
 
 def _parts(engine: Engine, item: Item) -> list[Tensor]:
     """The weight and its state, in order; zeros for what there is not yet."""
-    return [item.point, *(item.remembered(k, engine.rule) for k in engine.rule.names(item.group))]
+    names = engine.rule.names(item.group, item.manifold)
+    return [item.point, *(item.remembered(k, engine.rule) for k in names)]
 
 
 def _read(engine: Engine, item: Item, message: Tensor, at: int) -> int:
@@ -275,7 +276,7 @@ def _read(engine: Engine, item: Item, message: Tensor, at: int) -> int:
     # On an accelerator the state is always there, and nobody waits for the flag.
     there = message.device.type != "cpu" or bool(message[at])
     at += 1
-    names = [None, *engine.rule.names(item.group)]
+    names = [None, *engine.rule.names(item.group, item.manifold)]
     for name, part in zip(names, _parts(engine, item), strict=True):
         value = message[at : at + part.numel()].view(part.shape)
         at += part.numel()

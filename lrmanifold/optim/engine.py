@@ -75,7 +75,7 @@ class Engine:
 
     def _move_nothing(self, item: Item) -> None:
         """Of a parameter without entries (rows that another process has) only the state is kept."""
-        for name in self.rule.names(item.group):
+        for name in self.rule.names(item.group, item.manifold):
             item.state[name] = item.remembered(name, self.rule)
         item.state["step"] += 1
 
@@ -153,7 +153,7 @@ class Engine:
             ok = M.finite(G, count)
             G = torch.where(M.mask(ok, G), G, 0.0)
         old = {}
-        for name in rule.names(group):
+        for name in rule.names(group, items[0].manifold):
             values = [item.remembered(name, rule) for item in items]
             moment = name in rule.moments
             old[name] = M.gather_moments(values) if moment else M.gather(values).to(wide)

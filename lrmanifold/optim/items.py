@@ -31,6 +31,9 @@ class Rule(NamedTuple):
         compute dtype.
     switch : str, optional
         Option without which there are no vectors, such as "momentum".
+    low_rank : tuple of str, optional
+        What low-rank weights remember, where all others remember the rest; None where all
+        remember the same.
     """
 
     move: Callable[..., tuple]
@@ -38,11 +41,20 @@ class Rule(NamedTuple):
     vectors: tuple[str, ...] = ()
     moments: tuple[str, ...] = ()
     switch: str | None = None
+    low_rank: tuple[str, ...] | None = None
 
-    def names(self, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """All that a step with these options needs to remember."""
-        vectors = self.vectors if self.switch is None or options.get(self.switch) else ()
-        return (*vectors, *self.moments)
+    def names(self, options: Mapping[str, Any], manifold: Any = None) -> tuple[str, ...]:
+        """All that a step of a parameter on `manifold` with these options needs to remember."""
+        off = () if self.switch is None or options.get(self.switch) else self.vectors
+        return tuple(name for name in self.known(manifold) if name not in off)
+
+    def known(self, manifold: Any = None) -> tuple[str, ...]:
+        """All that a parameter on `manifold` may remember, whatever the options."""
+        names = (*self.vectors, *self.moments)
+        if self.low_rank is None:
+            return names
+        own = isinstance(manifold, FixedRank)
+        return tuple(name for name in names if (name in self.low_rank) == own)
 
 
 @dataclass

@@ -87,14 +87,15 @@ def _entry(
             f"the state of {label} must come from an optimizer of lrmanifold, as it is on "
             f"{M.name}, got entries {sorted(state)}: start {name} without it"
         )
-    known = {*_COUNTERS, *rule.vectors, *rule.moments}
+    known = {*_COUNTERS, *rule.known(M)}
     if not set(state) <= known:
         raise ValueError(
             f"the state of {label} must have entries of {name}, {sorted(known)}, "
             f"got {sorted(state)}"
         )
-    used = tuple(key for key in rule.names(options) if key in state)
-    if used and used != rule.names(options):
+    wanted = rule.names(options, M)
+    used = tuple(key for key in wanted if key in state)
+    if used and used != wanted:
         raise ValueError(f"the state of {label} must have all entries of {name}, got only {used}")
     entry: dict[str, Any] = {}
     for key in _COUNTERS:

@@ -103,6 +103,15 @@ class Velocities(Ambient):
         inverse = self.inverse(X.S)
         return self.project(X, Factors(G.U @ inverse.mT, G.S, G.V @ inverse))
 
+    def blocks(self, X: Factors, v: Factors) -> Factors:
+        """(U̇ S, Ṡ, V̇ Sᵀ)."""
+        return Factors(v.U @ X.S, v.S, v.V @ X.S.mT)
+
+    def vector(self, X: Factors, xi: Factors) -> Factors:
+        """(U_p S⁻¹, M, V_p S⁻ᵀ)."""
+        inverse = self.inverse(X.S)
+        return Factors(xi.U @ inverse, xi.S, xi.V @ inverse.mT)
+
     def advance(
         self, X: Factors, v: Factors, scale: Tensor, force: Tensor | None, lr: float | Tensor
     ) -> tuple[Factors, Factors]:

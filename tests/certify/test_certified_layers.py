@@ -154,7 +154,7 @@ def test_a_fixed_scale_is_the_nearest_core_in_the_band(seed, r, tau, scale):
 
 
 @pytest.mark.parametrize(("tau", "scale"), [(0.0, 1.0), (0.1, 2.0)])
-@pytest.mark.parametrize("optimizer", ["CondLR", "CondLRAdam", "geoopt"])
+@pytest.mark.parametrize("optimizer", ["CondLR", "CondLRAdam", "CondLRMuon", "geoopt"])
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_a_fixed_scale_holds_through_training(tau, scale, optimizer, accelerated, device):
     torch.manual_seed(0)

@@ -98,7 +98,7 @@ def test_any_rank_and_bound_comes_back(tmp_path_factory, rank, other_rank, tau, 
     assert_equal(other, snapshot(source))
 
 
-@pytest.mark.parametrize("kind", [lrm.optim.CondLR, lrm.optim.CondLRAdam])
+@pytest.mark.parametrize("kind", [lrm.optim.CondLR, lrm.optim.CondLRAdam, lrm.optim.CondLRMuon])
 def test_training_goes_on_to_the_bit(tmp_path, kind):
     path = tmp_path / "run.pt"
     options = {"momentum": 0.5} if kind is lrm.optim.CondLR else {}

@@ -57,6 +57,7 @@ def test_replicas_agree_to_the_bit_and_with_one_process(tmp_path, world, distrib
     [
         ("CondLRAdam", {}),
         ("CondLRAdam", {"distribute": True, "weight_decay": 0.1}),
+        ("CondLRMuon", {"distribute": True, "weight_decay": 0.1}),
         ("CondLR", {"distribute": True, "nesterov": True, "penalty": 0.01}),
         ("CondLR", {"distribute": True, "clip_margin": 0.5}),
     ],

@@ -71,6 +71,8 @@ def network(seed: int = 0, dtype=torch.float64) -> nn.Module:
 def optimizer_for(model: nn.Module, kind: str = "CondLR", **options):
     if kind == "CondLRAdam":
         return lrm.optim.CondLRAdam(model.parameters(), lr=0.01, **options)
+    if kind == "CondLRMuon":
+        return lrm.optim.CondLRMuon(model.parameters(), lr=0.01, **options)
     return lrm.optim.CondLR(model.parameters(), lr=0.05, momentum=0.5, **options)
 
 

@@ -330,6 +330,12 @@ def functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str,
             {**group, "eps": ("number", {"bad": (-1.0,)}), "maximize": "flag",
              "betas": ("number", {"bad": ((0.9,), (0.9, 1.0), (-1, 0.5), ("a", 0.5))})},
         ),
+        "CondLRMuon": (
+            lambda **k: lrm.optim.CondLRMuon(low().parameters(), **k), rate,
+            {**group, "eps": ("number", {"bad": (-1.0,)}), "maximize": "flag", "nesterov": "flag",
+             "momentum": ("number", {"bad": (-1.0, 1.0)}),
+             "betas": ("number", {"bad": ((0.9,), (0.9, 1.0), (-1, 0.5), ("a", 0.5))})},
+        ),
         "DLRT": (
             lambda **k: lrm.optim.DLRT(low().parameters(), **k), {**rate, "tol": 0.1},
             {**group, "integrator": "name", "s_steps": size, "min_rank": size,

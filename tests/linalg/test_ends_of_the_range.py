@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lrmanifold as lrm
 from lrmanifold import linalg
-from lrmanifold.optim import CondLR, CondLRAdam, force_accelerator
+from lrmanifold.optim import CondLR, CondLRAdam, CondLRMuon, force_accelerator
 
 POWERS = st.sampled_from([-126, -100, -40, 0, 40, 100, 127])
 
@@ -56,7 +56,7 @@ def test_the_penalty_and_its_gradient_scale_with_the_core(power, squared, seed):
 
 
 @pytest.mark.parametrize("rows", [50_257, pytest.param(1_000_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", [CondLR, CondLRAdam])
+@pytest.mark.parametrize("kind", [CondLR, CondLRAdam, CondLRMuon])
 @pytest.mark.parametrize("forced", [False, True])
 def test_drift_does_not_grow_with_rows_and_is_reported_as_it_is(rows, kind, forced):
     torch.manual_seed(0)

@@ -202,7 +202,9 @@ def test_a_state_dict_comes_back_also_of_other_ranks_and_a_dense_one_is_named():
     assert again.q_proj.weight.manifold is again.q_proj.manifold
 
 
-@pytest.mark.parametrize("optimizer", [lrm.optim.CondLR, lrm.optim.CondLRAdam])
+@pytest.mark.parametrize(
+    "optimizer", [lrm.optim.CondLR, lrm.optim.CondLRAdam, lrm.optim.CondLRMuon]
+)
 def test_it_trains_within_its_bound(device, optimizer):
     low = LowRankMultiheadAttention(16, 2, 4, batch_first=True, tau=0.1, device=device)
     x = torch.randn(8, 5, 16, device=device)

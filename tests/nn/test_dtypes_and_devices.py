@@ -134,7 +134,7 @@ def test_tensors_are_made_where_their_inputs_are():
     state = {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(state)
     assert lrm.certify.lipschitz(model, (2, 4, 4)).total > 0
-    for make in (lrm.optim.CondLR, lrm.optim.CondLRAdam):
+    for make in (lrm.optim.CondLR, lrm.optim.CondLRAdam, lrm.optim.CondLRMuon):
         optimizer = make(model.parameters(), lr=0.01)
         model(x).square().sum().backward()
         optimizer.step()

@@ -50,7 +50,9 @@ def test_full_rank_is_torchs_table_with_its_gradient(device, dtype, padding_idx,
     torch.testing.assert_close(back.weight, dense.weight, atol=TOLERANCE[dtype], rtol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", [lrm.optim.CondLR, lrm.optim.CondLRAdam])
+@pytest.mark.parametrize(
+    "optimizer", [lrm.optim.CondLR, lrm.optim.CondLRAdam, lrm.optim.CondLRMuon]
+)
 @pytest.mark.parametrize("how", ["fresh", "converted"])
 def test_a_padding_row_that_is_zero_stays_zero(optimizer, how):
     table = LowRankEmbedding(30, 8, 3, padding_idx=4, tau=0.2)

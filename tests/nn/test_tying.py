@@ -29,6 +29,7 @@ def train(model, optimizer, steps=20):
 OPTIMIZERS = {
     "CondLR": lambda p: lrm.optim.CondLR(p, lr=0.2, momentum=0.5),
     "CondLRAdam": lambda p: lrm.optim.CondLRAdam(p, lr=0.02),
+    "CondLRMuon": lambda p: lrm.optim.CondLRMuon(p, lr=0.02),
 }
 
 

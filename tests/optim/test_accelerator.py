@@ -17,7 +17,7 @@ import lrmanifold as lrm
 from benchmarks.speed.launches import count, steady_step, transformer, vgg16
 from lrmanifold import linalg
 from lrmanifold.nn import LowRankConv2d, LowRankLinear
-from lrmanifold.optim import CondLR, CondLRAdam, force_accelerator
+from lrmanifold.optim import CondLR, CondLRAdam, CondLRMuon, force_accelerator
 from lrmanifold.optim.accelerator import partition
 
 RULES = {
@@ -35,6 +35,8 @@ RULES = {
     ),
     "scalar metric, margin": (CondLR, {"lr": 0.05, "metric": "scalar", "clip_margin": 0.5}),
     "Adam": (CondLRAdam, {"lr": 0.02, "weight_decay": 0.1}),
+    # Half of Adam's rate: the polar factor brings the rounding of a bfloat16 gradient to unit size.
+    "Muon": (CondLRMuon, {"lr": 0.01, "weight_decay": 0.1}),
 }
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 import lrmanifold as lrm
-from lrmanifold.optim import CondLR, CondLRAdam
+from lrmanifold.optim import CondLR, CondLRAdam, CondLRMuon
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = {
     "CondLR": lambda p: CondLR(p, lr=0.2, momentum=0.5),
     "CondLRAdam": lambda p: CondLRAdam(p, lr=1e-2),
+    "CondLRMuon": lambda p: CondLRMuon(p, lr=2e-2),
 }
 
 

@@ -11,12 +11,13 @@ from strategies import generator, seeds
 
 import lrmanifold as lrm
 from lrmanifold.nn import LowRankLinear
-from lrmanifold.optim import CondLR, CondLRAdam, resize
+from lrmanifold.optim import CondLR, CondLRAdam, CondLRMuon, resize
 from lrmanifold.optim.rank import augment, nearest_rank, rank_for_tolerance, truncate
 
 OPTIMIZERS = {
     "CondLR": lambda p: CondLR(p, 0.3, momentum=0.5),
     "CondLRAdam": lambda p: CondLRAdam(p, 0.02),
+    "CondLRMuon": lambda p: CondLRMuon(p, 0.02),
 }
 
 
@@ -88,7 +89,7 @@ def test_resizing_projects_the_momentum_exactly_and_keeps_second_moments(name, t
         layer(torch.randn(5, 9, dtype=torch.float64)).square().sum().backward()
         optimizer.step()
     M, state = layer.manifold, optimizer.state[layer.weight]
-    key = "momentum_buffer" if name == "CondLR" else "exp_avg"
+    key = "exp_avg" if name == "CondLRAdam" else "momentum_buffer"
     X = layer.weight.detach().clone()
     before = oracles.dense_tangent(X, state[key], 8, 9)
     second = state.get("exp_avg_sq", torch.zeros(3)).clone()

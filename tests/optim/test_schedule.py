@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import lrmanifold as lrm
 from lrmanifold.nn import LowRankLinear
-from lrmanifold.optim import CondLR, CondLRAdam, OptionScheduler
+from lrmanifold.optim import CondLR, CondLRAdam, CondLRMuon, OptionScheduler
 
 OPTIMIZERS = [
     pytest.param(lambda p, **o: CondLR(p, 0.1, **o), id="CondLR"),
     pytest.param(lambda p, **o: CondLRAdam(p, 0.1, **o), id="CondLRAdam"),
+    pytest.param(lambda p, **o: CondLRMuon(p, 0.1, **o), id="CondLRMuon"),
 ]
 
 
@@ -123,9 +124,8 @@ def test_the_penalty_moves_the_core_alone_by_its_own_gradient(make, squared, siz
 @pytest.mark.parametrize("make", OPTIMIZERS)
 def test_the_penalty_leaves_the_moments_alone(make):
     torch.manual_seed(0)
-    options = (
-        {} if make(iter([nn.Parameter(torch.ones(1))])).defaults.get("betas") else {"momentum": 0.9}
-    )
+    defaults = make(iter([nn.Parameter(torch.ones(1))])).defaults
+    options = {"momentum": 0.9} if "momentum" in defaults else {}
     M, gradient = lrm.FixedRank(7, 6, 3, retraction="factored"), torch.randn(16, 3).double()
     p = weight(M)
     q = geoopt.ManifoldParameter(p.detach().clone(), manifold=M)

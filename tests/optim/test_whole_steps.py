@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import lrmanifold as lrm
 from lrmanifold.nn import LowRankLinear
-from lrmanifold.optim import DLRT, CondLR, CondLRAdam, condlr_update, force_accelerator
+from lrmanifold.optim import DLRT, CondLR, CondLRAdam, CondLRMuon, condlr_update, force_accelerator
 
-OPTIMIZERS = [CondLR, CondLRAdam]
+OPTIMIZERS = [CondLR, CondLRAdam, CondLRMuon]
 
 
 def on(M, **options) -> geoopt.ManifoldParameter:
@@ -114,7 +114,7 @@ def test_a_step_that_overflows_anywhere_leaves_everything(kind, lr, warm):
         optimizer.step()
     for p in params:
         p.grad.mul_(1e3 if kind is CondLR else 1.0)
-    optimizer.param_groups[0]["lr"] = lr * (1e3 if kind is CondLRAdam else 1.0)
+    optimizer.param_groups[0]["lr"] = lr * (1.0 if kind is CondLR else 1e3)
     before = [p.detach().clone() for p in params]
     states = copy.deepcopy([dict(optimizer.state[p]) for p in params])
     with pytest.raises(FloatingPointError, match=r"parameter \d of group 0 cannot be made"):
