@@ -45,7 +45,7 @@ def test_the_scale_of_the_logits_does_not_change_robust_accuracy(attack, norm, e
             Scaled(net, scale), (x, y), attack, [eps], norm=norm, **options
         )
         found.append(accuracy[eps])
-    assert 0.1 < found[3] < 0.9
+    assert 0.1 < found[3] < 0.95
     # five classes: the weights of the wrong ones depend a little on the scale inside 8..64
     assert max(found) - min(found) <= (0.05 if attack is pgd else 0.08), found
 

@@ -94,7 +94,8 @@ def test_the_monitor_has_the_numbers_and_names_of_the_model_itself(wrap):
     train(plain, plain)
     train(wrapped, wrapped)
     expected = lrm.monitor(plain, every=1).step()
-    assert lrm.monitor(wrapped, every=1).step() == expected
+    # compilers may round differently
+    assert lrm.monitor(wrapped, every=1).step() == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert "cond/0" in expected
 
 

@@ -227,11 +227,11 @@ class Flat:
     def __init__(self, points: Sequence[Tensor]) -> None:
         self.sizes = [p.numel() * (2 if p.is_complex() else 1) for p in points]
         self.dtype = compute_dtype(real_view(points[0]).dtype)
-        owners = (
-            torch.repeat_interleave(torch.tensor(self.sizes, device="cpu"))
-            if len(points) > 1
-            else None
-        )
+        # of the CPU whatever the default device is; older torch needs the size on the meta device
+        owners = None
+        if len(points) > 1:
+            sizes = torch.tensor(self.sizes, device="cpu")
+            owners = torch.repeat_interleave(sizes, output_size=sum(self.sizes))
         self.owners = None if owners is None else owners.to(points[0].device)
 
     def split(self, X: Tensor) -> Tensor:
