@@ -128,6 +128,11 @@ def plain(report: certify.LipschitzReport, found: dict[str, Any]) -> dict[str, A
     return {**shown, "lipschitz": report.to_dict()}
 
 
+def _data_of(results: dict[str, Any]) -> str:
+    """The data set of a run, also of the demo's, whose settings do not name it."""
+    return results["settings"].get("data") or results["data"]["name"]
+
+
 def certify_command(
     path: Annotated[Path, typer.Argument(help="folder of a run, or its model.pt")],
     more: Annotated[
@@ -152,7 +157,7 @@ def certify_command(
     with one_line_errors(ValueError, TypeError, OSError, ImportError):
         model = runs.load_model(path)
         folder = path if path.is_dir() else path.parent
-        name = data or runs.load_results(folder)["settings"]["data"]
+        name = data or _data_of(runs.load_results(folder))
         if name not in RADII:
             raise ValueError(f"data must be one of {', '.join(RADII)}, got {name!r}")
         images = load(name, root)

@@ -229,6 +229,13 @@ def test_demo_writes_results_and_pictures(demo):
     assert report(runs.load_model(folder).network).layers[0].tau == 0.1
 
 
+def test_the_demos_network_can_be_certified(demo):
+    folder, _ = demo
+    result = invoke("certify", folder, "--eps", 0.1, "--no-attack")
+    assert result.exit_code == 0, result.output
+    assert "0.1" in result.output
+
+
 def test_demo_shows_a_method_that_diverges(tmp_path, monkeypatch):
     monkeypatch.setattr(demos, "load", lambda name: few_digits())
     result = invoke("demo", "--epochs", 1, "--seeds", 1, "--lr", 1e18, "--out", tmp_path)

@@ -82,7 +82,7 @@ class GeometryMemory:
         if not ok:
             raise GeometryError(
                 f"{label} is not on its manifold {manifold.name}: {reason}. If it was written to "
-                "on purpose, bring it back first: p.copy_(p.manifold.projx(p))"
+                "on purpose, bring it back first: p.data.copy_(p.manifold.projx(p))"
             )
         X.copy_(manifold.projx(X))
 

@@ -50,9 +50,11 @@ def accuracy_under_attack(
     check_callable("attack", attack, "a function (model, x, y, eps, **options)")
     size = check_integer("batch_size", batch_size, low=1)
     check_device("device", device)
-    check_instance("strengths", strengths, Iterable, "numbers")  # type: ignore[type-abstract]
+    check_instance("strengths", strengths, Iterable, "a list of numbers")  # type: ignore[type-abstract]
     if isinstance(strengths, (str, bytes)):
-        raise TypeError(f"strengths must be numbers, got {shown(strengths)}")
+        raise TypeError(
+            f"strengths must be a list of numbers, as [0.0, 0.1], got {shown(strengths)}"
+        )
     found, total = {check_number("strengths", eps, low=0): 0 for eps in strengths}, 0
     if mean is not None or std is not None:
         options |= {"mean": mean, "std": std}
