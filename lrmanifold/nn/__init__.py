@@ -1,9 +1,12 @@
 """Low-rank layers, and the conversion of whole models."""
 
 from .activations import MaxMin
+from .adapt import adapt, merge, set_adapter, unmerge
+from .adapted import AdaptedLayer
 from .adapter import LowRankAdapter, trained_state_dict
 from .attention import LowRankMultiheadAttention
 from .blocks import ConvexPotential, Patchify, Residual
+from .change import Change
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .conv_transpose import (
     LowRankConvTranspose1d,
@@ -21,6 +24,8 @@ from .structure import restructure, structure
 from .transposed import LowRankTransposedLinear
 
 __all__ = [
+    "AdaptedLayer",
+    "Change",
     "ConvexPotential",
     "Decision",
     "LowRankAdapter",
@@ -40,10 +45,14 @@ __all__ = [
     "Patchify",
     "Plan",
     "Residual",
+    "adapt",
     "densify",
     "factorize",
     "fold",
+    "merge",
     "restructure",
+    "set_adapter",
     "structure",
     "trained_state_dict",
+    "unmerge",
 ]

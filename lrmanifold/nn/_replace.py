@@ -11,6 +11,7 @@ from torch import nn
 from ._carry import carry_over
 from ._obstacles import Obstacles, has_hooks, listed
 from ._saver import mark
+from .adapted import AdaptedLayer
 from .adapter import LowRankAdapter
 from .attention import LowRankMultiheadAttention
 from .embedding import LowRankEmbedding
@@ -29,10 +30,15 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modul
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in replacements:
                 setattr(parent, name, replacements[id(child)])
+    after_replacing(model)
+    return model
+
+
+def after_replacing(model: nn.Module) -> None:
+    """What the model around replaced layers has to know."""
     for parent in model.modules():
         _avoid_fused_path(parent)
         mark(parent)
-    return model
 
 
 def replace_low_rank(
@@ -53,13 +59,16 @@ def replace_low_rank(
     replaced stays as it is, and a warning names it.
     """
     obstacles = Obstacles(model)
-    adapters = [m for m in model.modules() if isinstance(m, LowRankAdapter)]
+    adapters: list[Any] = [m for m in model.modules() if isinstance(m, LowRankAdapter)]
     inner = {id(m.update) for m in adapters}
+    adapted = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+    for module in adapted:  # replaced with what is in it
+        inner.update(id(m) for m in module.modules() if m is not module)
     names = {id(m): name for name, m in model.named_modules()}
     whole = _attentions(model, obstacles) if dense else {}
     for attention in whole.values():  # replaced with what is in it
         inner.update(id(m) for m in attention.modules())
-    adapters = [m for m in adapters if id(m) not in inner]
+    adapters = [m for m in [*adapters, *adapted] if id(m) not in inner]
     layers = [m for m in model.modules() if isinstance(m, LowRankLayer) and id(m) not in inner]
     by_weight: dict[int, list[LowRankLayer]] = {}
     for layer in layers:
@@ -71,7 +80,7 @@ def replace_low_rank(
         common = next((reasons[id(m)] for m in group if reasons[id(m)]), "")
         reasons.update({id(m): reasons[id(m)] or common for m in group})
     replacements: dict[int, nn.Module] = {key: m.to_dense() for key, m in whole.items()}
-    replacements.update({id(m): m.merge() for m in adapters if not reasons[id(m)]})
+    replacements.update({id(m): _merged(m) for m in adapters if not reasons[id(m)]})
     for layer in layers:
         if not reasons[id(layer)]:
             replacements[id(layer)] = make(layer)
@@ -86,6 +95,10 @@ def replace_low_rank(
         if new is not None and adapter.bias is not None:
             adapter.bias.requires_grad_(True)  # that of `new` now, trainable as its weight is
     return model
+
+
+def _merged(adapter: Any) -> nn.Module:
+    return adapter.to_dense() if isinstance(adapter, AdaptedLayer) else adapter.merge()
 
 
 def _attentions(model: nn.Module, obstacles: Obstacles) -> dict[int, LowRankMultiheadAttention]:
@@ -109,6 +122,8 @@ def _reason(
 ) -> str:
     if reason := obstacles.of(module):
         return reason
+    if isinstance(module, AdaptedLayer):
+        return _reason_of_adapted(module, obstacles)
     own = "weight" in vars(module) or module._parameters.get("weight") is None
     if own or (needs_bias and "bias" in vars(module)):
         return "its weight or bias is computed by a hook (weight_norm, prune, ...)"
@@ -124,6 +139,15 @@ def _reason(
     if len(others) > len(group) - 1 or len(kinds) > 1:
         return f"its weight shares memory with {listed(others)}"
     return ""
+
+
+def _reason_of_adapted(module: AdaptedLayer, obstacles: Obstacles) -> str:
+    base = module.base_layer
+    if not isinstance(base, LowRankLayer) and (reason := module.why_not_merge()):
+        return reason
+    if others := obstacles.ties.get((id(base), "weight")):
+        return f"the weight it adapts is tied to {listed(others)}: merging would untie them"
+    return obstacles.of(base) or ("its base has hooks" if has_hooks(base) else "")
 
 
 def _say(verb: str, reasons: Mapping[str, str], none: bool) -> None:

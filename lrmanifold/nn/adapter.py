@@ -10,16 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from .. import linalg
-from .._arguments import check_choice, check_instance, check_module
-from ..factors import unpack
+from .._arguments import check_instance, check_module
 from ._carry import carry_over
 from ._obstacles import weight_defect
-from ._whole import WholeWeight
-from .linear import LowRankLinear
+from .change import Change
 
 
-class LowRankAdapter(WholeWeight):
+class LowRankAdapter(Change):
     r"""A frozen ``nn.Linear`` plus a trained update ΔW = U S Vᵀ - U₀ S₀ V₀ᵀ that starts at zero.
 
     **Zero start and a condition number.** A product B A that starts at B = 0 (LoRA) has no
@@ -96,36 +93,25 @@ class LowRankAdapter(WholeWeight):
         dtype: torch.dtype | None = None,
         **geometry: Any,
     ) -> None:
-        super().__init__()
         _check(dense)
-        check_choice("init", init, ("random", "svd"))
-        self.in_features, self.out_features = dense.in_features, dense.out_features
-        update = LowRankLinear(
-            self.in_features,
-            self.out_features,
+        super().__init__(
+            dense.in_features,
+            dense.out_features,
             rank,
-            bias=False,
+            weight=dense.weight,
             tau=tau,
+            init=init,
             device=dense.weight.device,
             dtype=dtype or dense.weight.dtype,
             **geometry,
         )
-        if not dense.weight.is_meta:
-            _place(update, dense.weight.detach(), init)
         # Frozen last: an error above leaves the dense layer as it was.
         dense.requires_grad_(False)
         # Not by register_parameter, for which the property is an attribute of that name.
         self._parameters["weight"] = dense.weight  # type: ignore[assignment]
         self._keep(dense.weight)
         carry_over(dense, self)
-        self.update = update
-        self.register_buffer("start", update.weight.detach().as_subclass(Tensor).clone())
         self.train(dense.training)
-
-    @property
-    def rank(self) -> int:
-        """Rank of the trained point; ΔW has up to twice as much."""
-        return self.update.rank
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -139,12 +125,9 @@ class LowRankAdapter(WholeWeight):
         For code that reads ``layer.weight`` instead of calling the layer, as torch's transformer
         and attention do. Of the dtype of W.
         """
-        W, start = self.base_weight, self.start
-        wide = torch.promote_types(W.dtype, linalg.compute_dtype(start.dtype))
-        now = self.update.manifold.to_dense(self.update.weight.to(wide))
-        U, S, V = unpack(start.to(wide), self.out_features, self.in_features)
-        # In this order the difference is exactly 0 at the start.
-        return (W.to(wide) + (now - U @ S @ V.mT)).to(W.dtype)
+        W = self.base_weight
+        change = self.dense_change(W.dtype)
+        return (W.to(change.dtype) + change).to(W.dtype)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -156,21 +139,7 @@ class LowRankAdapter(WholeWeight):
     def forward(self, x: Tensor) -> Tensor:
         """W x + b + (U S Vᵀ - U₀ S₀ V₀ᵀ) x for x of shape (..., in_features)."""
         y = F.linear(x, self._parameters["weight"], self.bias)  # type: ignore[arg-type]
-        x = x.to(self.start.dtype)
-        U, S, V = unpack(self.start, self.out_features, self.in_features)
-        before = self.update._last(self.update._first(x, V), U, S, None)
-        return y + (self.update(x) - before).to(y.dtype)
-
-    @torch.no_grad()
-    def delta(self) -> Tensor:
-        """The update ΔW, dense, shape (out_features, in_features), in at least float32."""
-        wide = linalg.compute_dtype(self.start.dtype)
-        now, start = (
-            unpack(X.detach().to(wide), self.out_features, self.in_features)
-            for X in (self.update.weight, self.start)
-        )
-        left = torch.cat((now.U @ now.S, -start.U @ start.S), -1)
-        return left @ torch.cat((now.V, start.V), -1).mT
+        return y + self._difference(x.to(self.start.dtype)).to(y.dtype)
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -192,41 +161,13 @@ class LowRankAdapter(WholeWeight):
         return merged.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankAdapter:
-        before = self.start.dtype
         super()._apply(fn, recurse)
         self._keep(self._parameters["weight"])
-        if self.start.dtype != before:
-            self._remove_rounding()
         return self
 
-    def _remove_rounding(self) -> None:
-        """What the update does after a change of dtype, the start does too: ΔW stays the same."""
-        if not self.start.is_meta and self.update._defect(self.start) is not None:
-            with torch.no_grad():
-                self.start.copy_(self.update.manifold.projx(self.start))
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        rest = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        self._run_load_hooks(state_dict, *rest)
-        start, update = (state_dict.get(prefix + key) for key in ("start", "update.weight"))
-        if (start is None) != (update is None):
-            lacks, has = ("start", "update.weight") if start is None else ("update.weight", "start")
-            error_msgs.append(
-                f"{prefix}{lacks} is missing, and {prefix}{has} means nothing without it: save an "
-                "adapter by lrmanifold.nn.trained_state_dict(model), which keeps both"
-            )
-            state_dict.pop(prefix + "update.weight", None)
-            return
-        if isinstance(start, Tensor) and start.ndim == 2 and start.shape != self.start.shape:
-            m, n, r = self.out_features, self.in_features, start.shape[1]
-            if start.shape[0] == m + r + n and 1 <= r <= min(m, n):
-                self.start = self.start.new_empty(start.shape)  # of another rank
-        self._load_without_hooks(state_dict, *rest)
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
         self._keep(self._parameters["weight"])
-        if isinstance(start, Tensor) and start.dtype != self.start.dtype:
-            self._remove_rounding()
 
     def extra_repr(self) -> str:
         return (
@@ -238,10 +179,10 @@ class LowRankAdapter(WholeWeight):
 def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What training has changed in a model with frozen parts: much smaller than its state dict.
 
-    All parameters that require gradients, and for each :class:`LowRankAdapter` the point it started
-    from, without which its update means nothing. Load it by
-    ``model.load_state_dict(state, strict=False)`` into the model with the same frozen parts.
-    Buffers of other modules (statistics of batch norms) are not in it.
+    All parameters that require gradients, and for each adapter (:class:`LowRankAdapter`, the active
+    one of :func:`adapt`, one of PEFT) the point it started from, without which its update means
+    nothing. Load it by ``model.load_state_dict(state, strict=False)`` into the model with the same
+    frozen parts. Buffers of other modules (statistics of batch norms) are not in it.
 
     Parameters
     ----------
@@ -255,7 +196,9 @@ def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
     check_module("model", model)
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, module in model.named_modules():
-        if isinstance(module, LowRankAdapter):
+        if not isinstance(module, Change):
+            continue
+        if isinstance(module, LowRankAdapter) or module.update.weight.requires_grad:
             prefix = f"{name}." if name else ""
             wanted |= {f"{prefix}update.weight", f"{prefix}start"}
     return {key: value for key, value in model.state_dict().items() if key in wanted}
@@ -278,19 +221,3 @@ def _check(dense: Any) -> None:
         reason = weight_defect(weight)
     if reason:
         raise ValueError(f"dense must be a plain Linear with a weight of its own, but {reason}")
-
-
-@torch.no_grad()
-def _place(update: LowRankLinear, W: Tensor, init: str) -> None:
-    """Give `update` its start; nothing but `update` is written."""
-    if not bool(torch.isfinite(W).all()):
-        raise ValueError("dense.weight must be finite, got NaN or Inf")
-    M, wide = update.manifold, torch.promote_types(W.dtype, torch.float32)
-    W = W.to(wide)
-    if init == "svd":
-        update.weight.copy_(M.from_dense(W))
-        return
-    size = float(torch.linalg.matrix_norm(W)) / min(M.m, M.n) ** 0.5
-    if size > 0:  # of a zero weight, the size of a fresh layer
-        S = M.unpack(update.weight.data).S
-        S.copy_(size * torch.eye(M.rank, dtype=S.dtype, device=S.device))

@@ -9,9 +9,9 @@ from torch import nn
 
 from .._arguments import check_instance, check_integer, check_module
 from ._replace import replace
-from .adapter import LowRankAdapter
 from .attention import LowRankMultiheadAttention
 from .candidates import Candidate, candidates
+from .change import Change
 from .kinds import kinds
 from .layer import LowRankLayer
 
@@ -47,7 +47,7 @@ def structure(model: nn.Module) -> dict[str, Any]:
     check_module("model", model)
     layers = {}
     for name, module in model.named_modules():
-        if isinstance(module, LowRankAdapter):
+        if isinstance(module, Change):
             raise ValueError(
                 f"model must hold no adapter, got one at {name!r}: save it by "
                 "lrmanifold.nn.trained_state_dict"

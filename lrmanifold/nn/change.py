@@ -1,0 +1,202 @@
+"""A trained change of a frozen weight that starts at zero: U S Vᵀ - U₀ S₀ V₀ᵀ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import linalg
+from .._arguments import check_choice, check_number
+from ..factors import unpack
+from ._whole import WholeWeight
+from .linear import LowRankLinear
+
+
+class Change(WholeWeight):
+    r"""ΔW = s (U S Vᵀ - U₀ S₀ V₀ᵀ), where U S Vᵀ is trained and the point it started from is kept.
+
+    What adapters of all kinds hold, one for each name. See :class:`LowRankAdapter` for why the
+    difference, and not a product that starts at zero.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        n and m of the weight that is changed.
+    rank : int
+        In 1..min(m, n).
+    weight : Tensor, shape (m, n), optional
+        The weight that is changed: where U S Vᵀ starts depends on it. Without it (it is quantized,
+        say) the start has the size that torch's own layer would have.
+    tau : float or None
+        The condition number of U S Vᵀ stays at most 1 + tau; None for no bound.
+    alpha : float, optional
+        The scale s is alpha / rank, as in LoRA; 1 by default.
+    dropout : float
+        Probability that an input of the change, not of the frozen layer, is set to 0 in training.
+    init : {"random", "svd"}
+        As in :class:`LowRankAdapter`; "svd" needs the weight.
+    device, dtype
+        As in torch.
+    **geometry
+        `gradient` and `retraction` of :class:`LowRankLinear`.
+
+    Attributes
+    ----------
+    update : LowRankLinear
+        The trained point U S Vᵀ.
+    start : Tensor, shape (m + r + n, r)
+        Buffer: the point at the start, packed.
+    change_scale, change_dropout : float
+    """
+
+    start: Tensor
+    # Of the class, so that a layer in an adapter's place does not inherit them. Long names: plain
+    # ones would hide buffers that hooks of a dense layer keep under them.
+    change_scale: float = 1.0
+    change_dropout: float = 0.0
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        weight: Tensor | None = None,
+        tau: float | None = 0.1,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        init: str = "random",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **geometry: Any,
+    ) -> None:
+        super().__init__()
+        check_choice("init", init, ("random", "svd"))
+        dropout = check_number("dropout", dropout, low=0, high=1, open_high=True)
+        if alpha is not None:
+            alpha = check_number("alpha", alpha, low=0, open_low=True)
+        self.in_features, self.out_features = in_features, out_features
+        update = LowRankLinear(
+            in_features,
+            out_features,
+            rank,
+            bias=False,
+            tau=tau,
+            device=device,
+            dtype=dtype,
+            **geometry,
+        )
+        if weight is None and init == "svd":
+            raise ValueError("init='svd' needs a weight with values, got none: use init='random'")
+        if not update.weight.is_meta:
+            _place(update, weight, init)
+        self.update = update
+        self.register_buffer("start", update.weight.detach().as_subclass(Tensor).clone())
+        if alpha is not None:
+            self.change_scale = alpha / update.rank
+        if dropout:
+            self.change_dropout = dropout
+
+    @property
+    def rank(self) -> int:
+        """Rank of the trained point; ΔW has up to twice as much."""
+        return self.update.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """ΔW x for x of shape (..., in_features), in the dtype of the change."""
+        x = x.to(self.start.dtype)
+        if self.change_dropout:
+            x = F.dropout(x, self.change_dropout, self.training)  # one mask for both terms
+        y = self._difference(x)
+        return y if self.change_scale == 1.0 else self.change_scale * y
+
+    def _difference(self, x: Tensor) -> Tensor:
+        U, S, V = unpack(self.start, self.out_features, self.in_features)
+        before = self.update._last(self.update._first(x, V), U, S, None)
+        # The same operations on the same numbers at the start: exactly 0.
+        return self.update(x) - before
+
+    def dense_change(self, dtype: torch.dtype | None = None) -> Tensor:
+        """ΔW, dense, shape (out_features, in_features), with gradients.
+
+        Of a dtype that holds both at least float32 and `dtype`.
+        """
+        wide = linalg.compute_dtype(self.start.dtype)
+        wide = wide if dtype is None else torch.promote_types(wide, dtype)
+        now = self.update.manifold.to_dense(self.update.weight.to(wide))
+        U, S, V = unpack(self.start.to(wide), self.out_features, self.in_features)
+        change = now - U @ S @ V.mT  # in this order exactly 0 at the start
+        return change if self.change_scale == 1.0 else self.change_scale * change
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """The change ΔW, dense, shape (out_features, in_features), in at least float32."""
+        wide = linalg.compute_dtype(self.start.dtype)
+        now, start = (
+            unpack(X.detach().to(wide), self.out_features, self.in_features)
+            for X in (self.update.weight, self.start)
+        )
+        left = torch.cat((now.U @ now.S, -start.U @ start.S), -1)
+        return self.change_scale * (left @ torch.cat((now.V, start.V), -1).mT)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Change:
+        before = self.start.dtype
+        super()._apply(fn, recurse)
+        if self.start.dtype != before:
+            self._remove_rounding()
+        return self
+
+    def _remove_rounding(self) -> None:
+        """What the update does after a change of dtype, the start does too: ΔW stays the same."""
+        if not self.start.is_meta and self.update._defect(self.start) is not None:
+            with torch.no_grad():
+                self.start.copy_(self.update.manifold.projx(self.start))
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        rest = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._run_load_hooks(state_dict, *rest)
+        start, update = (state_dict.get(prefix + key) for key in ("start", "update.weight"))
+        if (start is None) != (update is None):
+            lacks, has = ("start", "update.weight") if start is None else ("update.weight", "start")
+            error_msgs.append(
+                f"{prefix}{lacks} is missing, and {prefix}{has} means nothing without it: save an "
+                "adapter by lrmanifold.nn.trained_state_dict(model), which keeps both"
+            )
+            state_dict.pop(prefix + "update.weight", None)
+            return
+        if isinstance(start, Tensor) and start.ndim == 2 and start.shape != self.start.shape:
+            m, n, r = self.out_features, self.in_features, start.shape[1]
+            if start.shape[0] == m + r + n and 1 <= r <= min(m, n):
+                self.start = self.start.new_empty(start.shape)  # of another rank
+        self._load_without_hooks(state_dict, *rest)
+        if isinstance(start, Tensor) and start.dtype != self.start.dtype:
+            self._remove_rounding()
+
+    def extra_repr(self) -> str:
+        return f"scale={self.change_scale:g}, dropout={self.change_dropout:g}"
+
+
+@torch.no_grad()
+def _place(update: LowRankLinear, W: Tensor | None, init: str) -> None:
+    """Give `update` its start; nothing but `update` is written."""
+    M = update.manifold
+    if W is None or W.is_meta:
+        size = math.sqrt(M.m / (3.0 * min(M.m, M.n)))  # torch's entries have variance 1/(3 n)
+    else:
+        if not bool(torch.isfinite(W).all()):
+            raise ValueError("dense.weight must be finite, got NaN or Inf")
+        W = W.detach().to(torch.promote_types(W.dtype, torch.float32))
+        if init == "svd":
+            update.weight.copy_(M.from_dense(W))
+            return
+        size = float(torch.linalg.matrix_norm(W)) / min(M.m, M.n) ** 0.5
+    if size > 0:  # of a zero weight, the size of a fresh layer
+        S = M.unpack(update.weight.data).S
+        S.copy_(size * torch.eye(M.rank, dtype=S.dtype, device=S.device))

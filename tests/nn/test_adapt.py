@@ -1,0 +1,187 @@
+"""Adapters of whole models: nothing at the start, named, switched, merged and taken out again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import lrmanifold as lrm
+from lrmanifold.nn import AdaptedLayer, LowRankLinear
+
+
+def network(dtype=torch.float32) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(9, 12), nn.Tanh(), nn.Linear(12, 8, bias=False), nn.Linear(8, 3)
+    ).to(dtype)
+
+
+def train(model: nn.Module, steps: int = 8) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = lrm.optim.CondLR(trained, lr=0.05)
+    dtype = next(model.parameters()).dtype
+    for _ in range(steps):
+        optimizer.zero_grad()
+        x = torch.randn(16, 9, dtype=dtype)
+        (model(x) - x[:, :3]).square().mean().backward()
+        optimizer.step()
+
+
+def layers(model: nn.Module) -> list[AdaptedLayer]:
+    return [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+
+
+@given(
+    rank=st.integers(1, 20),
+    tau=st.one_of(st.none(), st.floats(0, 3)),
+    alpha=st.one_of(st.none(), st.floats(0.1, 40)),
+    dropout=st.sampled_from([0.0, 0.5]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    init=st.sampled_from(["random", "svd"]),
+)
+def test_outputs_stay_to_the_bit_and_only_the_adapter_trains(
+    rank, tau, alpha, dropout, dtype, init
+):
+    model = network(dtype)
+    x = torch.randn(4, 9, dtype=dtype)
+    before, weight = model(x), model[0].weight
+    lrm.nn.adapt(model, rank, tau=tau, alpha=alpha, dropout=dropout, init=init)
+    assert torch.equal(model(x), before)
+    assert torch.equal(model.eval()(x), before)
+    assert model[0].base_layer.weight is weight
+    assert type(model[3]) is nn.Linear  # the output layer
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{i}.changes.default.update.weight" for i in (0, 2)}
+    scale = 1.0 if alpha is None else alpha / min(rank, 9)
+    assert model[0].changes["default"].change_scale == pytest.approx(scale)
+
+
+@given(alpha=st.floats(0.1, 8), seed=st.integers(0, 99), keep=st.booleans())
+def test_the_function_is_that_of_the_dense_sum_before_and_after_merging(alpha, seed, keep):
+    torch.manual_seed(seed)
+    model = network(torch.float64)
+    frozen = copy.deepcopy(model)
+    lrm.nn.adapt(model, 3, alpha=alpha)
+    train(model)
+    for i in (0, 2):
+        change = model[i].changes["default"]
+        U, S, V = (t.detach() for t in change.update.factors)
+        r, m = 3, change.out_features
+        start = change.start[:m] @ change.start[m : m + r] @ change.start[m + r :].T
+        frozen[i].weight.data += alpha / r * (U @ S @ V.T - start)
+        s = torch.linalg.svdvals(S)
+        assert float(s[0] / s[-1]) <= 1.1 + 1e-9
+    x = torch.randn(5, 9, dtype=torch.float64)
+    weights = [copy.deepcopy(layer.base_layer.weight) for layer in layers(model)]
+    torch.testing.assert_close(model(x), frozen(x))
+    torch.testing.assert_close(model[0].weight, frozen[0].weight)
+    assert lrm.nn.merge(model, keep=keep) is model
+    torch.testing.assert_close(model(x), frozen(x))
+    torch.testing.assert_close(model[2].base_layer.weight, frozen[2].weight)
+    with pytest.raises(RuntimeError, match="merged cannot be saved"):
+        model.state_dict()
+    with pytest.raises(ValueError, match=r"no adapter of model may be merged, got 'default'"):
+        lrm.nn.set_adapter(model, None)
+    dense = lrm.densify(copy.deepcopy(model))
+    assert [type(m) for m in dense] == [nn.Linear, nn.Tanh, nn.Linear, nn.Linear]
+    torch.testing.assert_close(dense(x), frozen(x))
+    lrm.nn.unmerge(model)
+    for layer, W in zip(layers(model), weights, strict=True):
+        assert not keep or torch.equal(layer.base_layer.weight, W)
+        torch.testing.assert_close(layer.base_layer.weight, W)
+    torch.testing.assert_close(lrm.densify(model)(x), frozen(x))
+    with pytest.raises(ValueError, match="must have adapters"):
+        lrm.nn.unmerge(model)
+
+
+def test_named_adapters_share_one_base_and_do_not_touch_each_other():
+    model = network()
+    x = torch.randn(5, 9)
+    base = model(x)
+    lrm.nn.adapt(model, 2, name="a")
+    train(model)
+    a = model(x)
+    lrm.nn.adapt(model, 3, include="0", name="b")
+    assert torch.equal(model(x), base)
+    train(model)
+    b = model(x)
+    assert not torch.equal(a, b)
+    lrm.nn.set_adapter(model, "a")
+    assert torch.equal(model(x), a)
+    assert set(lrm.nn.trained_state_dict(model)) == {
+        f"{i}.changes.a.{key}" for i in (0, 2) for key in ("start", "update.weight")
+    }
+    lrm.nn.set_adapter(model, None)
+    assert torch.equal(model(x), base)
+    assert not any(p.requires_grad for p in model.parameters())
+    lrm.nn.set_adapter(model, "b")
+    assert torch.equal(model(x), b)
+    with pytest.raises(ValueError, match=r"one of \['a', 'b'\], got 'c'"):
+        lrm.nn.set_adapter(model, "c")
+    with pytest.raises(ValueError, match="name must be new, got 'a'"):
+        lrm.nn.adapt(model, 2, name="a")
+
+
+def test_what_was_trained_is_small_and_comes_back():
+    frozen = network()
+    model = lrm.nn.adapt(copy.deepcopy(frozen), 2, alpha=4)
+    train(model)
+    state = {k: v.clone() for k, v in lrm.nn.trained_state_dict(model).items()}
+    again = lrm.nn.adapt(copy.deepcopy(frozen), 2, alpha=4)
+    again.load_state_dict(state, strict=False)
+    x = torch.randn(5, 9)
+    assert torch.equal(again(x), model(x))
+    state.pop("0.changes.default.start")
+    with pytest.raises(RuntimeError, match=r"start is missing"):
+        again.load_state_dict(state, strict=False)
+
+
+def test_low_rank_bases_stay_frozen_and_are_densified_but_not_merged():
+    model = lrm.factorize(network(torch.float64), 2, keep_larger=True)
+    lrm.nn.adapt(model, 2)
+    assert isinstance(model[0].base_layer, LowRankLinear)
+    train(model)
+    x = torch.randn(5, 9, dtype=torch.float64)
+    expected = model(x)
+    with pytest.raises(ValueError, match="low-rank and would not stay so"):
+        lrm.nn.merge(model)
+    torch.testing.assert_close(lrm.densify(model)(x), expected)
+    assert type(model[0]) is nn.Linear
+
+
+def test_tied_and_hooked_layers():
+    model = nn.ModuleDict({"embed": nn.Embedding(20, 9), "head": nn.Linear(9, 20, bias=False)})
+    model["head"].weight = model["embed"].weight
+    lrm.nn.adapt(model, 2, include="head")
+    before = model["embed"].weight.clone()
+    with pytest.raises(ValueError, match=r"tied to 'embed\.weight'"):
+        lrm.nn.merge(model)
+    assert torch.equal(model["embed"].weight, before)
+    hooked = network()
+    hooked[0].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="left alone 0: it has hooks"):
+        lrm.nn.adapt(hooked, 2, include=["0", "2"])
+    assert [type(m) for m in hooked][:3] == [nn.Linear, nn.Tanh, AdaptedLayer]
+
+
+def test_wrong_arguments_change_nothing():
+    model = network()
+    cases = [
+        ({"rank": 0}, ValueError, "rank must be"),
+        ({"rank": 2, "include": "nothing"}, ValueError, "include pattern 'nothing' matches no"),
+        ({"rank": 2, "name": "a.b"}, ValueError, "name must be a word without a dot"),
+        ({"rank": 2, "name": "keys"}, ValueError, "name must be a word"),
+        ({"rank": 2, "alpha": 0.0}, ValueError, "alpha must be"),
+        ({"rank": 2, "dropout": 1.0}, ValueError, "dropout must be"),
+        ({"rank": 2, "tau": -1.0}, ValueError, "tau must be"),
+        ({"rank": 2, "exclude": "*"}, ValueError, "must have a linear layer to adapt"),
+    ]
+    for options, kind, words in cases:
+        with pytest.raises(kind, match=words):
+            lrm.nn.adapt(model, **options)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not layers(model)
