@@ -185,3 +185,13 @@ def test_wrong_arguments_change_nothing():
             lrm.nn.adapt(model, **options)
     assert all(p.requires_grad for p in model.parameters())
     assert not layers(model)
+
+
+def test_dropout_changes_a_trained_adapter_in_training_only():
+    model = network()
+    lrm.nn.adapt(model, 4, dropout=0.5)
+    train(model)
+    x = torch.randn(64, 9)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
