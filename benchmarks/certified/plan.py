@@ -218,3 +218,7 @@ def blocks(seeds: int = 5) -> Iterator[tuple[str, list[Any]]]:
     yield "fashion0.25", list(elsewhere())
     yield "fashion1.0", [fashion_folds(seed) for seed in range(seeds)]
     yield "cifar36", [tree(seed) for seed in range(min(3, seeds))]
+    yield (
+        "cifar36-long",
+        [tree(seed, group="cifar36-long", epochs=30) for seed in range(min(3, seeds))],
+    )

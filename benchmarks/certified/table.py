@@ -15,6 +15,7 @@ TITLES = {
     "fashion0.25": "Fashion-MNIST, l2 radius 0.25, 10 epochs, rates chosen on MNIST",
     "fashion1.0": "Fashion-MNIST, l2 radius 1.0, network and rate of MNIST at 1.58, 5 epochs",
     "cifar36": "CIFAR-10 (re-encoded as JPEG), l2 radius 36/255",
+    "cifar36-long": "CIFAR-10 (re-encoded as JPEG), l2 radius 36/255, 30 epochs",
 }
 Key = tuple[str, str, tuple[int, ...], int, tuple[Any, ...]]
 
