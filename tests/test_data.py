@@ -187,7 +187,7 @@ def test_absent_data_tells_where_it_looked_and_what_it_needs(name, tmp_path, mon
         load(name)
     with pytest.raises(DataError, match=f"looked in {tmp_path}"):
         load(name, tmp_path)
-    with pytest.raises(DataError, match="root is no folder"):
+    with pytest.raises(DataError, match=r"root \(--root\) is no folder"):
         load(name, tmp_path / "nowhere")
     monkeypatch.setenv(VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match=f"{VARIABLE} is no folder"):
