@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import check_dtype
-from ..nn._saver import KEY
+from ..nn.saver import KEY
 from ..nn.structure import restructure
 from ..precision import STORAGE_DTYPES
 

@@ -10,13 +10,13 @@ from torch import nn
 
 from ._carry import carry_over
 from ._obstacles import Obstacles, has_hooks, listed
-from ._saver import mark
 from .adapted import AdaptedLayer
 from .adapter import LowRankAdapter
 from .attention import LowRankMultiheadAttention
 from .embedding import LowRankEmbedding
 from .layer import LowRankLayer
 from .linear import LowRankLinear
+from .saver import mark
 
 
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:

@@ -12,26 +12,17 @@ from torch.nn import functional as F
 from .._arguments import check_choice, check_flag, check_integer
 from ..factors import pack, unpack
 from ..manifolds.fixed_rank import Gradient
-from ._obstacles import check_dense
-from .layer import INITS, LowRankLayer, make_manifold
+from .kernels import KernelLayer, sizes
+from .layer import make_manifold
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-def _sizes(name: str, value: Any, dims: int, low: int) -> tuple[int, ...]:
-    """One integer for all dimensions, or one for each."""
-    if not isinstance(value, (tuple, list)):
-        return (check_integer(name, value, low=low),) * dims
-    if len(value) != dims:
-        raise ValueError(f"{name} must be an integer or {dims} integers, got {value!r}")
-    return tuple(check_integer(f"{name}[{i}]", v, low=low) for i, v in enumerate(value))
-
-
-class _LowRankConvNd(LowRankLayer):
+class _LowRankConvNd(KernelLayer):
     """Shared by the three dimensions; see :class:`LowRankConv2d`."""
 
     _version = 2
-    _dense_class: ClassVar[type[nn.Module]]
+    _options = ("stride", "padding", "dilation", "groups", "bias", "padding_mode")
     _convolve: ClassVar[Any]
 
     def __init__(
@@ -59,11 +50,11 @@ class _LowRankConvNd(LowRankLayer):
         groups = check_integer("groups", groups, low=1)
         bias = check_flag("bias", bias)
         dims = int(self._dense_class.__name__[-2])
-        kernel_size = _sizes("kernel_size", kernel_size, dims, 1)
-        stride = _sizes("stride", stride, dims, 1)
-        dilation = _sizes("dilation", dilation, dims, 1)
+        kernel_size = sizes("kernel_size", kernel_size, dims, 1)
+        stride = sizes("stride", stride, dims, 1)
+        dilation = sizes("dilation", dilation, dims, 1)
         if not isinstance(padding, str):
-            padding = _sizes("padding", padding, dims, 0)
+            padding = sizes("padding", padding, dims, 0)
         check_choice("padding_mode", padding_mode, _PADDING_MODES)
         # torch's own layer, without storage, validates the rest and works out the padding.
         dense: Any = self._dense_class(
@@ -133,59 +124,6 @@ class _LowRankConvNd(LowRankLayer):
         mix = (U if S is None else U @ S).reshape(self.out_channels, -1, *ones)
         return type(self)._convolve(z, mix, bias, 1, 0, 1, self.groups)
 
-    @classmethod
-    def from_dense(cls, module: nn.Module, rank: int, *, init: str = "svd", **geometry: Any):
-        """A low-rank convolution from a dense one, by the SVD of its matricised kernel.
-
-        Parameters
-        ----------
-        module : nn.Conv1d, nn.Conv2d or nn.Conv3d
-            Of this layer's dimension.
-        rank : int
-            In 1..min(out_channels/groups, in_channels/groups * prod(kernel_size)).
-        init : {"svd", "random"}
-        **geometry
-            As in :meth:`LowRankLinear.from_dense`.
-        """
-        check_dense("module", module, cls._dense_class)
-        check_choice("init", init, INITS)
-        dense: Any = module
-        layer = cls(
-            dense.in_channels,
-            dense.out_channels,
-            dense.kernel_size,
-            rank,
-            dense.stride,
-            dense.padding,
-            dense.dilation,
-            dense.groups,
-            dense.bias is not None,
-            dense.padding_mode,
-            **geometry,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        )
-        layer._take_over(dense, init)
-        return layer
-
-    def to_dense(self) -> nn.Module:
-        """torch's convolution with the same function."""
-        dense = self._dense_class(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
-        self._hand_over(dense)
-        return dense
-
     @property
     def dense_shape(self) -> tuple[int, ...]:
         """(out_channels, in_channels / groups, *kernel_size)."""
@@ -210,24 +148,6 @@ class _LowRankConvNd(LowRankLayer):
         """The inverse of :meth:`matricised`."""
         kernel = matrix.reshape(self.out_channels, *self.kernel_size, -1)
         return kernel.movedim(-1, 1).contiguous()
-
-    def extra_repr(self) -> str:
-        parts = [
-            f"{self.in_channels}, {self.out_channels}",
-            f"kernel_size={self.kernel_size}",
-            f"stride={self.stride}",
-        ]
-        for name, default in (("padding", (0,)), ("dilation", (1,))):
-            value = getattr(self, name)
-            if value != default * len(self.kernel_size):
-                parts.append(f"{name}={value!r}")
-        if self.groups != 1:
-            parts.append(f"groups={self.groups}")
-        if self.bias is None:
-            parts.append("bias=False")
-        if self.padding_mode != "zeros":
-            parts.append(f"padding_mode={self.padding_mode!r}")
-        return ", ".join([*parts, self._geometry_repr()])
 
 
 class LowRankConv1d(_LowRankConvNd):

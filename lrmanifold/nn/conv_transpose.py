@@ -9,17 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._arguments import check_choice, check_flag, check_integer
+from .._arguments import check_flag, check_integer
 from ..manifolds.fixed_rank import Gradient
-from ._obstacles import check_dense
-from .conv import _sizes
-from .layer import INITS, LowRankLayer, make_manifold
+from .kernels import KernelLayer, sizes
+from .layer import make_manifold
 
 
-class _LowRankConvTransposeNd(LowRankLayer):
+class _LowRankConvTransposeNd(KernelLayer):
     """Shared by the three dimensions; see :class:`LowRankConvTranspose2d`."""
 
-    _dense_class: ClassVar[type[nn.Module]]
+    _options = (
+        "stride",
+        "padding",
+        "output_padding",
+        "groups",
+        "bias",
+        "dilation",
+        "padding_mode",
+    )
     _mix: ClassVar[Any]
     _spread: ClassVar[Any]
 
@@ -53,13 +60,13 @@ class _LowRankConvTransposeNd(LowRankLayer):
         dense: Any = self._dense_class(
             in_channels,
             out_channels,
-            _sizes("kernel_size", kernel_size, dims, 1),
-            _sizes("stride", stride, dims, 1),
-            _sizes("padding", padding, dims, 0),
-            _sizes("output_padding", output_padding, dims, 0),
+            sizes("kernel_size", kernel_size, dims, 1),
+            sizes("stride", stride, dims, 1),
+            sizes("padding", padding, dims, 0),
+            sizes("output_padding", output_padding, dims, 0),
             groups,
             bias,
-            _sizes("dilation", dilation, dims, 1),
+            sizes("dilation", dilation, dims, 1),
             padding_mode,
             device="meta",
         )
@@ -134,61 +141,6 @@ class _LowRankConvTransposeNd(LowRankLayer):
         """The columns of U as filters, shape (groups * r, out_channels / groups, *kernel_size)."""
         return U.mT.reshape(-1, self.out_channels // self.groups, *self.kernel_size)
 
-    @classmethod
-    def from_dense(cls, module: nn.Module, rank: int, *, init: str = "svd", **geometry: Any):
-        """A low-rank transposed convolution from a dense one.
-
-        Parameters
-        ----------
-        module : nn.ConvTranspose1d, nn.ConvTranspose2d or nn.ConvTranspose3d
-            Of this layer's dimension.
-        rank : int
-            In 1..min(out_channels/groups * prod(kernel_size), in_channels/groups).
-        init : {"svd", "random"}
-        **geometry
-            As in :meth:`LowRankLinear.from_dense`.
-        """
-        check_dense("module", module, cls._dense_class)
-        check_choice("init", init, INITS)
-        dense: Any = module
-        layer = cls(
-            dense.in_channels,
-            dense.out_channels,
-            dense.kernel_size,
-            rank,
-            dense.stride,
-            dense.padding,
-            dense.output_padding,
-            dense.groups,
-            dense.bias is not None,
-            dense.dilation,
-            dense.padding_mode,
-            **geometry,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        )
-        layer._take_over(dense, init)
-        return layer
-
-    def to_dense(self) -> nn.Module:
-        """torch's transposed convolution with the same function."""
-        dense = self._dense_class(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.output_padding,
-            self.groups,
-            self.bias is not None,
-            self.dilation,
-            self.padding_mode,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
-        self._hand_over(dense)
-        return dense
-
     @property
     def dense_shape(self) -> tuple[int, ...]:
         """(in_channels, out_channels / groups, *kernel_size)."""
@@ -210,22 +162,6 @@ class _LowRankConvTransposeNd(LowRankLayer):
 
     def _is_dense(self, value: Tensor) -> bool:
         return tuple(value.shape) == self.dense_shape
-
-    def extra_repr(self) -> str:
-        parts = [
-            f"{self.in_channels}, {self.out_channels}",
-            f"kernel_size={self.kernel_size}",
-            f"stride={self.stride}",
-        ]
-        for name, default in (("padding", (0,)), ("output_padding", (0,)), ("dilation", (1,))):
-            value = getattr(self, name)
-            if value != default * len(self.kernel_size):
-                parts.append(f"{name}={value!r}")
-        if self.groups != 1:
-            parts.append(f"groups={self.groups}")
-        if self.bias is None:
-            parts.append("bias=False")
-        return ", ".join([*parts, self._geometry_repr()])
 
 
 class LowRankConvTranspose1d(_LowRankConvTransposeNd):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._arguments import check_numbers
 from .adam_step import adam, adamw
 from .items import Rule
 from .optimizer import GeometricOptimizer
@@ -83,9 +82,3 @@ class CondLRAdam(GeometricOptimizer):
             "capturable": capturable,
         }
         super().__init__(params, defaults, distribute=distribute)
-
-    def _check_options(self, group: dict[str, Any]) -> None:
-        super()._check_options(group)
-        group["betas"] = check_numbers(
-            "betas", group["betas"], 2, low=0.0, high=1.0, open_high=True
-        )

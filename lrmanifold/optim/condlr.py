@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._arguments import check_choice, check_flag, check_number
+from .._arguments import check_choice, check_flag
 from .items import Rule
 from .optimizer import GeometricOptimizer
 from .step import Metric, condlr, sgd
@@ -89,7 +89,7 @@ class CondLR(GeometricOptimizer):
     Examples
     --------
     >>> model = lrmanifold.factorize(model, rank=0.2, tau=0.1)
-    >>> optimizer = lrmanifold.optim.CondLR(model.parameters(), lr=0.1, momentum=0.3)
+    >>> optimizer = lrmanifold.optim.CondLR(model.parameters(), lr=0.1, momentum=0.9)
     """
 
     rule = Rule(condlr, sgd, vectors=("momentum_buffer",), switch="momentum")
@@ -128,9 +128,6 @@ class CondLR(GeometricOptimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        group["momentum"] = check_number(
-            "momentum", group["momentum"], low=0.0, high=1.0, open_high=True
-        )
         check_choice("metric", group["metric"], ("exact", "scalar"))
         group["nesterov"] = check_flag("nesterov", group["nesterov"])
         if group["nesterov"] and not group["momentum"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._arguments import check_number, check_numbers
 from .adam_step import adamw
 from .items import Rule
 from .muon_step import muon
@@ -35,7 +34,7 @@ class CondLRMuon(GeometricOptimizer):
     params : iterable
         Parameters, named parameters, or groups (see :func:`lrmanifold.optim.param_groups`).
     lr : float or Tensor
-        Of low-rank weights 0.005 to 0.05 is usual; of others about 1e-3.
+        0.02 was best for low-rank weights in ``benchmarks/muon_width.py``; others take about 1e-3.
     momentum : float
         In [0, 1); of low-rank weights.
     nesterov : bool
@@ -120,12 +119,3 @@ class CondLRMuon(GeometricOptimizer):
             "capturable": capturable,
         }
         super().__init__(params, defaults, distribute=distribute)
-
-    def _check_options(self, group: dict[str, Any]) -> None:
-        super()._check_options(group)
-        group["momentum"] = check_number(
-            "momentum", group["momentum"], low=0.0, high=1.0, open_high=True
-        )
-        group["betas"] = check_numbers(
-            "betas", group["betas"], 2, low=0.0, high=1.0, open_high=True
-        )

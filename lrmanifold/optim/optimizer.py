@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import check_flag, check_number, check_rate
+from .._arguments import check_flag, check_number, check_numbers, check_rate
 from ..manifolds import FixedRank
 from ..parameter import gathered, is_sharded, manifold_of, sharded_like
 from ._watch import SkipWatch
@@ -84,6 +84,11 @@ class GeometricOptimizer(torch.optim.Optimizer):
         for key in self._flags:
             if key in group:
                 group[key] = check_flag(key, group[key])
+        share: dict[str, Any] = {"low": 0.0, "high": 1.0, "open_high": True}
+        if "momentum" in group:
+            group["momentum"] = check_number("momentum", group["momentum"], **share)
+        if "betas" in group:
+            group["betas"] = check_numbers("betas", group["betas"], 2, **share)
         margin = group.get("clip_margin", 0.0)
         check_number("clip_margin", margin, low=0.0, high=1.0, open_high=True)
         for p in group["params"]:
