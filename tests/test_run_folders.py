@@ -184,6 +184,8 @@ def test_ctrl_c_says_where_it_stopped_and_the_next_run_that_it_resumes(finished,
     def stopped(step: int, *options):
         script = (
             "import sys, os, signal, dataclasses\n"
+            # a job in the background of a shell inherits that Ctrl-C is ignored
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "sys.path.insert(0, os.environ['TESTS'])\n"
             "import test_run_folders as t, lrmanifold._commands as c, lrmanifold._train as tr\n"
             "from lrmanifold import cli\n"
