@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .._replaced import note_replaced
 from ._carry import carry_over
 from ._obstacles import Obstacles, has_hooks, listed
 from .adapted import AdaptedLayer
@@ -23,7 +24,9 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modul
     """Put ``replacements[id(old)]`` in the place of each old module; `model` or its replacement."""
     for module in list(model.modules()):
         if id(module) in replacements:
-            carry_over(module, replacements[id(module)])
+            old, new = list(module.parameters()), replacements[id(module)]
+            carry_over(module, new)
+            note_replaced(old, new.parameters())
     if id(model) in replacements:
         return replacements[id(model)]
     for parent in list(model.modules()):

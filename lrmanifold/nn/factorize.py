@@ -47,7 +47,7 @@ def factorize(
     tables of embeddings.
 
     Factorize first, then build the optimizer: one built before holds the old weights, and never
-    moves the new ones.
+    moves the new ones. A warning says so at its second step.
 
     The module tree and all names stay; a module used in several places is replaced once and stays
     shared. Biases are taken themselves, so that they stay tied to what they are tied to; hooks,

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ._stale import warn_of_stale_optimizer
 from ._watch import warn_of_foreign_optimizer
 from .accelerator import force_accelerator
 from .adam import CondLRAdam
@@ -21,6 +22,7 @@ from .schedule import OptionScheduler
 from .step import condlr_update
 
 register_optimizer_step_post_hook(warn_of_foreign_optimizer)
+register_optimizer_step_post_hook(warn_of_stale_optimizer)
 
 __all__ = [
     "DLRT",

@@ -1,0 +1,70 @@
+"""A warning about an optimizer that was built before ``factorize`` and moves nothing new."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._replaced import conversions, successors, was_replaced
+from .geometry import mark
+
+# For each optimizer: after how many conversions it was found to be in order.
+_in_order: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+# For each one that is not: what its old and the new parameters were like at its last step.
+_last: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def warn_of_stale_optimizer(optimizer: Any, *_: Any) -> None:
+    """Hook after every optimizer's step: warn once if it was built before a conversion.
+
+    Only if nothing else can be meant: the new parameters get gradients, neither they nor the
+    gradients of the old ones have changed since the optimizer's last step, and no optimizer that
+    exists holds any of the new ones.
+    """
+    count = conversions()
+    if not count or torch.compiler.is_compiling() or _in_order.get(optimizer) == count:
+        return
+    old = [p for p in _parameters(optimizer) if was_replaced(p)]
+    if not old:
+        _in_order[optimizer] = count
+        return
+    new = list({id(q): q for p in old for q in successors(p) if q.grad is not None}.values())
+    if not new:
+        return
+    known, now = _last.get(optimizer), (count, [_of_gradient(p) for p in old], [*map(mark, new)])
+    _last[optimizer] = now
+    if known is None or known[0] != count:
+        return
+    _in_order[optimizer] = count
+    if known != now or _held(new):
+        return
+    name = type(optimizer).__name__
+    warnings.warn(
+        f"{name} was built before factorize, densify or fold: {len(old)} of its parameters were "
+        f"replaced. No optimizer holds the {len(new)} new ones, so they do not move. Convert "
+        "the model first, then build the optimizer",
+        stacklevel=3,
+    )
+
+
+def _parameters(optimizer: Any) -> Iterator[Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])
+
+
+def _of_gradient(p: Tensor) -> Any:
+    """What changes when a parameter that is still used somewhere gets another gradient."""
+    return None if p.grad is None else (id(p.grad), p.grad._version)
+
+
+def _held(new: list[Tensor]) -> bool:
+    """Whether any optimizer that exists holds one of these; looked for once, at a suspicion."""
+    wanted = {id(q) for q in new}
+    # type(x), as x.__class__ would wake lazy objects
+    found = [x for x in gc.get_objects() if issubclass(type(x), torch.optim.Optimizer)]
+    return any(id(p) in wanted for x in found if hasattr(x, "param_groups") for p in _parameters(x))
