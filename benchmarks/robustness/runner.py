@@ -49,6 +49,8 @@ class Runner:
         Batches between two checkpoints.
     unregistered : bool
         Run though the plan is not committed; the rows say so.
+    keep : bool
+        Keep the networks of the test in `scratch`, ``KEY.network.pt``.
     """
 
     folder: Path
@@ -59,6 +61,7 @@ class Runner:
     save_every: int = 500
     unregistered: bool = False
     log: Log = print
+    keep: bool = False
 
     def __post_init__(self) -> None:
         path = self.folder / "plan.toml"
@@ -176,6 +179,8 @@ class Runner:
             self.log(f"run {family.name}, seed {seed}: diverged")
             return
         seconds = time.process_time() - began
+        if self.keep:
+            torch.save(trained.model, self.scratch / f"{key}.network.pt")
         data = self._dataset()
         source = self._source(seed) if self.plan.attack.transfer else None
         first = seed == self.plan.seeds[0]
