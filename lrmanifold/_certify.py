@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,11 +35,16 @@ ROOM = 1.2
 _STEPS = 30
 
 
-def parse_radii(words: Sequence[str], data: str) -> tuple[float, ...]:
-    """Radii as words, with or without commas, in increasing order; the usual ones if none."""
+def parse_radii(
+    words: Sequence[str], data: str, trained: Sequence[float] = ()
+) -> tuple[float, ...]:
+    """Radii as words, with or without commas, in increasing order.
+
+    If none, those that the run was `trained` for; if there are none, the usual ones of the data.
+    """
     parts = [part for word in words for part in str(word).replace(",", " ").split()]
     if not parts:
-        return RADII[data]
+        return tuple(trained) or RADII[data]
     try:
         found = sorted({float(part) for part in parts})
     except ValueError:
@@ -59,8 +67,12 @@ def certificate(
     *,
     attack: bool = True,
     progress: Callable[[int], Any] | None = None,
+    reach: float = 0.0,
 ) -> tuple[certify.LipschitzReport, dict[str, Any]]:
-    """The report of the network, and what is proved and what an attack finds on the test images."""
+    """The report of the network, and what is proved and what an attack finds on the test images.
+
+    The curve goes to 1.5 times the largest radius, or to 1.5 times `reach` if that is further.
+    """
     report = certify.lipschitz(model, data.image_shape)
     options: dict[str, Any] = {}
     if attack:
@@ -72,16 +84,20 @@ def certificate(
     found = certify.verified_accuracy(
         model, test, radii, bound=report, progress=progress, **options
     )
-    curve = [max(radii) * 1.5 * k / 40 for k in range(41)]
+    curve = [max(*radii, reach) * 1.5 * k / 40 for k in range(41)]
     found["curve"] = certify.verified_accuracy(model, test, curve, bound=report)["verified"]
     return report, found
 
 
 def figure(found: dict[str, Any], name: str) -> Any:
-    """Verified accuracy over the radius, the attacked one above it."""
-    curves: dict[str, Any] = {"proved": found["curve"]}
+    """Verified accuracy over the radius, the attacked one above it; keys are numbers or words."""
+
+    def numbers(shares: dict[Any, float]) -> dict[float, float]:
+        return {float(eps): share for eps, share in shares.items()}
+
+    curves: dict[str, Any] = {"proved": numbers(found["curve"])}
     if "attacked" in found:
-        curves["under PGD"] = {0.0: found["clean"], **found["attacked"]}
+        curves["under PGD"] = {0.0: found["clean"], **numbers(found["attacked"])}
     return viz.accuracy_curves(
         curves,
         title=f"Certificate on {name}",
@@ -128,6 +144,31 @@ def plain(report: certify.LipschitzReport, found: dict[str, Any]) -> dict[str, A
     return {**shown, "lipschitz": report.to_dict()}
 
 
+def earlier(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Certificates that a run has already, as :func:`plain` wrote them, the latest last."""
+    found = [results.get("certificate")]
+    with contextlib.suppress(OSError, ValueError):
+        found.append(json.loads(path.read_bytes()))
+    return [old for old in found if isinstance(old, dict) and isinstance(old.get("verified"), dict)]
+
+
+def joined(new: dict[str, Any], before: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`new` with the radii of earlier certificates of the same network and images."""
+    same = ("clean", "count", "bound")
+    parts = [old for old in before if all(_close(old.get(key), new[key]) for key in same)]
+    out = dict(new)
+    for key in ("verified", "attacked"):
+        shares = {e: share for part in [*parts, new] for e, share in part.get(key, {}).items()}
+        if shares:
+            out[key] = dict(sorted(shares.items(), key=lambda item: float(item[0])))
+    with_attack = [part["attack"] for part in [*parts, new] if "attack" in part]
+    return {**out, **({"attack": with_attack[-1]} if with_attack else {})}
+
+
+def _close(a: Any, b: float) -> bool:
+    return isinstance(a, (int, float)) and math.isclose(a, b, rel_tol=1e-6)
+
+
 def _data_of(results: dict[str, Any]) -> str:
     """The data set of a run, also of the demo's, whose settings do not name it."""
     return results["settings"].get("data") or results["data"]["name"]
@@ -139,7 +180,11 @@ def certify_command(
         list[str] | None, typer.Argument(help="further radii", show_default=False)
     ] = None,
     eps: Annotated[
-        list[str] | None, typer.Option(help='l2 radii, as "--eps .3 1.58" or "--eps .3,1.58"')
+        list[str] | None,
+        typer.Option(
+            help='l2 radii, as "--eps .3 1.58" or "--eps .3,1.58"; by default those that the run '
+            "was trained for, else the usual ones of its data"
+        ),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="data set, if not the one that the run was trained on")
@@ -152,31 +197,47 @@ def certify_command(
     """Prove which test images no small change can move into another class.
 
     Prints the Lipschitz bound of every layer and the verified accuracy at each l2 radius, and
-    writes certificate.json and certificate.png into the folder of the run.
+    writes certificate.json and certificate.png into the folder of the run. Radii certified before
+    stay in the files. With --data they are called certificate-DATA.json and certificate-DATA.png.
     """
     with one_line_errors(ValueError, TypeError, OSError, ImportError):
         model = runs.load_model(path)
         folder = path if path.is_dir() else path.parent
-        name = data or _data_of(runs.load_results(folder))
+        results = runs.load_results(folder)
+        own = _data_of(results)
+        name = data or own
         if name not in RADII:
             raise ValueError(f"data must be one of {', '.join(RADII)}, got {name!r}")
         images = load(name, root)
-        radii = parse_radii([*(eps or []), *(more or [])], name)
+        trained = results["settings"].get("certified", ()) if name == own else ()
+        radii = parse_radii([*(eps or []), *(more or [])], name, trained)
+        stem = "certificate" if name == own else f"certificate-{name}"
+        before = earlier(folder / f"{stem}.json", results if name == own else {})
         viz.need_matplotlib()
         count = len(images.test_y)
+    reach = max((float(e) for old in before for e in old["verified"]), default=0.0)
     with (
         one_line_errors(certify.BoundError, CertificationError),
         progress_bar("certify", -(-count // 500)) as (_, advance),
     ):
         report, found = certificate(
-            model, images, radii, attack=attack, progress=lambda done: advance()
+            model, images, radii, attack=attack, progress=lambda done: advance(), reach=reach
         )
     typer.echo(str(report))
     typer.echo(table(found))
+    new = plain(report, found)
+    whole = joined(new, before)
     with one_line_errors(OSError):
         runs.write_json(
-            folder / "certificate.json",
-            {"versions": runs.versions(), "data": describe(images), **plain(report, found)},
+            folder / f"{stem}.json",
+            {"versions": runs.versions(), "data": describe(images), **whole},
         )
-        runs.write_figure(folder / "certificate.png", figure(found, name))
-    typer.echo(f"written: certificate.json, certificate.png in {folder}")
+        runs.write_figure(folder / f"{stem}.png", figure(whole, name))
+    kept = [eps for eps in whole["verified"] if eps not in new["verified"]]
+    lost = {eps for old in before for eps in old["verified"]} - set(whole["verified"])
+    note = f"; radii of before are kept: {', '.join(kept)}" if kept else ""
+    if lost:
+        note = "; an earlier certificate was of another network, its radii are left out: " + (
+            ", ".join(sorted(lost, key=float))
+        )
+    typer.echo(f"written: {stem}.json, {stem}.png in {folder}{note}")

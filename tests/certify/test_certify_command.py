@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
+from lrmanifold import _certify as command
 from lrmanifold import cli
 from lrmanifold.experiments import methods, models, runs
 from lrmanifold.experiments.data import load
@@ -47,8 +49,9 @@ def test_certify_takes_radii_in_any_form(folder, words, capsys):
     assert "proved %" in out
     assert ("under PGD" in out) == bool(words)
     found = json.loads((folder / "certificate.json").read_text())
-    wanted = ["0.05", "0.2"] if words else ["0.1", "0.2", "0.4"]
-    assert list(found["verified"]) == wanted
+    wanted = ["0.05", "0.2"] if words else ["0.1", "0.3"]  # those it was trained for
+    assert f"{float(wanted[1]):.4g} " in out
+    assert set(wanted) <= set(found["verified"])
     assert found["data"]["name"] == "digits"
     # the same numbers as the library's
     model = runs.load_model(folder)
@@ -57,7 +60,63 @@ def test_certify_takes_radii_in_any_form(folder, words, capsys):
     digits = load("digits")
     test = (digits.test_x, digits.test_y)
     again = certify.verified_accuracy(model, test, [float(e) for e in wanted])
-    assert list(again["verified"].values()) == list(found["verified"].values())
+    assert list(again["verified"].values()) == [found["verified"][e] for e in wanted]
+
+
+def certify(folder, *words):
+    assert cli.main(["certify", str(folder), *words]) == 0
+    return json.loads((folder / "certificate.json").read_text())
+
+
+def copied(folder, tmp_path, certified=True):
+    """The run once more, with nothing certified beside its training."""
+    for name in ("model.pt", "results.json"):
+        shutil.copy(folder / name, tmp_path / name)
+    if not certified:
+        results = runs.load_results(tmp_path)
+        del results["certificate"], results["settings"]["certified"]
+        runs.write_results(tmp_path / "results.json", results)
+    return tmp_path
+
+
+def test_radii_certified_before_stay(folder, tmp_path, capsys):
+    run = copied(folder, tmp_path)
+    trained = runs.load_results(run)["certificate"]
+    found = certify(run, "--eps", ".05", "--no-attack")
+    assert list(found["verified"]) == ["0.05", "0.1", "0.3"]
+    assert found["attacked"] == trained["attacked"]
+    assert found["attack"] == trained["attack"]
+    assert max(map(float, found["curve"])) == pytest.approx(0.45)
+    assert "radii of before are kept: 0.1, 0.3" in capsys.readouterr().out
+    again = certify(run, "--eps", ".2,.05", "--no-attack")
+    assert list(again["verified"]) == ["0.05", "0.1", "0.2", "0.3"]
+    assert again["verified"]["0.1"] == trained["verified"]["0.1"]
+
+
+def test_a_run_that_was_not_trained_for_radii_gets_the_usual_ones(folder, tmp_path):
+    found = certify(copied(folder, tmp_path, certified=False), "--no-attack")
+    assert list(found["verified"]) == ["0.1", "0.2", "0.4"]
+
+
+def test_certificates_of_another_network_are_not_mixed_in(folder, tmp_path, capsys):
+    run = copied(folder, tmp_path, certified=False)
+    old = certify(run, "--eps", ".07", "--no-attack")
+    old["bound"] *= 1.01
+    (run / "certificate.json").write_text(json.dumps(old))
+    found = certify(run, "--eps", ".05", "--no-attack")
+    assert list(found["verified"]) == ["0.05"]
+    assert "of another network, its radii are left out: 0.07" in capsys.readouterr().out
+
+
+def test_other_data_have_a_certificate_of_their_own(folder, tmp_path, monkeypatch):
+    run = copied(folder, tmp_path)
+    mine = certify(run, "--eps", ".1", "--no-attack")
+    digits = load("digits")
+    monkeypatch.setattr(command, "load", lambda name, root: digits)
+    assert certify(run, "--eps", ".2", "--no-attack", "--data", "mnist") == mine
+    other = json.loads((run / "certificate-mnist.json").read_text())
+    assert list(other["verified"]) == ["0.2"]
+    assert (run / "certificate-mnist.png").exists()
 
 
 @pytest.mark.parametrize(
