@@ -154,7 +154,8 @@ def monitor(
     empty one otherwise, which TensorBoard, Weights & Biases or a CSV file take as it is. The keys
     are the same each time: ``step``; for each layer ``cond/<name>``, ``drift/<name>``
     (max |UᵀU - I|, |VᵀV - I|), ``sigma_max/<name>``, ``sigma_min/<name>``, ``rank/<name>``; the
-    worst of all layers ``cond`` and ``drift``; with an optimizer ``skipped_steps``.
+    worst of all layers ``cond`` and ``drift``; with an optimizer ``skipped_steps``, how many steps
+    it has left out so far.
 
     A measurement costs one r x r SVD without vectors and 2 (m + n) r² flops a layer, less than an
     optimizer step.
@@ -185,7 +186,7 @@ def monitor(
         With low-rank layers. Those it has now are watched, under the names that they have without
         ``torch.compile`` and DDP around them.
     optimizer : Optimizer of :mod:`lrmanifold.optim`, optional
-        Its skipped updates are reported. Needed with `reference`, for the length of the steps.
+        Its skipped steps are counted. Needed with `reference`, for the length of the steps.
     every : int
         Steps between two measurements.
     reference : nn.Module, optional

@@ -184,7 +184,7 @@ def move_shared_out(engine: Engine, items: Sequence[Item], ensure: Callable[[Ite
 
 def _compare(items: Sequence[Item], shared: Sequence[Item]) -> None:
     """Raise unless all ranks move the same weights, and now and then unless these are equal."""
-    words = [(x.label, tuple(x.point.shape), str(x.point.dtype)) for x in items]
+    words = [(str(x.label), tuple(x.point.shape), str(x.point.dtype)) for x in items]
     digest = hashlib.sha256(repr(words).encode()).digest()
     look = any(int(x.state["step"] + x.state["skipped"]) % _COMPARE_EVERY == 0 for x in shared)
     values = [float(int.from_bytes(digest[:6], "big")), float(look)]

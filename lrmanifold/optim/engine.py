@@ -199,8 +199,9 @@ class Engine:
                 )
                 return [c for M, x in zip(alone, items, strict=True) for c in self._moves(M, [x])]
             raise FloatingPointError(
-                f"the step of {items[0].label} cannot be made, lower lr or penalty: {error} "
-                f"(lr = {items[0].group['lr']}; nothing has moved)"
+                f"the step of {items[0].label} cannot be made: {error} "
+                f"(lr = {items[0].group['lr']}; nothing has moved). Lower lr or penalty, or is "
+                "optimizer.zero_grad() missing, so that gradients add up?"
             ) from error
         return [partial(self._write, M, items, Y, new)]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GeometryError
+from ..manifolds import FixedRank
 from ..parameter import manifold_of
 from ..precision import compute_dtype, storage_tolerance
 
@@ -18,7 +19,7 @@ _REPAIRABLE = 0.05
 # On the CPU the geometry is measured this often, for manifolds whose retraction lets points drift.
 _CHECK_EVERY = 100
 
-Entry = tuple[dict[str, Any], Tensor, geoopt.Manifold | None, str]
+Entry = tuple[dict[str, Any], Tensor, geoopt.Manifold | None, "Label"]
 
 
 class GeometryMemory:
@@ -48,7 +49,7 @@ class GeometryMemory:
             )
         for g, (group, manifolds) in enumerate(zip(groups, self.manifolds, strict=True)):
             for i, p in enumerate(group["params"]):
-                label, known, now = label_of(group, g, i), manifolds[i], manifold_of(p)
+                label, known, now = Label(group, g, i), manifolds[i], manifold_of(p)
                 if known is None and now is not None:
                     manifolds[i] = now
                 elif known is not None and not _same_kind(known, now):
@@ -61,7 +62,7 @@ class GeometryMemory:
                 yield group, p, now, label
 
     def ensure_on_manifold(
-        self, key: Tensor, X: Tensor, manifold: geoopt.Manifold, step: Any, label: str
+        self, key: Tensor, X: Tensor, manifold: geoopt.Manifold, step: Any, label: Label
     ) -> None:
         """Measure the point `X` when somebody else wrote to it; repair rounding, refuse the rest.
 
@@ -91,10 +92,27 @@ class GeometryMemory:
         self.marks[key] = mark(X)
 
 
-def label_of(group: dict[str, Any], g: int, i: int) -> str:
-    """A parameter's name in messages."""
-    names = group.get("param_names")
-    return repr(names[i]) if names else f"parameter {i} of group {g}"
+class Label:
+    """A parameter's name in messages, put together only when there is one.
+
+    The name that it was given to the optimizer with; else its place and its shape.
+    """
+
+    __slots__ = ("_group", "_number", "_place")
+
+    def __init__(self, group: dict[str, Any], number: int, place: int) -> None:
+        self._group, self._number, self._place = group, number, place
+
+    def __str__(self) -> str:
+        names = self._group.get("param_names")
+        if names:
+            return repr(names[self._place])
+        p = self._group["params"][self._place]
+        M = manifold_of(p)
+        size = f"shape {tuple(p.shape)}"
+        if isinstance(M, FixedRank):
+            size = f"{M.m} x {M.n}, rank {M.rank}"
+        return f"parameter {self._place} of group {self._number} ({size})"
 
 
 def mark(p: Tensor) -> tuple:

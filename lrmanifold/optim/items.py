@@ -66,7 +66,7 @@ class Item:
     point: Tensor
     grad: Tensor
     manifold: geoopt.Manifold | None
-    label: str
+    label: Any  # shows as the parameter's name
     state: dict[str, Any]
 
     def remembered(self, name: str, rule: Rule) -> Tensor:

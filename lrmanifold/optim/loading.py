@@ -12,7 +12,7 @@ from .._arguments import shown
 from ..manifolds import FixedRank
 from ..parameter import is_sharded, manifold_of
 from ..precision import compute_dtype
-from .geometry import label_of
+from .geometry import Label
 
 if TYPE_CHECKING:
     from .optimizer import GeometricOptimizer
@@ -71,13 +71,13 @@ def checked_state(
             )
         for i, (key, p) in enumerate(zip(old["params"], group["params"], strict=True)):
             if key in state_dict["state"]:
-                label = label_of(group, g, i)
+                label = Label(group, g, i)
                 found[p] = _entry(optimizer, options, p, state_dict["state"][key], label)
     return found
 
 
 def _entry(
-    optimizer: GeometricOptimizer, options: Any, p: Tensor, state: Mapping[str, Any], label: str
+    optimizer: GeometricOptimizer, options: Any, p: Tensor, state: Mapping[str, Any], label: Label
 ) -> dict[str, Any]:
     rule, M, name = optimizer.rule, manifold_of(p), type(optimizer).__name__
     if not state:
@@ -108,7 +108,7 @@ def _entry(
     return entry
 
 
-def _tensor(p: Tensor, M: Any, key: str, value: Any, moment: bool, label: str) -> Tensor:
+def _tensor(p: Tensor, M: Any, key: str, value: Any, moment: bool, label: Label) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{key} of {label} must be a tensor, got {shown(value)}")
     shape = tuple(p.shape)

@@ -38,7 +38,8 @@ class GeometricOptimizer(torch.optim.Optimizer):
     Parameters
     ----------
     params : iterable
-        Parameters, named parameters, or groups.
+        Parameters, named parameters, or groups. Messages call parameters by the names that
+        ``model.named_parameters()`` or :func:`param_groups` gives with them.
     defaults : dict
         Options with their values.
     distribute : bool
@@ -181,8 +182,11 @@ class GeometricOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Number of parameter updates left out for NaN or Inf (waits for the device)."""
-        return sum(int(s["skipped"]) for s in self.state.values() if "skipped" in s)
+        """Number of steps left out for NaN or Inf: the largest number of any parameter.
+
+        ``state[p]["skipped"]`` is that of one parameter. Waits for the device.
+        """
+        return max((int(s["skipped"]) for s in self.state.values() if "skipped" in s), default=0)
 
     # -- the step
 

@@ -74,7 +74,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_all(tmp_path, distribute, s
     options = {"distribute": True} if distribute else {}
     launch(ddp_worker, 2, tmp_path, "CondLR", options, 10, spoil)
     model, optimizer = single(steps=10, spoil=spoil)
-    assert optimizer.skipped_steps == len(list(model.parameters()))
+    assert optimizer.skipped_steps == 1
     assert_ranks_agree_and_equal(tmp_path, 2, model, optimizer, 1e-6)
 
 
@@ -86,7 +86,7 @@ def failing_worker(rank, world, folder):
         p.grad = torch.zeros_like(p)
     weight = model[3].weight
     weight.grad.fill_(1e200)
-    with pytest.raises(FloatingPointError, match="cannot be made, lower lr or penalty") as caught:
+    with pytest.raises(FloatingPointError, match="cannot be made") as caught:
         optimizer.step()
     whole = weights(model)
     torch.save([whole, str(caught.value)], folder / f"rank-{rank}.pt")

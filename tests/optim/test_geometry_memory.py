@@ -260,8 +260,23 @@ def test_points_of_other_manifolds_are_looked_at():
     frame.grad = torch.ones_like(frame)
     optimizer.step()
     frame.data.mul_(3.0)
-    with pytest.raises(GeometryError, match="parameter 0 of group 0 is not on its manifold"):
+    with pytest.raises(GeometryError, match=r"0 of group 0 \(shape \(6, 2\)\) is not on its"):
         optimizer.step()
+
+
+def test_labels_say_what_a_parameter_is():
+    model = torch.nn.Sequential(lrm.nn.LowRankLinear(8, 6, 3, tau=0.1))
+    for params, label in (
+        (model.parameters(), r"parameter 0 of group 0 \(6 x 8, rank 3\)"),
+        (model.named_parameters(), "'0.weight'"),
+        (lrm.optim.param_groups(model), "'0.weight'"),
+    ):
+        optimizer = CondLR(params, lr=0.1)
+        model(torch.ones(2, 8)).sum().backward()
+        model[0].weight.data.mul_(3.0)
+        with pytest.raises(GeometryError, match=f"{label} is not on its manifold"):
+            optimizer.step()
+        model[0].weight.data.div_(3.0)
 
 
 def test_writing_back_a_point_of_the_manifold_goes_on():

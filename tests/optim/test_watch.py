@@ -78,7 +78,28 @@ def test_skipped_steps_are_warned_of_with_their_number(device):
         assert [(i, f"left out {i + 1} of" in text) for i, text in said] == [(0, True), (9, True)]
     else:
         assert said
-    assert lrm.monitor(model, optimizer).measure()["skipped_steps"] == 40 * 4
+    assert lrm.monitor(model, optimizer).measure()["skipped_steps"] == 40
+
+
+def test_one_bad_step_counts_once_however_many_parameters_it_had(device):
+    model = low_rank(device)
+    optimizer = lrm.optim.CondLR(model.parameters(), lr=0.01)
+    assert optimizer.skipped_steps == 0
+    step(model, optimizer, device)
+
+    def train():
+        step(model, optimizer, device, scale=float("nan"))
+        for _ in range(40):  # an accelerator is not waited for
+            step(model, optimizer, device)
+
+    with pytest.warns(UserWarning, match=r"zero_grad\(\) missing"):
+        train()
+    assert optimizer.skipped_steps == 1
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan if p is model[2].bias else 0.0)
+    optimizer.step()
+    assert optimizer.skipped_steps == 2
+    assert [int(s["skipped"]) for s in optimizer.state.values()] == [1, 1, 1, 2]
 
 
 def test_finite_steps_are_not_warned_of(device):

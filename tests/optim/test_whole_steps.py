@@ -117,7 +117,7 @@ def test_a_step_that_overflows_anywhere_leaves_everything(kind, lr, warm):
     optimizer.param_groups[0]["lr"] = lr * (1.0 if kind is CondLR else 1e3)
     before = [p.detach().clone() for p in params]
     states = copy.deepcopy([dict(optimizer.state[p]) for p in params])
-    with pytest.raises(FloatingPointError, match=r"parameter \d of group 0 cannot be made"):
+    with pytest.raises(FloatingPointError, match=r"group 0 \(.*\) cannot be made.*zero_grad"):
         optimizer.step()
     for p, x, state in zip(params, before, states, strict=True):
         assert torch.equal(p.detach(), x)
