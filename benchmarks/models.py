@@ -1,6 +1,7 @@
-"""Networks for 32 x 32 images, plain torch modules that ``factorize`` converts.
+"""Networks for images, plain torch modules that ``factorize`` converts.
 
-VGG16 with batch norm, WideResNet-16-4 and a small vision transformer; the two smaller ones of
+For 32 x 32 images VGG16 with batch norm, WideResNet-16-4 and a small vision transformer; for small
+ones the two convolutions that are usual in adversarial training. The smaller ones of
 :mod:`lrmanifold.experiments.models` are built by :func:`build` too. They take normalised images
 (N, C, H, W) and give logits (N, classes).
 """
@@ -16,8 +17,25 @@ from torch.nn import functional as F
 from lrmanifold.experiments import models as small
 from lrmanifold.experiments.data import Dataset
 
-NAMES = (*small.NAMES, "vgg16", "wrn16_4", "vit")
+NAMES = (*small.NAMES, "two-conv", "vgg16", "wrn16_4", "vit")
 _VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+
+
+def two_conv(in_channels: int = 1, classes: int = 10, image_size: int = 28) -> nn.Sequential:
+    """Two convolutions 4 x 4 of stride 2 with 16 and 32 filters, then 100 units."""
+    side = image_size // 2 // 2
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(in_channels, 16, 4, stride=2, padding=1),
+            act1=nn.ReLU(),
+            conv2=nn.Conv2d(16, 32, 4, stride=2, padding=1),
+            act2=nn.ReLU(),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(32 * side * side, 100),
+            act3=nn.ReLU(),
+            fc2=nn.Linear(100, classes),
+        )
+    )
 
 
 def vgg16(in_channels: int = 3, classes: int = 10) -> nn.Sequential:
@@ -153,6 +171,8 @@ def build(name: str, dataset: Dataset) -> nn.Module:
         return small.build(name, dataset)
     if name not in NAMES:
         raise ValueError(f"name must be one of {NAMES}, got {name!r}")
+    if name == "two-conv":
+        return two_conv(channels, dataset.classes, height)
     if (height, width) != (32, 32):
         raise ValueError(f"{name} needs 32 x 32 images, got {height} x {width}")
     if name == "vgg16":

@@ -72,6 +72,11 @@ def _registration(results: Results) -> str:
     where = ", ".join(sorted(f"`{c}`" if c else "none: not registered" for c in commits))
     training = ", ".join(f"{k} {v}" for k, v in plan.training.items())
     note = " ".join(plan.note.split())
+    how = plan.adversarial
+    if how is not None:
+        training += f", adversarial: {how.kind}, {how.norm} {how.eps:g}, {how.steps} steps"
+    if missing := len(plan.seeds) - len(results.seeds):
+        note = f"**{missing} of the {len(plan.seeds)} planned seeds are not run.** {note}"
     return (
         f"{plan.network.model} on {plan.network.data}, {training}. Accuracy in %. The plan, "
         f"`plan.toml` ({plan.digest}), was committed before the runs in {where}. "

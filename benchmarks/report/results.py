@@ -67,6 +67,11 @@ class Results:
     groups: list[Group]
 
     @property
+    def seeds(self) -> list[int]:
+        """Those that are done; of the plan's, all or the first few."""
+        return sorted({row["seed"] for group in self.groups for row in group.rows})
+
+    @property
     def eps(self) -> str:
         """The strength of the score, as rows name it."""
         return f"{self.plan.attack.eps:g}"
@@ -105,7 +110,7 @@ class Results:
 
 
 def read(folder: Path) -> Results | None:
-    """The results beside a plan; None while a family or a seed is missing."""
+    """The results beside a plan, of the seeds that all families have; None while there is none."""
     plan = load(folder / "plan.toml")
     trials, rows = (
         [r for r in Table(folder / f"{n}.jsonl").rows() if r["plan"] == plan.digest]
@@ -115,11 +120,12 @@ def read(folder: Path) -> Results | None:
     for row in rows:
         key = (row["family"], repr(sorted(row["values"].items())))
         groups.setdefault(key, Group(plan.family(row["family"]), [])).rows.append(row)
-    found = Results(plan, trials, list(groups.values()))
-    complete = len(found.main()) == len(plan.families) and all(
-        len(g.rows) == len(plan.seeds) for g in groups.values()
-    )
-    return found if complete else None
+    if not {f.name for f in plan.families} <= {g.family.name for g in groups.values()}:
+        return None
+    whole = set.intersection(*({row["seed"] for row in g.rows} for g in groups.values()))
+    for group in groups.values():
+        group.rows = [row for row in group.rows if row["seed"] in whole]
+    return Results(plan, trials, list(groups.values())) if whole else None
 
 
 # --------------------------------------------------------------------------------- hypotheses

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrmanifold.experiments.adversarial import Adversarial
 from lrmanifold.experiments.methods import KINDS, Method
 from lrmanifold.experiments.training import Settings
 
@@ -138,7 +139,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole file."""
+    """A whole file. `adversarial`: all families and trials are trained on attacked images."""
 
     name: str
     title: str
@@ -151,6 +152,7 @@ class Plan:
     families: tuple[Family, ...]
     hypotheses: tuple[Hypothesis, ...]
     reference: str
+    adversarial: Adversarial | None = None
     note: str = ""
     digest: str = ""
 
@@ -192,6 +194,8 @@ def parse(raw: Mapping[str, Any], name: str) -> Plan:
     axes = {key: _make(Axis, value) for key, value in given.pop("axes").items()}
     families = tuple(_family(entry, axes) for entry in given.pop("family"))
     hypotheses = tuple(_hypothesis(entry) for entry in given.pop("hypothesis", ()))
+    if "adversarial" in given:
+        given["adversarial"] = _make(Adversarial, given["adversarial"])
     plan = _make(
         Plan,
         {

@@ -223,6 +223,7 @@ class Runner:
                 on_step=self._check_time,
                 checkpoint=None if trial and settings.steps(data) < self.save_every else path,
                 save_every=self.save_every,
+                adversarial=plan.adversarial,
             )
         except FloatingPointError as error:
             self.log(f"{family.name} {values}, seed {seed}: {error}")

@@ -186,9 +186,26 @@ def test_the_page_says_everything(folder):
     assert "**yes**" in page.index([("tiny", results)])
 
 
-def test_a_table_that_is_not_finished_has_no_page(folder):
+def without(folder, keep):
     lines = (folder / "runs.jsonl").read_text().splitlines()
-    (folder / "runs.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    kept = [line for line in lines if keep(json.loads(line))]
+    (folder / "runs.jsonl").write_text("".join(f"{line}\n" for line in kept))
+
+
+def test_a_table_without_a_family_has_no_page(folder):
+    without(folder, lambda row: row["family"] != "cut")
+    assert read(folder) is None
+
+
+def test_seeds_that_not_all_families_have_are_left_out_and_told(folder):
+    without(folder, lambda row: row["seed"] < 3 or (row["family"], row["seed"]) == ("dense", 3))
+    results = read(folder)
+    assert results.seeds == [0, 1, 2]
+    assert all([row["seed"] for row in g.rows] == [0, 1, 2] for g in results.groups)
+    text = page.write(results, folder).read_text()
+    assert "2 of the 5 planned seeds are not run" in text
+    assert "no verdict from 3 seeds" in text
+    without(folder, lambda row: (row["family"], row["seed"]) == ("dense", 0))
     assert read(folder) is None
 
 

@@ -302,6 +302,26 @@ def test_the_source_of_transfer_is_another_network(tmp_path):
     assert torch.cosine_similarity(*weights, dim=0) < 0.5
 
 
+def test_a_plan_can_ask_for_adversarial_training(tmp_path):
+    """Of trials and of the test, with the radius of the plan; nothing else changes."""
+    attacked = changed(
+        family=TINY["family"][:1], seeds=[0], training={"epochs": 6}, search={"trials": 1},
+        attack={"condition_images": 0, "transfer": []},
+    )  # fmt: skip
+    del attacked["hypothesis"]
+    rows = []
+    for name, how in (("plain", None), ("attacked", {"eps": 0.2, "steps": 2, "ramp": 0.0})):
+        raw = attacked if how is None else {**attacked, "adversarial": how}
+        work = runner(tmp_path / name, raw)
+        assert work.go()
+        rows += [(work.trials.rows()[0], work.rows.rows()[0])]
+    (plain_trial, plain), (hard_trial, hard) = rows
+    assert hard["loss"][-1] > plain["loss"][-1] + 0.1
+    assert hard_trial["clean"] != plain_trial["clean"]
+    with pytest.raises(PlanError, match="single"):
+        plans.load(write(tmp_path / "wrong", {**attacked, "adversarial": {"eps": 1, "kind": "x"}}))
+
+
 def test_parse_gives_the_family_everything_but_its_search():
     plan = parse(TINY, "tiny")
     method, settings = plan.made(plan.family("cut"), {**START, "finetune": 0.1}, 7, 3)
