@@ -136,6 +136,13 @@ def factorize(
     logger.info("factorize:\n%s", plan)
     if not replacements:
         warnings.warn(f"factorize replaced no layer ({_why(model, plan)})", stacklevel=2)
+    low = [d for d in plan.decisions if d.rank is not None]
+    if low and all(d.note for d in low):
+        warnings.warn(
+            f"every low-rank layer gets rank 1: rank = {rank} is a share of min(m, n), and "
+            f"{low[0].note}; an int is the rank itself",
+            stacklevel=2,
+        )
     if summary is not None:
         summary(plan)
     return replace(model, replacements)

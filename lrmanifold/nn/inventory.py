@@ -32,6 +32,8 @@ class Other:
         Why they stay.
     matrices : bool
         Whether any of them has two dimensions or more.
+    rank : int or None
+        Of a layer that is low-rank already.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Other:
     weights: int
     reason: str
     matrices: bool
+    rank: int | None = None
 
 
 def others_of(model: nn.Module, counted: Collection[int]) -> tuple[Other, ...]:
@@ -56,7 +59,9 @@ def others_of(model: nn.Module, counted: Collection[int]) -> tuple[Other, ...]:
         if mine:
             size = sum(p.numel() for p in mine.values())
             matrices = any(p.ndim >= 2 for p in mine.values())
-            found.append(Other(name, _kind(module), size, _reason(module, mine), matrices))
+            low = isinstance(module, LowRankLayer) and "weight" in mine
+            rank = module.rank if low else None  # type: ignore[union-attr]
+            found.append(Other(name, _kind(module), size, _reason(module, mine), matrices, rank))
     return tuple(found)
 
 

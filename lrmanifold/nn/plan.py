@@ -35,7 +35,8 @@ class Decision:
     """What becomes of one dense layer: its new `rank`, or None and the `reason` it stays dense.
 
     `name` is the layer's, or that of a projection of an attention ("layers.0.self_attn.q_proj").
-    A layer whose weight is that of an earlier one, `tied_to`, counts no weights of its own.
+    A layer whose weight is that of an earlier one, `tied_to`, counts no weights of its own. `note`
+    says that its share of min(m, n) was less than 1, so that the rank is 1.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Decision:
     reason: str
     tied_to: str = ""
     made_of: int = 0
+    note: str = ""
 
     @property
     def dense_weights(self) -> int:
@@ -104,14 +106,15 @@ class Plan:
         for d in self.decisions:
             shape = f"{d.shape[0]} x {d.shape[1]}" + (f" x {d.groups}" if d.groups > 1 else "")
             rank = "dense" if d.rank is None else str(d.rank)
-            share, note = f"{d.dense_weights / before:.1%}", d.reason
+            share, note = f"{d.dense_weights / before:.1%}", d.reason or d.note
             if d.tied_to and d.rank is not None:
                 note = f"shares the weight of {d.tied_to}"
             counts = f"{d.dense_weights:,}", share, f"{d.kept_weights:,}"
             rows.append((d.name or "(model)", shape, rank, *counts, note))
         for o in merged(self.others):
             counts = f"{o.weights:,}", f"{o.weights / before:.1%}", f"{o.weights:,}"
-            rows.append((o.name or "(model)", o.kind, "dense", *counts, o.reason))
+            rank = "dense" if o.rank is None else str(o.rank)
+            rows.append((o.name or "(model)", o.kind, rank, *counts, o.reason))
         totals = f"{self.dense_weights:,}", "100.0%", f"{self.kept_weights:,}"
         rows.append(("total", "", "", *totals, ""))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -153,16 +156,29 @@ def _check_rank(name: str, rule: Any) -> None:
             raise ValueError(f"{name} as a share of min(m, n) must be in (0, 1], got {rule}")
 
 
+def _rule_for(rule: Any, c: Candidate) -> Any:
+    """The int or the share that a dict of name patterns has for one layer; None without one."""
+    while isinstance(rule, Mapping):
+        rule = next((value for pattern, value in rule.items() if c.matches([pattern])), None)
+    return rule
+
+
 def _rank_from(rule: Any, c: Candidate, limit: int) -> int | None:
     """Rank of one layer from an int, a share of min(m, n), or a dict of name patterns."""
-    if isinstance(rule, Mapping):
-        for pattern, value in rule.items():
-            if c.matches([pattern]):
-                return _rank_from(value, c, limit)
+    rule = _rule_for(rule, c)
+    if rule is None:
         return None
     if isinstance(rule, numbers.Integral):
         return min(int(rule), limit)
     return max(1, round(float(rule) * limit))
+
+
+def _with_note(d: Decision, rule: Any, c: Candidate) -> Decision:
+    """Say where a share is so small that no rank was left of it."""
+    share, limit = _rule_for(rule, c), min(d.shape)
+    if d.rank is None or isinstance(share, numbers.Integral) or round(float(share) * limit) >= 1:
+        return d
+    return replace(d, note=f"{share:g} of {limit} is less than 1")
 
 
 def _energy_rank(name: str, module: nn.Module, energy: float) -> int:
@@ -265,7 +281,9 @@ def make_plan(
         return _plan_for_compression(compression, plan_with)
     if energy is not None:
         return plan_with(lambda c, limit: _energy_rank(c.name, c.module, energy))
-    return plan_with(lambda c, limit: _rank_from(rank, c, limit))
+    plan = plan_with(lambda c, limit: _rank_from(rank, c, limit))
+    noted = (_with_note(d, rank, c) for d, c in zip(plan.decisions, found, strict=True))
+    return replace(plan, decisions=tuple(noted))
 
 
 def _ids(c: Candidate) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from fractions import Fraction
 
 import pytest
@@ -137,3 +138,26 @@ def test_compression_counts_the_whole_model():
     assert count(model) <= 0.7 * before
     with pytest.raises(ValueError, match=r"compression=0.5 cannot be reached.* 48\.8% of"):
         lrm.factorize(nn.Sequential(nn.Linear(100, 100), nn.Embedding(100, 100)), compression=0.5)
+
+
+def test_layers_that_are_low_rank_already_are_listed_with_their_rank():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    plans = []
+    lrm.factorize(model, {"0": 8}, summary=plans.append)
+    lrm.factorize(model, {"2": 4}, summary=plans.append)
+    row = next(line for line in str(plans[1]).splitlines() if "low-rank already" in line)
+    assert row.split()[:3] == ["0", "LowRankLinear", "8"]
+    assert {o.kind: o.rank for o in plans[1].others} == {"LowRankLinear": 8, "Linear": None}
+
+
+def test_a_share_of_which_no_rank_is_left_is_said():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 600), nn.Linear(600, 600))
+    plans = []
+    with warnings.catch_warnings():  # one layer has a rank of that size
+        warnings.simplefilter("error")
+        lrm.factorize(copy.deepcopy(model), rank=0.001, summary=plans.append)
+    (plan,) = plans
+    assert [d.note for d in plan.decisions] == ["0.001 of 64 is less than 1"] * 2 + [""]
+    assert "0.001 of 64 is less than 1" in str(plan)
+    with pytest.warns(UserWarning, match=r"every low-rank layer gets rank 1: rank = 0\.0001"):
+        lrm.factorize(model, rank=0.0001)
