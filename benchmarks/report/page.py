@@ -8,7 +8,7 @@ from typing import Any
 
 from lrmanifold.experiments.runs import write_atomically
 
-from . import published
+from . import conditioning, published
 from .picture import curves, frontier, side
 from .results import LEAST_SEEDS, Finding, Group, Results, efficient, findings, pairs, trial_point
 
@@ -60,6 +60,7 @@ def write(results: Results, folder: Path) -> Path:
         _search(results),
         "## Appendix",
         *_appendix(results),
+        *conditioning.section(results, folder),
     ]
     path = folder / "report.md"
     write_atomically(path, ("\n\n".join(part for part in parts if part) + "\n").encode())
