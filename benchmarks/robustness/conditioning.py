@@ -31,7 +31,8 @@ MEASURES = ("kernel", "folded kernel", "map", "folded map")
 def kernel_of(layer: Any) -> tuple[Tensor, int] | None:
     """Kernel (o, i, k, k) in float64 and the rank of its matrix; None for what is none."""
     if isinstance(layer, TwoFactors):
-        first, second = (part.weight.detach().double() for part in list(layer))
+        parts: list[Any] = list(layer)
+        first, second = (part.weight.detach().double() for part in parts)
         if first.ndim != 4:
             return None
         return torch.einsum("orab,ricd->oicd", second, first), len(first)
@@ -47,7 +48,8 @@ def folded_scale(children: list[Any], place: int) -> Tensor | None:
     """Scale of the batch norm behind a child, pooling aside; None where there is none."""
     for child in children[place + 1 :]:
         if isinstance(child, nn.BatchNorm2d):
-            return (child.weight / (child.running_var + child.eps).sqrt()).detach().double()
+            norm: Any = child
+            return (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().double()
         if not isinstance(child, (nn.MaxPool2d, nn.AvgPool2d)):
             return None
     return None
