@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import check_callable, check_choice, check_flag, check_path
+from ..nn import LowRankLayer
 from ..parameter import is_sharded
 from ._file import CheckpointError, Payload, read
 from ._layers import (
@@ -195,8 +196,8 @@ def _fitted(
                 problems.append(f"{key!r} is not a point of {layers[key].manifold}: {reason}")
         elif key in layers and dense == "refuse":
             problems.append(
-                f"{key!r} is a dense weight, {tuple(value.shape)}, and the layer is low-rank here: "
-                "dense='svd' factorizes it"
+                f"{key!r} is a dense weight, {tuple(value.shape)}, and the layer is low-rank here, "
+                f"{_rank_of(layers[key])}: dense='svd' factorizes it"
             )
         elif key in layers:
             try:
@@ -246,13 +247,18 @@ def _untied(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
+def _rank_of(layer: LowRankLayer) -> str:
+    return f"rank {layer.rank} of {layer.manifold.m} x {layer.manifold.n}"
+
+
 def _wrong_shape(key: str, own: Tensor, value: Tensor, geometry: Mapping[str, Any]) -> str:
     words = f"{key!r} must have shape {tuple(own.shape)}, got {tuple(value.shape)}"
     if key in geometry:
         known = geometry[key]
         words += (
             f", the packed weight of a low-rank layer (rank {known.get('rank')} of "
-            f"{known.get('m')} x {known.get('n')}): factorize the model before loading"
+            f"{known.get('m')} x {known.get('n')}): factorize the model before loading, with the "
+            "same rank and exclude"
         )
     return words
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from .._replaced import note_replaced
 from ._carry import carry_over
+from ._mismatch import keep_explaining
 from ._obstacles import Obstacles, has_hooks, listed
 from .adapted import AdaptedLayer
 from .adapter import LowRankAdapter
@@ -42,6 +43,7 @@ def after_replacing(model: nn.Module) -> None:
     for parent in model.modules():
         _avoid_fused_path(parent)
         mark(parent)
+    keep_explaining(model)
 
 
 def replace_low_rank(

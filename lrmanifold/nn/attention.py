@@ -342,7 +342,7 @@ class LowRankMultiheadAttention(nn.Module):
         if dense := [prefix + key for key in ATTENTION_WEIGHTS if prefix + key in state_dict]:
             error_msgs.append(
                 f"{', '.join(dense)}: of a dense attention; load it into the dense model and "
-                "factorize that"
+                "factorize that, or factorize this one as the saved one was"
             )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -351,12 +351,7 @@ class LowRankLayer(WholeWeight):
             if reason is not None:
                 # Return before anything of this layer is loaded, its bias included.
                 self.manifold.set_rank_(before)
-                if self._is_dense(value):
-                    reason = (
-                        f"{tuple(value.shape)} is the shape of the dense weight; load it into the "
-                        "dense model and factorize that"
-                    )
-                error_msgs.append(f"{key} is not a point of {self.manifold}: {reason}")
+                error_msgs.append(f"{key}{self._mismatch(value, reason)}")
                 return
             if after != before:
                 replace_data(self.weight, self.weight.data.new_empty(value.shape))
@@ -375,6 +370,20 @@ class LowRankLayer(WholeWeight):
         r, M = value.shape[-1] if value.ndim >= 2 else 0, self.manifold
         fits = tuple(value.shape) == (*self.__dict__["_lead"], M.m + r + M.n, r)
         return r if fits and 1 <= r <= min(M.m, M.n) else M.rank
+
+    def _mismatch(self, value: Tensor, reason: str) -> str:
+        """Ends the message on a weight of a state dict that is none of this layer."""
+        m, n, rank = self.manifold.m, self.manifold.n, self.rank
+        if self._is_dense(value):
+            return (
+                f": the layer is low-rank here, rank {rank} of {m} x {n}, and {tuple(value.shape)} "
+                "is the shape of the dense weight; load it into the dense model and factorize "
+                "that, or factorize this one as the saved one was, with the same rank and exclude"
+            )
+        lead = "".join(f"{size}, " for size in self.__dict__["_lead"])
+        if value.ndim < 2 or tuple(value.shape) != (*self.__dict__["_lead"], m + rank + n, rank):
+            reason = f"its shape must be ({lead}{m} + r + {n}, r), got {tuple(value.shape)}"
+        return f" is not a point of {self.manifold}: {reason}"
 
     def _is_dense(self, value: Tensor) -> bool:
         size = math.prod(self.__dict__["_lead"]) * self.manifold.m

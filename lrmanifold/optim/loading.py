@@ -58,7 +58,8 @@ def checked_state(
     sizes, wanted = ([len(g["params"]) for g in gs] for gs in (saved, groups))
     if sizes != wanted:
         raise ValueError(
-            f"state_dict must have groups of {wanted} parameters, as the optimizer has, got {sizes}"
+            f"state_dict must have groups of {wanted} parameters, as the optimizer has, got "
+            f"{sizes}: was the model factorized as the saved one, with the same rank and exclude?"
         )
     found: dict[Tensor, dict[str, Any]] = {}
     for g, (old, group) in enumerate(zip(saved, groups, strict=True)):
@@ -115,8 +116,19 @@ def _tensor(p: Tensor, M: Any, key: str, value: Any, moment: bool, label: Label)
     if moment and M is not None:
         shape = (*shape[:-2], 3) if isinstance(M, FixedRank) else tuple(value.shape)
     if tuple(value.shape) != shape:
-        raise ValueError(f"{key} of {label} must have shape {shape}, got {tuple(value.shape)}")
+        raise ValueError(
+            f"{key} of {label} must have shape {shape}, got {tuple(value.shape)}{_why(M, value)}"
+        )
     if not (is_sharded(value) or value.is_meta or bool(torch.isfinite(value).all())):
         raise ValueError(f"{key} of {label} must be finite, got NaN or Inf")
     dtype = compute_dtype(p.dtype) if moment else p.dtype
     return value.detach().to(device=p.device, dtype=dtype, copy=True)
+
+
+def _why(M: Any, value: Tensor) -> str:
+    """A way out where only the ranks differ: those of the model follow its own state dict."""
+    if not isinstance(M, FixedRank) or value.ndim < 2:
+        return ""
+    r = value.shape[-1]
+    alike = value.shape[-2] == M.m + r + M.n
+    return f", of rank {r} instead of {M.rank}: load the model's state dict first" if alike else ""

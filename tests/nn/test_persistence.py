@@ -13,6 +13,7 @@ import torch
 from layer_cases import BAD, LAYERS, assert_whole, off_manifold
 from torch import nn
 
+import lrmanifold as lrm
 from lrmanifold.nn import LowRankLayer, LowRankLinear
 from lrmanifold.optim import CondLR
 
@@ -312,3 +313,50 @@ def test_load_hooks_run_once_and_may_bring_another_rank():
     assert layer.rank == 5
     assert torch.equal(layer.weight, source.weight)
     assert_whole(layer)
+
+
+def mixed(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 10))
+    return lrm.factorize(model, **options) if options else model
+
+
+def refusal(source, target):
+    with pytest.raises(RuntimeError) as caught:
+        target.load_state_dict(source.state_dict())
+    return str(caught.value)
+
+
+def test_a_layer_that_is_low_rank_in_the_file_only_is_named_with_its_rank():
+    target = mixed(rank=4, exclude=["2", "3"])
+    said = refusal(mixed(rank={"0": 8, "2": 6}), target)
+    assert "2.weight: the layer is dense here, (64, 64), and of rank 6 of 64 x 64 in the" in said
+    assert "same rank and exclude" in said
+    assert "0.weight:" not in said
+    # also within a larger model, after another conversion, in copies and from files
+    lrm.factorize(target, rank={"3": 2})
+    for copied in (copy.deepcopy(target), pickle.loads(pickle.dumps(target))):
+        outer = nn.Sequential(copied)
+        said = refusal(nn.Sequential(mixed(rank=8)), outer)
+        assert said.count("0.2.weight: the layer is dense here") == 1
+
+
+def test_a_layer_that_is_dense_in_the_file_only_is_named_with_its_rank():
+    said = refusal(mixed(rank=8, exclude="2"), mixed(rank=4))
+    assert "2.weight: the layer is low-rank here, rank 4 of 64 x 64, and (64, 64) is" in said
+    assert "exclude" in said
+
+
+def test_attention_that_is_low_rank_in_the_file_only_is_named():
+    def model():
+        return nn.ModuleDict({"a": nn.MultiheadAttention(16, 2), "b": nn.Linear(16, 16)})
+
+    target = lrm.factorize(model(), rank=4, exclude="a")
+    said = refusal(lrm.factorize(model(), rank=4), target)
+    assert "a: the attention is dense here, low-rank in the state dict" in said
+
+
+def test_dense_models_have_nothing_of_it_left():
+    model = lrm.densify(mixed(rank=8))
+    assert not any(m._load_state_dict_pre_hooks for m in model.modules())
+    assert "the layer is dense" not in refusal(mixed(rank=8), model)

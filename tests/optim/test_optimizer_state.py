@@ -256,3 +256,21 @@ def test_large_cores_continue_bit_for_bit_too(kind, options):
     train(model, optimizer, range(5, 15))
     train(other, resumed, range(5, 15))
     assert_same(model, other)
+
+
+def test_a_state_of_other_ranks_says_what_to_load_first():
+    def training(rank):
+        model = lrm.factorize(torch.nn.Sequential(torch.nn.Linear(16, 16)), rank=rank)
+        optimizer = CondLR(model.parameters(), lr=0.1, momentum=0.9)
+        model(torch.ones(2, 16)).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    (model, optimizer), (other, resumed) = training(4), training(2)
+    with pytest.raises(ValueError, match="of rank 4 instead of 2: load the model's state dict fir"):
+        resumed.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    groups = lrm.optim.param_groups(model)
+    with pytest.raises(ValueError, match="same rank and exclude"):
+        CondLR(groups, lr=0.1).load_state_dict(optimizer.state_dict())
