@@ -19,6 +19,7 @@ from lrmanifold.nn import (
     MaxMin,
 )
 
+from .peers import liresnet
 from .plan import Run
 
 
@@ -101,6 +102,8 @@ def build(run: Run, data: Dataset) -> nn.Sequential:
     """The network of a run, from torch's global generator."""
     channels, height, width = data.image_shape
     make, classes = _linear(run), data.classes
+    if run.network == "liresnet":
+        return liresnet(channels, height, classes)
     if run.network == "mlp":
         sizes = [channels * height * width, *run.widths]
         layers: list[nn.Module] = [nn.Flatten()]
@@ -130,7 +133,8 @@ def build(run: Run, data: Dataset) -> nn.Sequential:
         last *= tokens
     else:
         raise ValueError(
-            f"network must be 'mlp', 'potential', 'folds' or 'tree', got {run.network!r}"
+            "network must be 'mlp', 'potential', 'folds', 'tree' or 'liresnet', got "
+            f"{run.network!r}"
         )
     head = nn.Linear(last, classes)
     with torch.no_grad():

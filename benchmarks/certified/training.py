@@ -15,6 +15,7 @@ from lrmanifold import certify, robustness
 from lrmanifold.experiments.data import Dataset, batches, load, validation_split
 
 from .networks import build, sizes, truncate
+from .peers import unit_rows
 from .plan import Run
 
 VALIDATION = 0.1  # of the training images, the same ones for every choice
@@ -40,6 +41,13 @@ def moved(x: Tensor, run: Run, generator: torch.Generator) -> Tensor:
     if run.flip:
         mirrored = (uniform() > 0).view(-1, 1, 1, 1)
         x = torch.where(mirrored, x.flip(-1), x)
+    if run.crop:
+        c, (h, w) = run.crop, x.shape[-2:]
+        row, column = torch.randint(0, 2 * c + 1, (2, n, 1), generator=generator)
+        rows, columns = row + torch.arange(h), column + torch.arange(w)
+        bordered = F.pad(x, (c, c, c, c), mode="reflect")
+        which = torch.arange(n)[:, None, None]
+        x = bordered[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     if run.shift or run.rotate or run.zoom:
         turn, size = uniform() * run.rotate * math.pi / 180, 1.0 + uniform() * run.zoom
         A = torch.zeros(n, 2, 3)
@@ -65,6 +73,8 @@ def train(run: Run, data: Dataset) -> tuple[nn.Sequential, list[float]]:
     optimizer = lrm.optim.CondLRAdam(
         lrm.optim.param_groups(model, weight_decay=run.decay), lr=run.lr
     )
+    if run.network == "liresnet":
+        optimizer.register_step_post_hook(lambda *_: unit_rows(model[-1]))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     bound = certify.LipschitzBound(model, data.image_shape)
     kind: Any = run.kind
@@ -74,7 +84,9 @@ def train(run: Run, data: Dataset) -> tuple[nn.Sequential, list[float]]:
     for _ in range(run.epochs):
         total = 0.0
         for x, y in batches(data.train_x, data.train_y, run.batch, generator=generator):
-            value = loss(bound, model(moved(x, run, generator)), y)
+            with torch.autocast("cpu", torch.bfloat16, enabled=run.bfloat16):
+                logits = model(moved(x, run, generator))
+            value = loss(bound, logits.float(), y)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
