@@ -1,9 +1,9 @@
 """LiResNet, rebuilt from its paper: convolutions x + K * x, norms by power iteration in training.
 
-K. Hu, A. Zou, Z. Wang, K. Leino, M. Fredrikson, *Unlocking deterministic robustness certification on
-ImageNet*, NeurIPS 2023: a strided stem, linear residual convolutions with MinMax, a neck with
+K. Hu, A. Zou, Z. Wang, K. Leino, M. Fredrikson, *Unlocking deterministic robustness certification
+on ImageNet*, NeurIPS 2023: a strided stem, linear residual convolutions with MinMax, a neck with
 orthogonal rows (from a Cholesky factor), dense linear residuals, a last layer with rows of norm 1,
-EMMA as the loss. Nothing of it is low-rank. Certified here by the same sound bounds as everything.
+EMMA as the loss. Nothing of it is low-rank. Certified here by the same sound bounds as all others.
 """
 
 from __future__ import annotations

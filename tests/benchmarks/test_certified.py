@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -11,6 +12,14 @@ import torch
 from benchmarks.certified import plan, table
 from benchmarks.certified.__main__ import chosen, read, result_of
 from benchmarks.certified.networks import Tokens, build, sizes, truncate
+from benchmarks.certified.peers import (
+    DenseResidual,
+    LinearResidual,
+    OrthogonalRows,
+    liresnet,
+    unit_rows,
+)
+from benchmarks.certified.training import moved
 from lrmanifold import certify
 from lrmanifold.experiments.data import load
 
@@ -74,6 +83,62 @@ def test_the_other_networks_are_within_half_a_million(network):
         assert report.body == pytest.approx(1.0, abs=1e-4)
     # no bound of the tree needs an iteration over frequencies
     assert all("frequencies" not in row.how for row in report.rows)
+
+
+def test_the_peer_is_certified_by_sound_bounds():
+    torch.manual_seed(0)
+    model = liresnet(3, 32, 10)
+    with torch.no_grad():  # norms away from 1, biases away from 0
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    x = torch.rand(4, 3, 32, 32)
+    report = certify.lipschitz(model.eval(), x.shape[1:])
+    bounds = {row.name: row.bound for row in report.rows}
+    activity, checked = x.double(), 0
+    wide = copy.deepcopy(model).double()
+    for i, module in enumerate(wide):
+        if isinstance(module, (LinearResidual, DenseResidual, OrthogonalRows)):
+            norm = map_norm(module, activity[:1])
+            assert norm <= bounds[str(i)] <= 1.1 * norm
+            checked += 1
+        activity = module(activity)
+    assert checked == 11
+    # what training sees is the same from below, once its iterations are warm
+    bound = certify.LipschitzBound(model, x.shape[1:])
+    body = [bound.evaluate()[1] for _ in range(10)][-1]
+    assert 0.9 * report.body <= float(body) <= report.body
+    rows = torch.linalg.vector_norm(model[-1].weight, dim=1)
+    unit_rows(model[-1])
+    assert not torch.allclose(rows, torch.ones(10))
+    assert torch.allclose(torch.linalg.vector_norm(model[-1].weight, dim=1), torch.ones(10))
+
+
+def map_norm(module, x):
+    """Largest singular value of an affine map at images like `x`, by power iteration."""
+    zero = module(torch.zeros_like(x))
+    v = torch.randn_like(x)
+    for _ in range(300):
+        v = (v / v.norm()).requires_grad_()
+        y = module(v) - zero
+        (u,) = torch.autograd.grad(y, v, y.detach())
+        norm, v = float(y.detach().norm()), u.detach()
+    return norm
+
+
+@pytest.mark.parametrize("crop", [0, 2])
+def test_augmentation_moves_whole_pixels(crop):
+    run = dataclasses.replace(plan.longer_tree(0), crop=crop, flip=False)
+    x = torch.rand(64, 3, 32, 32)
+    y = moved(x, run, torch.Generator().manual_seed(0))
+    assert y.shape == x.shape
+    bordered = torch.nn.functional.pad(x, (crop,) * 4, mode="reflect")
+    places = [
+        [(i, j) for i in range(2 * crop + 1) for j in range(2 * crop + 1)
+         if torch.equal(bordered[k, :, i : i + 32, j : j + 32], y[k])]
+        for k in range(64)
+    ]  # fmt: skip
+    assert all(len(found) == 1 for found in places)
+    assert len({found[0] for found in places}) > crop * 8
 
 
 def test_tokens_are_the_patches_of_a_quadtree():
