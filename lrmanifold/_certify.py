@@ -19,6 +19,7 @@ from rich.table import Table
 from . import certify, robustness, viz
 from ._failures import one_line_errors
 from ._output import describe, progress_bar
+from ._words import check_reach
 from .certify import CertificationError
 from .experiments import runs
 from .experiments.data import Dataset, load
@@ -192,7 +193,9 @@ def certify_command(
     root: Annotated[
         Path | None, typer.Option(help="folder of the data; else the variable LRMANIFOLD_DATA")
     ] = None,
-    attack: Annotated[bool, typer.Option(help="also attack, and check the proof by it")] = True,
+    attack: Annotated[
+        bool, typer.Option(metavar="", help="also attack, and check the proof by it")
+    ] = True,
 ) -> None:
     """Prove which test images no small change can move into another class.
 
@@ -211,6 +214,7 @@ def certify_command(
         images = load(name, root)
         trained = results["settings"].get("certified", ()) if name == own else ()
         radii = parse_radii([*(eps or []), *(more or [])], name, trained)
+        check_reach(radii, "l2", images.image_shape)
         stem = "certificate" if name == own else f"certificate-{name}"
         before = earlier(folder / f"{stem}.json", results if name == own else {})
         viz.need_matplotlib()

@@ -16,6 +16,7 @@ from ._failures import claim_folder, one_line_errors, write_somewhere
 from ._output import describe, print_demo, progress_bar
 from ._train import Job, run
 from ._words import (
+    check_reach,
     check_some_layer,
     check_word,
     parse_adversarial,
@@ -35,9 +36,14 @@ from .experiments.training import Settings
 from .nn.plan import make_plan
 from .report import report as make_report
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
-Force = Annotated[bool, typer.Option("--force", help="overwrite what is in the folder")]
+# typer shows the metavar of flags as <bool>, though they take no value
+_FLAG = ""
+
+Force = Annotated[
+    bool, typer.Option("--force", metavar=_FLAG, help="overwrite what is in the folder")
+]
 
 # linf radii for images in [0, 1]: where the networks of this library begin to err
 STRENGTHS = {
@@ -58,7 +64,7 @@ def print_version(wanted: bool) -> None:
 @app.callback()
 def lrmanifold(
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True)
+        bool, typer.Option("--version", metavar=_FLAG, callback=print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Robust low-rank training: well-conditioned fixed-rank weights on Riemannian manifolds."""
@@ -86,7 +92,12 @@ def train_command(
         typer.Option(help="in place of --rank: share of all weights to remove, as 0.8"),
     ] = None,
     keep_larger: Annotated[
-        bool, typer.Option("--keep-larger", help="factorize layers also where that saves nothing")
+        bool,
+        typer.Option(
+            "--keep-larger",
+            metavar=_FLAG,
+            help="factorize layers also where that saves nothing",
+        ),
     ] = False,
     exclude: Annotated[
         list[str] | None,
@@ -123,12 +134,15 @@ def train_command(
         ),
     ] = None,
     certified: Annotated[
-        bool, typer.Option("--certified", help="train for proofs by Adam; tau is 0 by default")
+        bool,
+        typer.Option(
+            "--certified", metavar=_FLAG, help="train for proofs by Adam; tau is 0 by default"
+        ),
     ] = False,
     save_every: Annotated[
         int, typer.Option(min=0, help="steps between two checkpoints, 0 for none")
     ] = 100,
-    out: Annotated[Path | None, typer.Option(help="folder; runs/<name> by default")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder; runs/NAME by default")] = None,
     force: Force = False,
 ) -> None:
     """Train a network and write results.json, model.pt and pictures.
@@ -164,6 +178,10 @@ def train_command(
         apart = certified or (attack is not None and attack.norm == "l2")  # no radii of FGSM
         given = None if apart or eps is None else ",".join(eps)
         strengths = STRENGTHS[data] if given is None else parse_strengths(given)
+        check_reach(strengths, "linf", images.image_shape)
+        check_reach(radii, "l2", images.image_shape)
+        if attack is not None:
+            check_reach([attack.eps], attack.norm, images.image_shape)
         name = run_name(data, model, how, seed) + ("-certified" if certified else "")
         name += f"-{adversarial}{attack.eps:g}" if attack is not None else ""
         folder = out or Path("runs") / name
@@ -189,8 +207,12 @@ def train_command(
 @app.command("report")
 def report_command(
     path: Annotated[Path, typer.Argument(help="folder of a run, or its model.pt")],
-    json: Annotated[bool, typer.Option("--json", help="all numbers as JSON")] = False,
-    wide: Annotated[bool, typer.Option("--wide", help="all columns of the table")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", metavar=_FLAG, help="all numbers as JSON")
+    ] = False,
+    wide: Annotated[
+        bool, typer.Option("--wide", metavar=_FLAG, help="all columns of the table")
+    ] = False,
 ) -> None:
     """Print the layers of a trained network: ranks, singular values, conditioning, size."""
     with one_line_errors():

@@ -173,7 +173,7 @@ def _low_rank(name: str, layer: Any, weight: Tensor) -> LayerReport:
     if layer.tau is not None and cond > (1.0 + layer.tau) * (1.0 + slack):
         note = "cond above 1 + tau"
     if drift > slack:
-        note = "off its manifold"
+        note = "left the manifold (U, V not orthonormal): cond is not the weight's"
     return LayerReport(
         name=name,
         kind=type(layer).__name__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,17 @@ def run(job: Job, *, force: bool = False) -> None:
 
 
 def _train(job: Job) -> Trained:
+    """The training; its warnings come after the bar, and not before an error, which says more."""
     done = 0
 
     def resumed(step: int) -> None:
         typer.echo(f"resumes after step {step} of {job.steps}, from {job.checkpoint}", err=True)
 
+    said: list[warnings.WarningMessage] = []
     try:
         # outside: the line comes after the bar
         with (
+            warnings.catch_warnings(record=True) as said,
             one_line_errors(*_WRONG, way_out=lambda error: _way_out(job, error)),
             progress_bar(job.method.name, job.steps) as (_, advance),
         ):
@@ -135,7 +139,7 @@ def _train(job: Job) -> Trained:
                 done += 1
                 advance()
 
-            return train(
+            trained = train(
                 job.method,
                 lambda: models.build(job.model, job.images),
                 job.images,
@@ -151,6 +155,9 @@ def _train(job: Job) -> Trained:
                 certified=_certify.ROOM * max(job.radii) if job.radii else None,
                 adversarial=job.adversarial,
             )
+        for words in dict.fromkeys(str(warning.message) for warning in said):
+            typer.echo(f"warning: {words}", err=True)
+        return trained
     except KeyboardInterrupt as error:
         where = f"stopped at step {done} of {job.steps}"
         typer.echo(f"{where}{_way_out(job, error)}", err=True)

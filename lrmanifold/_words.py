@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -137,6 +138,16 @@ def parse_strengths(text: str) -> tuple[float, ...]:
     if not found or not all(0 < eps < float("inf") for eps in found):
         raise ValueError(f'eps must be positive numbers, as "0.02,0.04", got {text!r}')
     return found
+
+
+def check_reach(radii: Sequence[float], norm: str, image_shape: Sequence[int]) -> None:
+    """Refuse radii within which every image is as near as every other: 8 is meant to be 8/255."""
+    widest = math.sqrt(math.prod(image_shape)) if norm == "l2" else 1.0
+    if radii and (eps := max(radii)) > widest:
+        raise ValueError(
+            f"eps must be at most {widest:.4g} ({norm}), as pixels are in 0..1, got {eps:g}: is "
+            f"{eps:g}/255 = {eps / 255:.4g} meant?"
+        )
 
 
 def parse_adversarial(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -29,8 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without σ is no reason to fail
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        # not standalone: typer would print a box of several lines for a wrong option
-        return app(args=arguments, prog_name="lrmanifold", standalone_mode=False) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _say
+            # not standalone: typer would print a box of several lines for a wrong option
+            return app(args=arguments, prog_name="lrmanifold", standalone_mode=False) or 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -47,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("error: " + " ".join(error.format_message().split()), file=sys.stderr)
         return 2
+
+
+def _say(message: Warning | str, *_: object) -> None:
+    """A warning in one line; where it comes from says nothing on the command line."""
+    print("warning: " + " ".join(str(message).split()), file=sys.stderr)
 
 
 if __name__ == "__main__":

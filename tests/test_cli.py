@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -425,3 +426,38 @@ def test_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
 def test_json_has_no_nan(tmp_path):
     runs.write_json(tmp_path / "x.json", {"a": [float("nan"), 1.0], "b": (float("inf"),)})
     assert strict_json(tmp_path / "x.json") == {"a": [None, 1.0], "b": [None]}
+
+
+@pytest.mark.parametrize("command", ["train", "report", "certify", "demo"])
+def test_flags_are_shown_without_a_value(command):
+    lines = invoke(command, "--help").output.splitlines()
+    flags = ("--force", "--json", "--wide", "--keep-larger", "--certified", "--attack")
+    shown = [line for line in lines if any(f"{flag} " in line for flag in flags)]
+    assert shown
+    assert not any("bool" in line.lower() for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("words", "most"),
+    [
+        ("--eps 8", "1 (linf)"),
+        ("--eps 9 --certified", "8 (l2)"),
+        ("--eps 8 --adversarial linf", "1 (linf)"),
+        ("--eps 9 --adversarial l2", "8 (l2)"),
+    ],
+)
+def test_radii_beyond_the_range_of_pixels_are_refused(words, most, tmp_path):
+    result = invoke("train", *words.split(), "--out", tmp_path)
+    assert result.exit_code == 2
+    assert f"eps must be at most {most}, as pixels are in 0..1" in result.stderr
+    assert f"is {words.split()[1]}/255 = 0.03" in result.stderr
+
+
+def test_warnings_are_one_line(capsys, monkeypatch, trained):
+    def odd(*args, **options):
+        warnings.warn("this is odd\nand long", stacklevel=2)
+        return report(torch.nn.Linear(3, 3))
+
+    monkeypatch.setattr("lrmanifold._commands.make_report", odd)
+    assert cli.main(["report", str(trained[0])]) == 0
+    assert capsys.readouterr().err == "warning: this is odd and long\n"

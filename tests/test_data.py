@@ -185,6 +185,9 @@ def test_absent_data_tells_where_it_looked_and_what_it_needs(name, tmp_path, mon
     needed = {"fashion-mnist": "Debian's package dataset-fashion-mnist"}.get(name, "Needed: ")
     with pytest.raises(DataError, match=f"{name} was not found.*{needed}.*{VARIABLE}"):
         load(name)
+    if name != "fashion-mnist":  # which has standard places
+        with pytest.raises(DataError, match="was not found: no folder was named"):
+            load(name)
     with pytest.raises(DataError, match=f"looked in {tmp_path}"):
         load(name, tmp_path)
     with pytest.raises(DataError, match=r"root \(--root\) is no folder"):

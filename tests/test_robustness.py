@@ -456,3 +456,17 @@ def test_wrong_arguments_of_accuracy_are_named(change, message, device):
     arguments = {"data": images(device), "strengths": [0.1]} | change
     with pytest.raises(ValueError, match=message):
         accuracy_under_attack(convnet(device), attack=fgsm, **arguments)
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+@pytest.mark.parametrize(("norm", "widest"), [("linf", 1.0), ("l2", 4.0)])
+def test_a_strength_beyond_the_range_of_the_images_is_warned_of(attack, norm, widest, device):
+    model = nn.Linear(16, 3).to(device)
+    x, y = torch.rand(4, 16, device=device), torch.zeros(4, dtype=torch.long, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(model, x, y, widest, norm=norm)
+        attack(model, x, y, 8.0, norm=norm, clip=None)
+    with pytest.warns(UserWarning, match=r"in \[0, 1\] \(clip\).*8 / 255") as caught:
+        accuracy_under_attack(model, (x, y), attack, [8], norm=norm)
+    assert caught[0].filename == __file__

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ pytest.importorskip("sklearn")
 
 from typer.testing import CliRunner
 
-from lrmanifold import _lock, checkpoint
+from lrmanifold import _lock, _train, checkpoint
 from lrmanifold._commands import app
 from lrmanifold._failures import explained
 from lrmanifold.experiments import data, runs
@@ -285,10 +286,31 @@ def test_a_damaged_checkpoint_is_refused_with_a_way_out(tmp_path, monkeypatch):
     assert_refused(train(tmp_path), "is damaged", "--force")
 
 
+def test_low_rank_steps_that_are_left_out_are_no_second_message_beside_an_error(tmp_path):
+    result = train(tmp_path, "--lr", 1e8)
+    assert_refused(result, "lower lr")
+    assert "left out" not in result.stderr
+
+
+def test_warnings_of_a_training_are_lines_after_the_bar(tmp_path, monkeypatch):
+    real = _train.train
+
+    def warned(*args, **options):
+        for _ in range(2):
+            warnings.warn("the steps are odd", stacklevel=2)
+        return real(*args, **options)
+
+    monkeypatch.setattr(_train, "train", warned)
+    result = train(tmp_path)
+    assert result.exit_code == 0
+    assert result.stderr.splitlines().count("warning: the steps are odd") == 1
+
+
 def test_a_training_that_diverges_leaves_nothing_that_blocks_a_lower_rate(tmp_path):
     for every in (0, 1, 100):
         result = train_dense(tmp_path, "--lr", 1e8, "--save-every", every)
         assert_refused(result, "lower lr = 100000000.0")
+        assert "warning" not in result.stderr.lower()
         assert not names(tmp_path)
     assert train(tmp_path).exit_code == 0
 

@@ -170,7 +170,6 @@ _REFUSED = {
         nn.Transformer,
         nn.Bilinear,
     ),
-    "has no continuous input": (nn.Embedding, nn.EmbeddingBag, LowRankEmbedding),
 }
 
 
@@ -183,6 +182,15 @@ def _refuse(reason: str) -> Any:
         )
 
     return refuse
+
+
+@bounded(nn.Embedding, nn.EmbeddingBag, LowRankEmbedding)
+def _table(module: nn.Module, context: Context) -> Bound:
+    raise BoundError(
+        f"{context.name or 'the model'} ({type(module).__name__}) takes integers, of which no l2 "
+        "norm measures a change: certify the part of the model that comes after it, with the "
+        "embedded vectors as input"
+    )
 
 
 for _reason, _types in _REFUSED.items():

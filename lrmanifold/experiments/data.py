@@ -348,9 +348,9 @@ def _folder(name: str, root: str | os.PathLike[str] | None, files: list[str]) ->
     for folder in folders:
         if any((folder / file).is_file() for file in files):
             return folder
-    looked = ", ".join(map(str, folders)) or "nowhere (root and the variable are not set)"
+    looked = f"; looked in {', '.join(map(str, folders))}" if folders else ": no folder was named"
     raise DataError(
-        f"{name} was not found; looked in {looked}. Needed: {_SOURCES[name]}. Name their folder, "
+        f"{name} was not found{looked}. Needed: {_SOURCES[name]}. Name their folder, "
         f"or the one above it, by root (on the command line --root DIR) or by the environment "
         f"variable {ENVIRONMENT_VARIABLE}"
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._replaced import conversions, successors, was_replaced
+from .._stack import stack_level
 from .geometry import mark
 
 # For each optimizer: after how many conversions it was found to be in order.
@@ -49,7 +50,7 @@ def warn_of_stale_optimizer(optimizer: Any, *_: Any) -> None:
         f"{name} was built before factorize, densify or fold: {len(old)} of its parameters were "
         f"replaced. No optimizer holds the {len(new)} new ones, so they do not move. Convert "
         "the model first, then build the optimizer",
-        stacklevel=3,
+        stacklevel=stack_level(),
     )
 
 

@@ -10,6 +10,7 @@ import geoopt
 import torch
 from torch import Tensor
 
+from .._stack import stack_level
 from ..manifolds import FixedRank
 from ..parameter import manifold_of
 from .accelerator import is_accelerated
@@ -48,7 +49,7 @@ class SkipWatch:
                 "gradients held NaN or Inf or a step overflowed: the weights stayed as they were. "
                 "Lower lr; or is optimizer.zero_grad() missing, so that gradients add up? "
                 "optimizer.skipped_steps has the count",
-                stacklevel=7,
+                stacklevel=stack_level(),
             )
 
     def _send(self, counters: list[Tensor]) -> None:
@@ -106,5 +107,5 @@ def warn_of_foreign_optimizer(optimizer: Any, *_: Any) -> None:
             "leave their manifold: rank and condition number are no longer kept. Use "
             "lrmanifold.optim.CondLR, CondLRAdam or CondLRMuon, or an optimizer of geoopt.optim; "
             "bring a weight back by p.data.copy_(p.manifold.projx(p))",
-            stacklevel=3,
+            stacklevel=stack_level(),
         )

@@ -58,7 +58,7 @@ def fgsm(
     eps = check_number("eps", eps, low=0)
     check_callable("loss", loss, "a function (logits, y) -> loss of each sample")
     with torch.inference_mode(False), evaluation_mode(model):
-        x, y, f, box = prepare(model, x, y, norm, clip, mean, std)
+        x, y, f, box = prepare(model, x, y, norm, clip, mean, std, eps)
         return (x + eps * steepest(gradient(f, loss, x, y), norm)).clamp(*box) if eps else x
 
 
@@ -111,7 +111,7 @@ def pgd(
     if runs > 1 and not random_start:
         raise ValueError(f"restarts must be 1 with random_start=False, got {restarts}")
     with torch.inference_mode(False), evaluation_mode(model):
-        x, y, f, box = prepare(model, x, y, norm, clip, mean, std)
+        x, y, f, box = prepare(model, x, y, norm, clip, mean, std, eps)
         worst, score = x.clone(), torch.full((len(x),), -math.inf, device=x.device)
         for run in range(runs if eps else 0):
             start = x

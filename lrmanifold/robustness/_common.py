@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from .._arguments import (
     shown,
 )
 from .._evaluation import module_of
+from .._stack import stack_level
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -35,8 +37,12 @@ def prepare(
     clip: Clip,
     mean: PerChannel,
     std: PerChannel,
+    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Model, tuple[float, float]]:
-    """Checked copies of x and y, the model with the normalisation inside, and the clip range."""
+    """Checked copies of x and y, the model with the normalisation inside, and the clip range.
+
+    Warns of an `eps` with which every image may become every other.
+    """
     check_callable("model", model, "a module or a function of images")
     check_choice("norm", norm, ("linf", "l2"))
     if clip is not None:
@@ -52,6 +58,13 @@ def prepare(
         raise ValueError(
             f"x must be finite and inside clip={clip}, got values in [{x.min().item():g}, "
             f"{x.max().item():g}]: give images before normalisation (and mean, std), or clip=None"
+        )
+    widest = (high - low) * (math.sqrt(x[0].numel()) if norm == "l2" and len(x) else 1.0)
+    if eps > widest:
+        warnings.warn(
+            f"eps = {eps:g} lets every image become every other: their values are in "
+            f"[{low:g}, {high:g}] (clip). Give eps in that unit, such as {eps:g} / 255",
+            stacklevel=stack_level(),
         )
     return x, y, normalized(model, x, mean, std), (low, high)
 

@@ -149,7 +149,7 @@ def worst_case(
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), evaluation_mode(model):
         for batch in batches(data, size, model, device):
-            x, y, f, box = prepare(model, *batch, norm, clip, mean, std)
+            x, y, f, box = prepare(model, *batch, norm, clip, mean, std, eps)
             with torch.no_grad():
                 classes = logits_of(f, x, y).shape[1]
             stands = right(f, x, y)

@@ -229,6 +229,7 @@ REFUSED = [
     (lambda: nn.GLU(), "GLU"), (lambda: nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4)), "GRU"),
     (lambda: nn.MultiheadAttention(4, 2), "MultiheadAttention"), (nn.Hardshrink, "jumps"),
     (lambda: nn.BatchNorm1d(4, track_running_stats=False), "track_running_stats"),
+    (lambda: nn.Embedding(9, 4), "takes integers.*comes after it"),
     (lambda: nn.Flatten(0), "samples"), (lambda: nn.Softmax(dim=0), "batch"),
 ]  # fmt: skip
 

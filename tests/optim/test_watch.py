@@ -62,6 +62,15 @@ def test_checkpoints_refuse_what_a_foreign_optimizer_left(tmp_path, device):
     assert not (tmp_path / "model.pt").exists()
 
 
+def test_warnings_point_to_the_line_of_the_user_also_with_a_scheduler(device):
+    model = low_rank(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    with pytest.warns(UserWarning, match="AdamW moved") as caught:
+        step(model, optimizer, device)
+    assert caught[0].filename == __file__
+
+
 def test_skipped_steps_are_warned_of_with_their_number(device):
     model = low_rank(device)
     optimizer = lrm.optim.CondLR(model.parameters(), lr=0.01)
