@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _say(message: Warning | str, *_: object) -> None:
+def _say(message: Warning | str, *_: Any, **__: Any) -> None:
     """A warning in one line; where it comes from says nothing on the command line."""
     print("warning: " + " ".join(str(message).split()), file=sys.stderr)
 
