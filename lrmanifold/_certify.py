@@ -229,6 +229,11 @@ def certify_command(
         )
     typer.echo(str(report))
     typer.echo(table(found))
+    if not any(found["verified"].values()):
+        typer.echo(
+            "Nothing is proved at these radii: give smaller ones by --eps, or train for proofs, "
+            "lrmanifold train --certified."
+        )
     new = plain(report, found)
     whole = joined(new, before)
     with one_line_errors(OSError):

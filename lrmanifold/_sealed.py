@@ -105,7 +105,10 @@ def read_torch(path: Path, check: bool = True) -> tuple[Any, bool]:
             return torch.load(file, map_location="cpu", weights_only=True), sealed
         except Exception as error:  # bytes that are no pickle raise what they please
             # not torch's own words: they advise to read it without weights_only
-            raise SealError("is damaged, or holds more than tensors, numbers and words") from error
+            raise SealError(
+                "is damaged, or holds more than tensors, numbers and words (a whole model instead "
+                "of its state_dict()?)"
+            ) from error
 
 
 def _check_end(file: BinaryIO) -> bool:

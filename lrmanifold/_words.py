@@ -163,7 +163,7 @@ def parse_adversarial(
         n + ("" if k == "pgd" else f"-{k}") for n in adversarial.NORMS for k in adversarial.KINDS
     ]
     check_word("adversarial", word, known)
-    radii = parse_strengths(",".join(eps or ()))
+    radii = parse_strengths(",".join(eps)) if eps else ()
     if len(radii) != 1:
         raise ValueError(f"adversarial needs one radius, as --eps 0.3, got {len(radii)}")
     return Adversarial(radii[0], norm, kind or "pgd")

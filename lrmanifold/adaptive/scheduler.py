@@ -124,6 +124,13 @@ class RankScheduler:
                 self._layers[name] = layer
         if not self._layers:
             raise ValueError("model must have low-rank layers that tol applies to, got none")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, x in self._layers.items() if id(x.weight) not in held]
+        if len(missing) == len(self._layers):
+            raise ValueError(
+                f"optimizer must move weights of the model that tol applies to, got one that holds "
+                f"none of {missing}: build it after factorize, from this model"
+            )
         for name, layer in self._layers.items():
             check_number(f"tol of {name}", _rule(tol, name), low=0.0, high=1.0, open_high=True)
             low, high = _rule(min_rank, name), _rule(max_rank, name)

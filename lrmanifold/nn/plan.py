@@ -153,7 +153,8 @@ def _check_rank(name: str, rule: Any) -> None:
         hint = "a float is a share of min(m, n), an int is the rank itself"
         share = check_number(name, rule, hint=hint)
         if not 0.0 < share <= 1.0:
-            raise ValueError(f"{name} as a share of min(m, n) must be in (0, 1], got {rule}")
+            whole = f": {share:.0f} is the rank itself" if share == round(share) > 0 else ""
+            raise ValueError(f"{name} as a share of min(m, n) must be in (0, 1], got {rule}{whole}")
 
 
 def _rule_for(rule: Any, c: Candidate) -> Any:

@@ -198,8 +198,11 @@ class Engine:
                     Flat([x.point]) if flat else Velocities(x.manifold, M.margin) for x in items
                 )
                 return [c for M, x in zip(alone, items, strict=True) for c in self._moves(M, [x])]
+            # the kernels speak of their own arguments, which say nothing here
+            lost = "full column rank" in str(error) or isinstance(error, torch.linalg.LinAlgError)
+            why = "it is so long that the weight loses rank" if lost else str(error)
             raise FloatingPointError(
-                f"the step of {items[0].label} cannot be made: {error} "
+                f"the step of {items[0].label} cannot be made: {why} "
                 f"(lr = {items[0].group['lr']}; nothing has moved). Lower lr or penalty, or is "
                 "optimizer.zero_grad() missing, so that gradients add up?"
             ) from error

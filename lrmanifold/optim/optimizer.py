@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import check_flag, check_number, check_numbers, check_rate
+from .._arguments import check_flag, check_number, check_numbers, check_rate, shown
 from ..manifolds import FixedRank
 from ..parameter import gathered, is_sharded, manifold_of, sharded_like
 from ._watch import SkipWatch
@@ -52,6 +52,11 @@ class GeometricOptimizer(torch.optim.Optimizer):
     _flags: tuple[str, ...] = ("maximize", "skip_nonfinite", "penalty_squared", "capturable")
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, distribute: bool = False) -> None:
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"params must be parameters, got {shown(params)}: give model.parameters(), "
+                "model.named_parameters() or lrmanifold.optim.param_groups(model)"
+            )
         self._distribute = check_flag("distribute", distribute)
         self._start()
         super().__init__(params, defaults)

@@ -98,6 +98,13 @@ def test_a_run_that_was_not_trained_for_radii_gets_the_usual_ones(folder, tmp_pa
     assert list(found["verified"]) == ["0.1", "0.2", "0.4"]
 
 
+def test_nothing_proved_comes_with_a_way_out(folder, tmp_path, capsys):
+    certify(copied(folder, tmp_path), "--eps", "7", "--no-attack")
+    assert "Nothing is proved at these radii: give smaller ones" in capsys.readouterr().out
+    certify(tmp_path, "--eps", "0.1", "--no-attack")
+    assert "Nothing is proved" not in capsys.readouterr().out
+
+
 def test_certificates_of_another_network_are_not_mixed_in(folder, tmp_path, capsys):
     run = copied(folder, tmp_path, certified=False)
     old = certify(run, "--eps", ".07", "--no-attack")

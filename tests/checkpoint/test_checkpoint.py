@@ -294,7 +294,7 @@ def test_files_that_are_something_else_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="nor a state dict: 'a' must be a tensor, got int"):
         checkpoint.load(tmp_path / "words.pt", model())
     torch.save(model(), tmp_path / "code.pt")
-    with pytest.raises(CheckpointError, match="holds more than tensors, numbers and words"):
+    with pytest.raises(CheckpointError, match=r"holds more than tensors.*a whole model"):
         checkpoint.load(tmp_path / "code.pt", model())
 
 

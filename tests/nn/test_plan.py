@@ -161,3 +161,10 @@ def test_a_share_of_which_no_rank_is_left_is_said():
     assert "0.001 of 64 is less than 1" in str(plan)
     with pytest.warns(UserWarning, match=r"every low-rank layer gets rank 1: rank = 0\.0001"):
         lrm.factorize(model, rank=0.0001)
+
+
+def test_a_rank_written_as_a_float_is_refused_with_the_int():
+    with pytest.raises(ValueError, match=r"in \(0, 1\], got 8\.0: 8 is the rank itself"):
+        lrm.factorize(nn.Linear(64, 64), rank=8.0)
+    with pytest.raises(ValueError, match=r"in \(0, 1\], got 1\.5$"):
+        lrm.factorize(nn.Linear(64, 64), rank=1.5)

@@ -264,6 +264,20 @@ def test_points_of_other_manifolds_are_looked_at():
         optimizer.step()
 
 
+def test_a_model_in_the_place_of_its_parameters_is_refused():
+    with pytest.raises(TypeError, match=r"params must be parameters, got a module.*parameters\(\)"):
+        CondLR(torch.nn.Sequential(lrm.nn.LowRankLinear(8, 6, 3)), lr=0.1)
+
+
+def test_a_step_that_loses_rank_says_so_in_words_of_the_weight():
+    layer = lrm.nn.LowRankLinear(8, 6, 3, tau=0.1)
+    optimizer = CondLR(layer.parameters(), lr=1e12)
+    layer(torch.ones(2, 8)).square().sum().backward()
+    with pytest.raises(FloatingPointError, match="so long that the weight loses rank") as caught:
+        optimizer.step()
+    assert "A must" not in str(caught.value)
+
+
 def test_labels_say_what_a_parameter_is():
     model = torch.nn.Sequential(lrm.nn.LowRankLinear(8, 6, 3, tau=0.1))
     for params, label in (

@@ -373,3 +373,9 @@ def test_factors_without_a_gradient_are_truncated_and_not_augmented():
     resize(problem.layer.weight, Factors(*(b.clone() for b in problem.layer.factors)))
     scheduler.step()
     assert problem.layer.rank == 4
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    first, second = (nn.Sequential(LowRankLinear(12, 10, 3, tau=0.1)) for _ in range(2))
+    with pytest.raises(ValueError, match=r"none of \['0'\]: build it after factorize"):
+        RankScheduler(first, CondLR(second.parameters(), lr=0.1), tol=0.1)
