@@ -47,8 +47,8 @@ class SkipWatch:
             warnings.warn(
                 f"{type(optimizer).__name__} has left out {count} of its steps so far, because "
                 "gradients held NaN or Inf or a step overflowed: the weights stayed as they were. "
-                "Lower lr; or is optimizer.zero_grad() missing, so that gradients add up? "
-                "optimizer.skipped_steps has the count",
+                "Is there NaN in the data or the loss, is lr too large, or optimizer.zero_grad() "
+                "missing, so that gradients add up? optimizer.skipped_steps has the count",
                 stacklevel=stack_level(),
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import linalg
 from .._arguments import check_choice, check_integer, check_number
+from .._stack import stack_level
 from ..factors import Factors, pack, unpack
 from ..manifolds import FixedRank
 from ..parameter import manifold_of, replace_data
@@ -177,6 +179,11 @@ class DLRT(GeometricOptimizer):
             # Also when the closure itself fails: nothing is left half-moved.
             self._restore(low, start)
             raise
+        if not run.used:
+            warnings.warn(
+                "DLRT has moved nothing: the closure left no gradient. Does it call backward()?",
+                stacklevel=stack_level(),
+            )
         for commit in commits:
             commit()
         # Weights without a gradient do not move, not even by decay.

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import check_flag, check_number, check_numbers, check_rate, shown
+from .._arguments import (
+    check_callable,
+    check_flag,
+    check_number,
+    check_numbers,
+    check_rate,
+    shown,
+)
 from ..manifolds import FixedRank
 from ..parameter import gathered, is_sharded, manifold_of, sharded_like
 from ._watch import SkipWatch
@@ -215,6 +222,8 @@ class GeometricOptimizer(torch.optim.Optimizer):
         FloatingPointError
             On the CPU, if a step is so long that it overflows or loses rank.
         """
+        if closure is not None:
+            check_callable("closure", closure, "a function that returns the loss")
         arithmetic = PlainArithmetic(p.device.type for g in self.param_groups for p in g["params"])
         with arithmetic.plain():
             loss = self._advance(closure, arithmetic)

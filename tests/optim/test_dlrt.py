@@ -319,3 +319,13 @@ def test_a_manifold_without_a_rank_is_refused():
     p = geoopt.ManifoldParameter(torch.eye(4, 2), manifold=lrm.Stiefel())
     with pytest.raises(ValueError, match="Stiefel"):
         DLRT([p], 0.1)
+
+
+def test_a_closure_without_backward_is_warned_of():
+    model = nn.Sequential(LowRankLinear(6, 5, 2, tau=0.1))
+    optimizer = DLRT(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"left no gradient\. Does it call backward") as caught:
+        optimizer.step(lambda: model(torch.ones(2, 6)).sum())
+    assert caught[0].filename == __file__
+    with pytest.raises(TypeError, match="closure must be a function that returns the loss, got a"):
+        optimizer.step(model(torch.ones(2, 6)).sum())
