@@ -29,7 +29,7 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m slow
 
-# Hugging Face, accelerate, lightning, ONNX: large packages, so an extra of their own.
+# Hugging Face, PEFT, accelerate, lightning, ONNX: large packages, so an extra of their own.
 test-integration: $(STAMP)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[integration]"
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) tests/integration tests/checkpoint -m "not slow"

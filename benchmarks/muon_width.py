@@ -1,6 +1,6 @@
 """Does the best rate transfer over width? CondLRMuon beside CondLRAdam at widths 64, 128, 256.
 
-The character model of `transformer_adam`, all linear layers but the head of rank width/4 with
+The model of `character_model`, all linear layers but the head of rank width/4 with
 cond <= 1.1, few steps, warm-up and cosine. The rate of the low-rank weights is searched on a grid
 of factors of 2; all other parameters keep 2e-3 in every run, as theirs is another question. The
 loss is that of the validation part, by which the rates are compared and nothing else is chosen.
@@ -24,7 +24,7 @@ import lrmanifold as lrm
 from lrmanifold.optim import CondLRAdam, CondLRMuon, param_groups
 
 from ._record import record
-from .transformer_adam import BATCH, CONTEXT, Transformer, load
+from .character_model import BATCH, CONTEXT, Transformer, load
 
 TAU, SHARE, OTHERS = 0.1, 0.25, 2e-3
 RULES: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {

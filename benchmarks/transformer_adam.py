@@ -16,11 +16,10 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import lrmanifold as lrm
@@ -28,60 +27,9 @@ from lrmanifold.optim import CondLRAdam, param_groups
 
 from ._moments import moment_rule
 from ._record import record
+from .character_model import BATCH, CONTEXT, Transformer, load
 
-TEXT = Path(__file__).resolve().parent / "data" / "python_reference.txt"
-WIDTH, HEADS, BLOCKS, CONTEXT, BATCH = 96, 4, 2, 64, 8
 RATES, TAU = (1e-3, 2e-3, 4e-3, 8e-3), 0.1
-
-
-class Block(nn.Module):
-    """Causal attention and an MLP, pre-norm; four linear layers."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query_key_value, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, T, width) to the same."""
-        parts = self.query_key_value(self.norm1(x)).chunk(3, -1)
-        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in parts)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class Transformer(nn.Module):
-    """Characters (B, T) to logits (B, T, size)."""
-
-    def __init__(self, size: int, width: int = WIDTH) -> None:
-        super().__init__()
-        self.token, self.place = nn.Embedding(size, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.Sequential(*(Block(width, HEADS) for _ in range(BLOCKS)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, size)
-        for embedding in (self.token, self.place):
-            nn.init.normal_(embedding.weight, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of the next characters."""
-        places = torch.arange(x.shape[1], device=x.device)
-        return self.head(self.norm(self.blocks(self.token(x) + self.place(places))))
-
-
-def load() -> tuple[Tensor, Tensor, int]:
-    """Training text, validation windows (count, CONTEXT + 1) and the number of characters.
-
-    Every eighth stretch of 1024 characters is for validation.
-    """
-    text = TEXT.read_text(encoding="utf-8")
-    index = {c: i for i, c in enumerate(sorted(set(text)))}
-    data = torch.tensor([index[c] for c in text])
-    parts = data.split(1024)
-    training = torch.cat([p for i, p in enumerate(parts) if i % 8])
-    held = [p.unfold(0, CONTEXT + 1, CONTEXT) for i, p in enumerate(parts[:-1]) if i % 8 == 0]
-    return training, torch.cat(held), len(index)
 
 
 def train(

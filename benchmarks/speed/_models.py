@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from ..transformer_adam import Block
+from ..character_model import Block
 
 
 class Embedding(nn.Module):

@@ -1,0 +1,305 @@
+"""PEFT: well-conditioned low-rank adapters as one of its methods.
+
+Importing this module registers the method, under the name "LRMANIFOLD". After that, PEFT's own
+functions work with it: ``get_peft_model``, several adapters, ``disable_adapter``,
+``save_pretrained``, ``PeftModel.from_pretrained`` (import this module before loading, too),
+``merge_and_unload`` and the rest::
+
+    from lrmanifold.interop.peft import LowRankConfig
+    from peft import get_peft_model
+
+    model = get_peft_model(model, LowRankConfig(r=8, tau=0.1, target_modules=["q_proj", "v_proj"]))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = lrmanifold.optim.CondLRAdam(trained, lr=1e-3)
+
+Each chosen layer computes W x + b + ΔW x, with the ΔW of :func:`lrmanifold.nn.adapt`, which is 0
+at the start. Adapters are float32 (float64 beside a float64 layer), also on layers of 16 or fewer
+bits. Train them with an optimizer of this library: others, such as the AdamW that a Trainer takes
+by default, leave the manifold, and the result is refused when it is saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
+from peft.utils.peft_types import PeftType
+from torch import Tensor, nn
+
+from ..errors import GeometryError
+from ..nn import bases
+from ..nn.change import Change
+from ..precision import storage_tolerance
+
+__all__ = ["LowRankConfig", "LowRankTuner", "LowRankTunerLayer"]
+
+NAME = "lrmanifold"
+# What PEFT filters by when it saves one of several adapters: names of an adapter's own parts.
+_TAKEN = ("update", "start", "weight")
+
+
+@dataclasses.dataclass
+class LowRankConfig(peft.PeftConfig):
+    """Configuration of well-conditioned low-rank adapters; PEFT saves and loads it.
+
+    Parameters
+    ----------
+    r : int
+        Rank of the adapters; cut to min(m, n) of each layer.
+    tau : float or None
+        The condition number of each U S Vᵀ stays at most 1 + tau; None for no bound.
+    alpha : float, optional
+        ΔW is scaled by alpha / r, as in LoRA; by 1 by default.
+    dropout : float
+        Of the adapters' input, in training.
+    init : {"random", "svd"}
+        Where U S Vᵀ starts, as in :class:`lrmanifold.nn.LowRankAdapter`.
+    target_modules, exclude_modules : list of str or str
+        As in PEFT's ``LoraConfig``: ends of names, a regular expression, or "all-linear". By
+        default the layers that LoRA takes in models of transformers.
+    layers_to_transform : int or list of int
+        Indices of the blocks that get adapters; all by default.
+    layers_pattern : str or list of str
+        Name of the list of blocks, where PEFT does not find it.
+    modules_to_save : list of str
+        Other modules that are trained and saved, whole.
+    """
+
+    r: int = 8
+    tau: float | None = 0.1
+    alpha: float | None = None
+    dropout: float = 0.0
+    init: str = "random"
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = getattr(PeftType, NAME.upper())
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform must be None where target_modules is a regular expression, "
+                f"got {self.layers_to_transform!r}"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_to_transform must be given with layers_pattern, got None")
+
+
+class LowRankTunerLayer(nn.Module, BaseTunerLayer):
+    """A layer of the model and its adapters; PEFT puts it in place.
+
+    Attributes
+    ----------
+    base_layer : nn.Module
+        The layer that stood here.
+    lrmanifold_changes : nn.ModuleDict
+        From names of adapters to :class:`lrmanifold.nn.Change`.
+    """
+
+    base_layer: Any
+    lrmanifold_changes: Any
+    # Of BaseTunerLayer, which has no types.
+    active_adapters: Any
+    get_base_layer: Any
+    set_adapter: Any
+    adapter_layer_names = ("lrmanifold_changes",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lrmanifold_changes = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self.in_features, self.out_features = bases.sizes(base_layer)
+        self.train(base_layer.training)
+
+    def add(self, name: str, config: LowRankConfig) -> None:
+        """Give the layer an adapter of this name."""
+        base = self.get_base_layer()
+        device, own = bases.place_of(base)
+        change = Change(
+            self.in_features,
+            self.out_features,
+            min(config.r, self.in_features, self.out_features),
+            weight=bases.matrix(base),
+            tau=config.tau,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            init=config.init,
+            device=device,
+            dtype=torch.promote_types(own, torch.float32),
+        )
+        self.lrmanifold_changes[name] = change.train(self.training)
+        self.set_adapter(self.active_adapters)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base's output, plus ΔW x of each active adapter that is not merged."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y
+        for name in self.active_adapters:
+            if name in self.lrmanifold_changes:
+                y = y + self.lrmanifold_changes[name](x).to(y.dtype)
+        return y
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW of an adapter in the layout of the base's weight."""
+        change: Any = self.lrmanifold_changes[adapter]
+        return bases.laid_out(self.get_base_layer(), change.delta())
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base's weight; each sum is formed wide and rounded once.
+
+        Parameters
+        ----------
+        safe_merge : bool
+            Raise ValueError, and change nothing, if the sum is not finite.
+        adapter_names : list of str, optional
+            The active ones by default.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lrmanifold_changes:
+                continue
+            weight, delta = self._plain_weight(), self.get_delta_weight(name)
+            if safe_merge:
+                wide = torch.promote_types(weight.dtype, delta.dtype)
+                total = (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+                if not bool(torch.isfinite(total).all()):
+                    raise ValueError(f"the weight with adapter {name!r} must be finite, is not")
+            bases.add_to_weight(weight, delta)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take merged adapters out of the base's weight again, to rounding."""
+        if not self.merged:
+            warnings.warn("no adapter is merged: nothing to unmerge", stacklevel=2)
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.lrmanifold_changes:
+                bases.add_to_weight(self._plain_weight(), self.get_delta_weight(name), -1.0)
+
+    def _plain_weight(self) -> nn.Parameter:
+        weight = bases.plain_weight(self.get_base_layer())
+        if weight is None:
+            raise ValueError(
+                f"the base of a merged adapter must have a dense weight of 16 bits or more, got a "
+                f"{type(self.get_base_layer()).__name__} (quantized, computed or low-rank)"
+            )
+        return weight
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT can turn the adapter into one of LoRA; it needs rank 2r to be exact."""
+        return True
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT's own would also cast to the base's dtype.
+        if adapter_name in self.lrmanifold_changes:
+            place = bases.place_of(self.get_base_layer())[0] if device is None else device
+            self.lrmanifold_changes[adapter_name].to(place)
+
+
+class LowRankTuner(BaseTuner):
+    """The model with its adapters, as PEFT keeps it in ``PeftModel.base_model``."""
+
+    prefix = f"{NAME}_"
+    tuner_layer_cls = LowRankTunerLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _check_new_adapter_config(self, config: LowRankConfig) -> None:
+        super()._check_new_adapter_config(config)
+        for name, other in self.peft_config.items():
+            if other is config and name in _TAKEN:
+                raise ValueError(f"the adapter's name must be none of {_TAKEN}, got {name!r}")
+
+    def _create_and_replace(
+        self,
+        peft_config: LowRankConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"target_modules must not match {current_key!r}: its attention reads the weight "
+                "and never calls the layer, so that an adapter would have no effect"
+            )
+        layer = target if isinstance(target, LowRankTunerLayer) else None
+        if layer is None:
+            if not bases.is_base(target):
+                raise ValueError(
+                    f"target_modules must match linear layers, but {current_key!r} is a "
+                    f"{type(target).__name__}"
+                )
+            layer = LowRankTunerLayer(target)
+            layer._active_adapter = self.active_adapters
+        try:
+            layer.add(adapter_name, peft_config)
+        except ValueError as error:
+            raise ValueError(f"layer {current_key!r} cannot be adapted: {error}") from error
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict:
+        _check_points(model)
+        return super()._get_adapter_state_dict(model, *args, **kwargs)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        part = LowRankTunerLayer.adapter_layer_names[0]
+        return key.replace(f".{part}.{adapter_name}.", f".{part}.")
+
+
+def _check_points(model: nn.Module) -> None:
+    """Raise before saving what would not load: adapters that left their manifold."""
+    module: Any
+    for name, module in model.named_modules():
+        if not isinstance(module, Change) or module.update.weight.is_meta:
+            continue
+        X = module.update.weight.detach()
+        tol = storage_tolerance(X.dtype)
+        ok, reason = module.update.manifold.check_point_on_manifold(
+            X, explain=True, atol=tol, rtol=tol
+        )
+        if not ok:
+            raise GeometryError(
+                f"{name}.update.weight cannot be saved, {reason}: train adapters with an optimizer "
+                "of lrmanifold.optim, others take them off the manifold"
+            )
+
+
+def _register() -> None:
+    name = NAME.upper()
+    if name in PeftType.__members__:
+        return
+    # PEFT refuses methods whose name its enumeration lacks, and has no function to extend it.
+    member = str.__new__(PeftType, name)
+    member._name_, member._value_ = name, name
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    PeftType._member_names_.append(name)
+    register_peft_method(name=NAME, config_cls=LowRankConfig, model_cls=LowRankTuner)
+
+
+_register()
