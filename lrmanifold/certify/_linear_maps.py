@@ -184,7 +184,11 @@ def _low_rank_linear(module: LowRankLinear, context: Context, scale: Tensor | No
 def _geometry(module: Any, context: Context) -> dict[str, Any]:
     d = len(module.kernel_size)
     if context.input_shape is not None and len(context.input_shape) != d + 1:
-        raise BoundError(f"{context.name}: images need a batch and channels before {d} dimensions")
+        raise BoundError(
+            f"{context.name or 'the model'}: one image must have channels and {d} dimensions, got "
+            f"{tuple(context.input_shape)}; input_shape is the shape of one sample, without the "
+            "batch, such as (3, 32, 32)"
+        )
     return {
         "input_size": None if context.input_shape is None else context.input_shape[-d:],
         "stride": module.stride,

@@ -361,7 +361,8 @@ def lipschitz(
         raise ValueError(f"norm must be 'l2', got {norm!r}: no other norm is offered")
     if input_shape is not None and not isinstance(input_shape, Sequence):
         raise TypeError(
-            f"input_shape must be integers, without that of the batch, got {shown(input_shape)}"
+            "input_shape must be the shape of one sample, without the batch, such as (3, 32, 32), "
+            f"got {shown(input_shape)}"
         )
     twin = float64_copy(model) if isinstance(model, nn.Module) else model
     network = LipschitzBound(twin, input_shape)

@@ -390,3 +390,11 @@ def test_map_cond_is_stated_where_it_is_known():
     assert rows[1].map_cond == pytest.approx(1.0, abs=0.1001)
     assert rows[2].map_cond > 1.0
     assert rows[3].map_cond is None
+
+
+def test_a_shape_with_the_batch_in_it_is_refused_with_an_example():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(certify.BoundError, match=r"got \(1, 3, 8, 8\); .*without the batch"):
+        certify.lipschitz(model, (1, 3, 8, 8))
+    with pytest.raises(TypeError, match=r"shape of one sample, without the batch.*got 8"):
+        certify.lipschitz(model, 8)
