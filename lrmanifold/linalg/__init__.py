@@ -31,7 +31,7 @@ from ._orthonormal import (
     inverse,
     orthonormalize,
     polar,
-    polar_decomposition,
+    polar_with_root,
     qr,
     solve_right,
 )
@@ -77,8 +77,8 @@ __all__ = [
     "orthonormalize",
     "overlaps",
     "polar",
-    "polar_decomposition",
     "polar_pair",
+    "polar_with_root",
     "qr",
     "rounding_of_products",
     "solve_right",

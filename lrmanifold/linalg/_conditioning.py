@@ -118,9 +118,8 @@ def clip_values(s: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor:
     kappa = 1.0 + _check_tau(tau)
     if centre == "metric":
         if s.ndim == 1 and s.device.type == "cpu" and not s.requires_grad:
-            row = s.tolist()
-            low = _threshold(row[::-1], kappa)
-            return s.new_tensor([min(max(x, low), kappa * low) for x in row])
+            low = _threshold(s.tolist()[::-1], kappa)
+            return s.clamp(low, kappa * low)
         t = metric_threshold(s, kappa).to(s.dtype)[..., None]
         return torch.minimum(torch.maximum(s, t), kappa * t)
     if centre == "mean":
@@ -247,7 +246,8 @@ def _clip_near(S: Tensor, tau: float, centre: Centre, margin: float) -> Tensor |
     """
     kappa = 1.0 + tau
     E, c = relative_defect(S)
-    if centre == "metric" and tau > 0 and certified(E, kappa):
+    # Without a margin cores that move stay at the bound: in training nothing is ever certified.
+    if centre == "metric" and tau > 0 and margin and certified(E, kappa):
         return S
     if tau == 0:
         size = torch.linalg.matrix_norm(E)

@@ -248,20 +248,18 @@ def polar(A: Tensor) -> Tensor:
     return _polar(A)[0]
 
 
-def polar_decomposition(A: Tensor) -> tuple[Tensor, Tensor]:
-    """``A = Q H``: orthonormal polar factor (..., n, r), and symmetric ``H = QᵀA`` (..., r, r).
+def polar_with_root(A: Tensor) -> tuple[Tensor, Tensor]:
+    """``Q = A K``: orthonormal polar factor (..., n, r), and ``K = (AᵀA)^(-1/2)`` (..., r, r).
 
-    As :func:`polar`, and 2 r³ flops more where `A` is near an orthonormal matrix up to scale.
+    As :func:`polar`, at no further cost where `A` is near an orthonormal matrix up to scale.
     """
-    Q, found = _polar(A)
-    if found is None:
-        return Q, Q.mT @ A
-    G, root = found
-    return Q, (G @ root).to(A.dtype)
+    Q, K = _polar(A)
+    wide = compute_dtype(A.dtype)
+    return Q, (inverse(Q.mT.to(wide) @ A.to(wide)) if K is None else K).to(A.dtype)
 
 
-def _polar(A: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The polar factor, and AᵀA with its inverse square root where both were formed."""
+def _polar(A: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The polar factor, and the inverse square root of AᵀA where that was formed."""
     dtype = A.dtype
     check_matrix(A, "A")
     A = A.to(compute_dtype(dtype))
@@ -280,7 +278,7 @@ def _polar(A: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     if bool(near.all()):
         worst = float(defect.detach().max()) if defect.numel() else 0.0
         root = inverse_square_root(E, worst) / scale.sqrt()
-        return (A @ root).to(dtype), (G, root)
+        return (A @ root).to(dtype), root
     A = checked(A, "A")
     if A.ndim > 2:
         flat = A.reshape(-1, *A.shape[-2:])

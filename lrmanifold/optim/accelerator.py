@@ -189,21 +189,23 @@ class Padded(Velocities):
     def polars(self, Y_u: Tensor, Y_v: Tensor) -> tuple[Tensor, Tensor]:
         return linalg.polar_pair(Y_u, Y_v)
 
-    def decompositions(self, Y_u: Tensor, Y_v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def decompositions(self, X: Factors, Y_u: Tensor, Y_v: Tensor) -> tuple[Tensor, ...]:
         Q, P = self.polars(Y_u, Y_v)
-        return Q, P, torch.bmm(Q.mT, Y_u), torch.bmm(P.mT, Y_v)
+        return Q, P, torch.bmm(Q.mT, X.U), torch.bmm(P.mT, X.V)
 
     def perp(self, Q: Tensor, Z: Tensor, side: int, out: Tensor | None = None) -> Tensor:
         return self._freed(torch.baddbmm(Z, Q, torch.bmm(Q.mT, Z), alpha=-1.0, out=out), side)
 
-    def outside(self, Q: Tensor, Z: Tensor, B: Tensor, overlap: Tensor, side: int) -> Tensor:
-        return self._freed(super().outside(Q, Z, B, overlap, side), side)
+    def outside(
+        self, Q: Tensor, Z: Tensor, B: Tensor, overlap: Tensor, side: int, out: Tensor
+    ) -> Tensor:
+        return self._freed(super().outside(Q, Z, B, overlap, side, out), side)
 
     def _freed(self, Z: Tensor, side: int) -> Tensor:
         # Roundoff of a square basis would be blown up to unit size by Adam.
         return Z if self.free is None else Z.mul_(self.free[:, side])
 
-    def inverse(self, S: Tensor) -> Tensor:
+    def _inverse(self, S: Tensor) -> Tensor:
         if self._kappa is None or self._kappa > linalg.SERIES_LIMIT:
             return torch.linalg.inv_ex(S)[0]
         return torch.bmm(S.mT, linalg.inverse_grams(S, self._kappa)[0])

@@ -54,6 +54,8 @@ def packed_of(x: Factors) -> Tensor | None:
 class Velocities(Ambient):
     """Velocities of the factors, (..., m, r), (..., r, r), (..., n, r), by thin products."""
 
+    _inverted: tuple[Tensor, Tensor] | None = None
+
     def join(self, x: Factors) -> Tensor:
         packed = packed_of(x)
         return pack(*x) if packed is None else packed
@@ -117,7 +119,7 @@ class Velocities(Ambient):
     ) -> tuple[Factors, Factors]:
         """As :meth:`Ambient.advance`, without forming the step.
 
-        U - v_U N = Y_u spans the new basis Q, hence QᵀU = QᵀY_u + Qᵀv_U N, a product of size r, and
+        Q = Y_u K is the polar factor of Y_u = U - v_U N. As Uᵀv_U = 0, QᵀU = K YᵀU = K, and
         (I - QQᵀ)(U A + v_U B) = (I - QQᵀ) v_U (N A + B).
         """
         s_u, s_s, s_v = (s[..., None, None] for s in scale.unbind(-1))
@@ -125,18 +127,15 @@ class Velocities(Ambient):
         N_u, N_v = lr * s_u * inverse, lr * s_v * inverse.mT
         Y_u = plus_product(X.U, v.U, N_u, alpha=-1.0)
         Y_v = plus_product(X.V, v.V, N_v, alpha=-1.0)
-        Q, P, H_u, H_v = self.decompositions(Y_u, Y_v)
+        Q, P, a, b = self.decompositions(X, Y_u, Y_v)
         core = s_s * v.S if force is None else s_s * v.S + force
         c, d = Q.mT @ v.U, P.mT @ v.V
-        # QᵀU and PᵀV
-        a, b = plus_product(H_u, c, N_u), plus_product(H_v, d, N_v)
         right = plus_product(d.mT, v.S, b.mT)
         left = plus_product(c, a, v.S).mT
-        moved = Factors(
-            self.outside(Q, v.U, plus_product(b.mT, N_u, right), c, 0),
-            plus_product(a @ right, c, b.mT),
-            self.outside(P, v.V, plus_product(a.mT, N_v, left), d, 1),
-        )
+        moved = room_for(X)
+        self.outside(Q, v.U, plus_product(b.mT, N_u, right), c, 0, moved.U)
+        plus_product(a @ right, c, b.mT, out=moved.S)
+        self.outside(P, v.V, plus_product(a.mT, N_v, left), d, 1, moved.V)
         return Factors(Q, self.project_core(along(X.S, core, lr)), P), moved
 
     # -- kernels, which accelerators replace
@@ -152,13 +151,13 @@ class Velocities(Ambient):
         U, V = (Y if Y.shape[-2] == Y.shape[-1] else linalg.polar(Y) for Y in (Y_u, Y_v))
         return U, V
 
-    def decompositions(self, Y_u: Tensor, Y_v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The polar factors Q of both moved bases, then the two QᵀY."""
-        (Q, H_u), (P, H_v) = (
-            (Y, Y.mT @ Y) if Y.shape[-2] == Y.shape[-1] else linalg.polar_decomposition(Y)
+    def decompositions(self, X: Factors, Y_u: Tensor, Y_v: Tensor) -> tuple[Tensor, ...]:
+        """The polar factors Q and P of both moved bases, then QᵀU and PᵀV."""
+        (Q, K_u), (P, K_v) = (
+            (Y, Y.mT @ Y) if Y.shape[-2] == Y.shape[-1] else linalg.polar_with_root(Y)
             for Y in (Y_u, Y_v)
         )
-        return Q, P, H_u, H_v
+        return Q, P, K_u, K_v
 
     def perp(self, Q: Tensor, Z: Tensor, side: int, out: Tensor | None = None) -> Tensor:
         """(I - QQᵀ) Z; 0 where the basis is square. `out` may be `Z`."""
@@ -166,13 +165,20 @@ class Velocities(Ambient):
             return torch.zeros_like(Z) if out is None else out.zero_()
         return plus_product(Z, Q, Q.mT @ Z, alpha=-1.0, out=out)
 
-    def outside(self, Q: Tensor, Z: Tensor, B: Tensor, overlap: Tensor, side: int) -> Tensor:
+    def outside(
+        self, Q: Tensor, Z: Tensor, B: Tensor, overlap: Tensor, side: int, out: Tensor
+    ) -> Tensor:
         """(I - QQᵀ) Z B, where `overlap` is QᵀZ."""
-        found = Z @ B
-        return plus_product(found, Q, overlap @ B, alpha=-1.0, out=found)
+        torch.matmul(Z, B, out=out)
+        return plus_product(out, Q, overlap @ B, alpha=-1.0, out=out)
 
     def inverse(self, S: Tensor) -> Tensor:
-        """S⁻¹."""
+        """S⁻¹; gradient and motion of one step share it."""
+        if self._inverted is None or self._inverted[0] is not S:
+            self._inverted = S, self._inverse(S)
+        return self._inverted[1]
+
+    def _inverse(self, S: Tensor) -> Tensor:
         return linalg.inverse(S)
 
     def inverse_grams(self, S: Tensor) -> tuple[Tensor, Tensor]:
