@@ -131,7 +131,7 @@ class Padded(Velocities):
         """The packed tensors of a padded batch, flat."""
         return torch.take(X, self.back).split(self.sizes)
 
-    def gather_moments(self, tensors: Sequence[Tensor]) -> Tensor:
+    def gather_moments(self, tensors: Sequence[Tensor], *, point: bool = False) -> Tensor:
         """Second moments of all points, (k, 3)."""
         return torch.cat([t.reshape(-1, 3) for t in tensors])
 
@@ -196,10 +196,8 @@ class Padded(Velocities):
     def perp(self, Q: Tensor, Z: Tensor, side: int, out: Tensor | None = None) -> Tensor:
         return self._freed(torch.baddbmm(Z, Q, torch.bmm(Q.mT, Z), alpha=-1.0, out=out), side)
 
-    def outside(
-        self, Q: Tensor, Z: Tensor, B: Tensor, overlap: Tensor, side: int, out: Tensor
-    ) -> Tensor:
-        return self._freed(super().outside(Q, Z, B, overlap, side, out), side)
+    def outside(self, Q: Tensor, Z: Tensor, B: Tensor, overlap: Tensor, side: int) -> Tensor:
+        return self._freed(super().outside(Q, Z, B, overlap, side), side)
 
     def _freed(self, Z: Tensor, side: int) -> Tensor:
         # Roundoff of a square basis would be blown up to unit size by Adam.

@@ -70,15 +70,8 @@ class CondLRAdam(GeometricOptimizer):
         distribute: bool = False,
     ) -> None:
         defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "penalty": penalty,
-            "penalty_squared": penalty_squared,
-            "clip_margin": clip_margin,
-            "maximize": maximize,
-            "skip_nonfinite": skip_nonfinite,
-            "capturable": capturable,
-        }
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "penalty": penalty, "penalty_squared": penalty_squared, "clip_margin": clip_margin,
+            "maximize": maximize, "skip_nonfinite": skip_nonfinite, "capturable": capturable,
+        }  # fmt: skip
         super().__init__(params, defaults, distribute=distribute)

@@ -112,18 +112,11 @@ class CondLR(GeometricOptimizer):
         distribute: bool = False,
     ) -> None:
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "penalty": penalty,
-            "penalty_squared": penalty_squared,
-            "metric": metric,
-            "clip_margin": clip_margin,
-            "maximize": maximize,
-            "skip_nonfinite": skip_nonfinite,
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
+            "penalty": penalty, "penalty_squared": penalty_squared, "metric": metric,
+            "clip_margin": clip_margin, "maximize": maximize, "skip_nonfinite": skip_nonfinite,
             "capturable": capturable,
-        }
+        }  # fmt: skip
         super().__init__(params, defaults, distribute=distribute)
 
     def _check_options(self, group: dict[str, Any]) -> None:

@@ -76,13 +76,7 @@ class Ambient:
         """The inverse of :meth:`gather`."""
         return [X] if count == 1 else X.unbind()
 
-    def gather_moments(self, tensors: Sequence[Tensor]) -> Tensor:
-        """As :meth:`gather`, of second moments."""
-        return Ambient.gather(self, tensors)
-
-    def scatter_moments(self, X: Tensor, count: int) -> Sequence[Tensor]:
-        """As :meth:`scatter`, of second moments."""
-        return Ambient.scatter(self, X, count)
+    gather_moments, scatter_moments = gather, scatter
 
     def each_moment(self, x: Tensor) -> Tensor:
         """A number a weight, (count,), against its second moments."""

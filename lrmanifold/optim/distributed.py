@@ -14,7 +14,7 @@ are equal at the first step and every 100 (one number a weight).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -235,53 +235,44 @@ def _exchange(
     engine: Engine, chosen: Sequence[tuple[Item, int]], before: dict[int, list[Tensor]]
 ) -> None:
     """Send and receive weights and states, one message a rank."""
-    me, like = dist.get_rank(), chosen[0][0].point
-    messages, pending = [], []
+    me, point = dist.get_rank(), chosen[0][0].point
+    like = point.new_empty(0, dtype=compute_dtype(point.dtype))
+    parcels, pending = [], []
     for rank in range(dist.get_world_size()):
-        parts = [_parts(engine, item) for item, owner in chosen if owner == rank]
-        size = sum(p.numel() for part in parts for p in part) + 3 * len(parts)
-        message = torch.zeros(size, dtype=compute_dtype(like.dtype), device=like.device)
-        if rank == me and size:
-            flat = []
-            for item, owner in chosen:
-                if owner == me:
-                    flat += [
-                        item.state[k] - x for k, x in zip(_COUNTERS, before[id(item)], strict=True)
-                    ]
-                    names = engine.rule.names(item.group, item.manifold)
-                    flat.append(torch.tensor(float(all(k in item.state for k in names))))
-                    flat += _parts(engine, item)
-            torch.cat([x.reshape(-1).to(message) for x in flat], out=message)
-        messages.append(message)
+        items = [item for item, owner in chosen if owner == rank]
+        parts = [part for item in items for part in _parts(engine, item, before.get(id(item)))]
+        message = torch.cat([like, *(part.reshape(-1).to(like) for part in parts)])
+        parcels.append((items, message, [part.numel() for part in parts]))
         pending.append(dist.broadcast(message, rank, async_op=True))
     for work in pending:
         work.wait()
-    for rank, message in enumerate(messages):
-        at = 0
-        for item, owner in chosen:
-            if owner == rank != me:
-                at = _read(engine, item, message, at)
+    for rank, (items, message, sizes) in enumerate(parcels):
+        if rank != me:
+            parts = iter(message.split(sizes))
+            for item in items:
+                _read(engine, item, parts)
 
 
-def _parts(engine: Engine, item: Item) -> list[Tensor]:
-    """The weight and its state, in order; zeros for what there is not yet."""
+def _parts(engine: Engine, item: Item, before: list[Tensor] | None) -> list[Tensor]:
+    """What the step added to the counters, whether there is a state, the weight, the state."""
+    counts = [item.state[k] for k in _COUNTERS]
     names = engine.rule.names(item.group, item.manifold)
-    return [item.point, *(item.remembered(k, engine.rule) for k in names)]
+    return [
+        *(x - y for x, y in zip(counts, before or counts, strict=True)),
+        torch.tensor(float(all(k in item.state for k in names))),
+        item.point,
+        *(item.remembered(k, engine.rule) for k in names),
+    ]
 
 
-def _read(engine: Engine, item: Item, message: Tensor, at: int) -> int:
+def _read(engine: Engine, item: Item, parts: Iterator[Tensor]) -> None:
     for key in _COUNTERS:
-        item.state[key] += message[at].to(torch.int64)
-        at += 1
+        item.state[key] += next(parts)[0].to(torch.int64)
+    flag = next(parts)
+    item.point.copy_(next(parts).view(item.point.shape))
     # On an accelerator the state is always there, and nobody waits for the flag.
-    there = message.device.type != "cpu" or bool(message[at])
-    at += 1
-    names = [None, *engine.rule.names(item.group, item.manifold)]
-    for name, part in zip(names, _parts(engine, item), strict=True):
-        value = message[at : at + part.numel()].view(part.shape)
-        at += part.numel()
-        if name is None:
-            item.point.copy_(value)
-        elif there:
-            item.state[name] = value.to(part.dtype, copy=True)
-    return at
+    there = flag.device.type != "cpu" or bool(flag)
+    for name in engine.rule.names(item.group, item.manifold):
+        value, old = next(parts), item.remembered(name, engine.rule)
+        if there:
+            item.state[name] = value.view(old.shape).to(old.dtype, copy=True)

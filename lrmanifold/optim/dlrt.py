@@ -101,18 +101,11 @@ class DLRT(GeometricOptimizer):
         skip_nonfinite: bool = True,
     ) -> None:
         defaults = {
-            "lr": lr,
-            "integrator": integrator,
-            "tol": tol,
-            "min_rank": min_rank,
-            "max_rank": max_rank,
-            "s_steps": s_steps,
-            "weight_decay": weight_decay,
-            "penalty": penalty,
-            "penalty_squared": penalty_squared,
-            "maximize": maximize,
+            "lr": lr, "integrator": integrator, "tol": tol, "min_rank": min_rank,
+            "max_rank": max_rank, "s_steps": s_steps, "weight_decay": weight_decay,
+            "penalty": penalty, "penalty_squared": penalty_squared, "maximize": maximize,
             "skip_nonfinite": skip_nonfinite,
-        }
+        }  # fmt: skip
         super().__init__(params, defaults)
 
     def _check_options(self, group: dict[str, Any]) -> None:

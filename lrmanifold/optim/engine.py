@@ -22,7 +22,7 @@ from ..precision import compute_dtype
 from .accelerator import Flat, Padded, is_accelerated, may_be_padded, partition, real_view
 from .coordinates import Ambient, is_factored
 from .items import Item, Rule
-from .velocities import Velocities, packed_of
+from .velocities import Velocities
 
 # Flops of a step below which its calls take longer than its work: on the CPU such weights of equal
 # shape are copied into one tensor and back, which large ones pay for (benchmarks/speed, `step`).
@@ -218,7 +218,11 @@ class Engine:
         alone = len(items) == 1 and not is_accelerated(items[0].point)
         for name, value in ((None, Y), *new.items()):
             if alone and isinstance(value, Factors):
-                self._write_blocks(M, items[0], name, value)
+                if name is not None:
+                    items[0].state[name] = M.join(value).to(items[0].point.dtype)
+                    continue
+                for old, block in zip(M.split(items[0].point), value, strict=True):
+                    old.copy_(block)
                 continue
             scatter = M.scatter_moments if name in self.rule.moments else M.scatter
             parts = scatter(value if isinstance(value, Tensor) else M.join(value), len(items))
@@ -233,15 +237,6 @@ class Engine:
             torch._foreach_add_(steps, list(ok.to(torch.int64).unbind()))
             skipped = [item.state["skipped"] for item in items]
             torch._foreach_add_(skipped, list((~ok).to(torch.int64).unbind()))
-
-    def _write_blocks(self, M: Any, item: Item, name: str | None, value: Factors) -> None:
-        """Of one weight, without packing; a vector that is packed takes the place of the old."""
-        packed = packed_of(value)
-        if name is not None and packed is not None and packed.dtype == item.point.dtype:
-            item.state[name] = packed
-            return
-        for old, block in zip(M.split(self._place(item, name)), value, strict=True):
-            old.copy_(block)
 
     def _place(self, item: Item, name: str | None) -> Tensor:
         """Where to write: the point, or an entry of the state, made when it is first needed."""

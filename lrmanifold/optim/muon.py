@@ -105,17 +105,9 @@ class CondLRMuon(GeometricOptimizer):
         distribute: bool = False,
     ) -> None:
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "penalty": penalty,
-            "penalty_squared": penalty_squared,
-            "clip_margin": clip_margin,
-            "maximize": maximize,
-            "skip_nonfinite": skip_nonfinite,
-            "capturable": capturable,
-        }
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "betas": betas, "eps": eps,
+            "weight_decay": weight_decay, "penalty": penalty,
+            "penalty_squared": penalty_squared, "clip_margin": clip_margin,
+            "maximize": maximize, "skip_nonfinite": skip_nonfinite, "capturable": capturable,
+        }  # fmt: skip
         super().__init__(params, defaults, distribute=distribute)

@@ -14,51 +14,23 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..factors import Factors, pack, perp, unpack
+from ..factors import Factors, pack, perp
 from ..manifolds import FixedRank
 from ..precision import compute_dtype
-from .coordinates import Ambient, along
+from .coordinates import Ambient, along, combine
 
 
-def plus_product(
-    b: Tensor,
-    P: Tensor,
-    Q: Tensor,
-    *,
-    beta: float = 1.0,
-    alpha: float = 1.0,
-    out: Tensor | None = None,
-) -> Tensor:
-    """beta b + alpha P Q in one call, into `out`, which may be `b`."""
+def plus_product(b: Tensor, P: Tensor, Q: Tensor, **options: Any) -> Tensor:
+    """beta b + alpha P Q in one call, with the options beta, alpha and out of ``torch.addmm``."""
     if b.ndim <= 3:
-        product = torch.addmm if b.ndim == 2 else torch.baddbmm
-        return product(b, P, Q, beta=beta, alpha=alpha, out=out)
-    return torch.add(beta * b, P @ Q, alpha=alpha, out=out)
-
-
-def room_for(X: Factors) -> Factors:
-    """Blocks like those of `X`, to be written to, of one new packed tensor."""
-    m, r, n = (b.shape[-2] for b in X)
-    return unpack(X.U.new_empty(*X.U.shape[:-2], m + r + n, r), m, n)
-
-
-def packed_of(x: Factors) -> Tensor | None:
-    """The tensor that :func:`room_for` has made for these blocks; None for others."""
-    whole, starts = x.U._base, [b.storage_offset() for b in x]
-    rows = sum(b.shape[-2] for b in x)
-    if whole is None or any(b._base is not whole for b in x) or starts != sorted(starts):
-        return None
-    return whole if whole.shape == (*x.U.shape[:-2], rows, x.U.shape[-1]) else None
+        return (torch.addmm if b.ndim == 2 else torch.baddbmm)(b, P, Q, **options)
+    return torch.add(options.pop("beta", 1.0) * b, P @ Q, **options)
 
 
 class Velocities(Ambient):
     """Velocities of the factors, (..., m, r), (..., r, r), (..., n, r), by thin products."""
 
     _inverted: tuple[Tensor, Tensor] | None = None
-
-    def join(self, x: Factors) -> Tensor:
-        packed = packed_of(x)
-        return pack(*x) if packed is None else packed
 
     def velocity(
         self, X: Factors, G: Factors, metric: str, b: Any = None, mu: float = 0.0
@@ -73,17 +45,13 @@ class Velocities(Ambient):
             A_v = A_u.mT
         else:
             A_u, A_v = self.inverse_grams(X.S)
-        product = torch.mul if A_u.shape != X.S.shape else torch.matmul
-        if b is None:
-            return Factors(product(G.U, A_u), G.S, product(G.V, A_v))
-        v = room_for(X)
-        torch.add(G.S, b.S, alpha=mu, out=v.S)
-        for g, A, before, new in ((G.U, A_u, b.U, v.U), (G.V, A_v, b.V, v.V)):
-            if product is torch.mul:
-                torch.add(g * A, before, alpha=mu, out=new)
-            else:
-                plus_product(before, g, A, beta=mu, out=new)
-        return v
+        number = A_u.shape != X.S.shape
+        if b is None or number:
+            product = torch.mul if number else torch.matmul
+            v = Factors(product(G.U, A_u), G.S, product(G.V, A_v))
+            return v if b is None else combine(v, b, mu)
+        U, V = plus_product(b.U, G.U, A_u, beta=mu), plus_product(b.V, G.V, A_v, beta=mu)
+        return Factors(U, torch.add(G.S, b.S, alpha=mu), V)
 
     def project(self, X: Factors, v: Factors) -> Factors:
         """Take the motions within the bases out of U̇ and V̇, in place."""
@@ -132,10 +100,11 @@ class Velocities(Ambient):
         c, d = Q.mT @ v.U, P.mT @ v.V
         right = plus_product(d.mT, v.S, b.mT)
         left = plus_product(c, a, v.S).mT
-        moved = room_for(X)
-        self.outside(Q, v.U, plus_product(b.mT, N_u, right), c, 0, moved.U)
-        plus_product(a @ right, c, b.mT, out=moved.S)
-        self.outside(P, v.V, plus_product(a.mT, N_v, left), d, 1, moved.V)
+        moved = Factors(
+            self.outside(Q, v.U, plus_product(b.mT, N_u, right), c, 0),
+            plus_product(a @ right, c, b.mT),
+            self.outside(P, v.V, plus_product(a.mT, N_v, left), d, 1),
+        )
         return Factors(Q, self.project_core(along(X.S, core, lr)), P), moved
 
     # -- kernels, which accelerators replace
@@ -165,12 +134,10 @@ class Velocities(Ambient):
             return torch.zeros_like(Z) if out is None else out.zero_()
         return plus_product(Z, Q, Q.mT @ Z, alpha=-1.0, out=out)
 
-    def outside(
-        self, Q: Tensor, Z: Tensor, B: Tensor, overlap: Tensor, side: int, out: Tensor
-    ) -> Tensor:
+    def outside(self, Q: Tensor, Z: Tensor, B: Tensor, overlap: Tensor, side: int) -> Tensor:
         """(I - QQᵀ) Z B, where `overlap` is QᵀZ."""
-        torch.matmul(Z, B, out=out)
-        return plus_product(out, Q, overlap @ B, alpha=-1.0, out=out)
+        found = Z @ B
+        return plus_product(found, Q, overlap @ B, alpha=-1.0, out=found)
 
     def inverse(self, S: Tensor) -> Tensor:
         """S⁻¹; gradient and motion of one step share it."""

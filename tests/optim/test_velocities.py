@@ -13,9 +13,7 @@ from strategies import seeds
 from torch import Tensor
 
 import lrmanifold as lrm
-from lrmanifold.factors import Factors
 from lrmanifold.optim import CondLR, condlr_update
-from lrmanifold.optim.velocities import packed_of, room_for
 
 SIZES = [(1, 1, 1), (9, 6, 3), (5, 11, 4), (7, 4, 4), (4, 7, 4), (5, 5, 5), (8, 8, 1)]
 taus = st.sampled_from([None, 0.0, 0.1, 0.5])
@@ -95,14 +93,6 @@ def test_a_step_keeps_gradient_and_earlier_momentum_as_they_were(decay, penalty)
         assert after.is_contiguous()
         assert after._base is None
         assert before is None or torch.equal(before, copied)
-
-
-def test_only_all_blocks_in_their_order_are_a_packed_tensor():
-    v = room_for(Factors(torch.ones(5, 2), torch.ones(2, 2), torch.ones(5, 2)))
-    assert packed_of(v).shape == (12, 2)
-    assert packed_of(v).data_ptr() == v.U.data_ptr()
-    for other in (Factors(v.V, v.S, v.U), v._replace(S=v.S + 1), v._replace(U=v.U[1:])):
-        assert packed_of(other) is None
 
 
 @given(seed=seeds, tau=st.sampled_from([0.0, 0.1]), momentum=st.sampled_from([0.0, 0.9]))
