@@ -18,11 +18,10 @@ from ..factors import Factors, pack, unpack
 from ..manifolds import FixedRank
 from ..parameter import manifold_of, replace_data
 from .arithmetic import PlainArithmetic
-from .evaluations import Evaluations, NonFiniteError, forced
 from .items import Rule
 from .optimizer import GeometricOptimizer
 from .rank import augment, factors_of, nearest_rank, rank_for_tolerance, resize, truncate
-from .step import sgd
+from .step import core_force, sgd
 
 Integrator = Literal["bug", "augmented_bug", "ksl"]
 _INTEGRATORS = ("bug", "augmented_bug", "ksl")
@@ -156,14 +155,13 @@ class DLRT(GeometricOptimizer):
         start = {p: (M.rank, p.data.clone()) for _, p, M in low}
         run = Evaluations(closure, arithmetic, [p for _, p, _, _ in entries])
         try:
-            integrate = self._ksl if self.param_groups[0]["integrator"] == "ksl" else self._bug
-            integrate(run, low)
+            (self._ksl if self.param_groups[0]["integrator"] == "ksl" else self._bug)(run, low)
             dense = [item for item in self._items() if item.manifold is None]
             commits = self._engine.compute(dense)
-        except NonFiniteError as error:
+        except _NonFiniteError as error:
             self._restore(low, start)
             if not all(group["skip_nonfinite"] for group in self.param_groups):
-                label = next(label for _, p, _, label in entries if p is error.parameter)
+                label = next(label for _, p, _, label in entries if p is error.args[0])
                 raise FloatingPointError(f"the gradient of {label} holds NaN or Inf") from None
             for _, p, _, _ in entries:
                 self.state[p]["skipped"] += 1
@@ -209,29 +207,26 @@ class DLRT(GeometricOptimizer):
         M.set_rank_(U.shape[-1])
         replace_data(p, pack(U, S, V).to(p.dtype))
 
-    def _kl_gradients(self, run: Evaluations, low: list) -> dict[Tensor, tuple[Tensor, Tensor]]:
+    def _gradients_at(self, run: Evaluations, low: list, points: dict) -> dict[Tensor, Factors]:
+        """Blocks of the gradients with all weights at these factors, until the next evaluation."""
+        for _, p, M in low:
+            self._place(p, M, *points[p])
+        run.evaluate()
+        return {p: self._gradient(g, p, M) for g, p, M in low}
+
+    def _kl_gradients(self, run: Evaluations, low: list, points: dict) -> dict[Tensor, tuple]:
         """GV and GᵀU at the start, without dividing by S."""
-        points = {p: factors_of(p) for _, p, _ in low}
         if all(M.gradient == "probe" for _, _, M in low):
-            run.evaluate()
-            blocks = {p: self._gradient(g, p, M) for g, p, M in low}
-            return {p: (b.U, b.V) for p, b in blocks.items()}
+            return {p: (b.U, b.V) for p, b in self._gradients_at(run, low, points).items()}
         # With the weight written as K I Vᵀ, its gradient with respect to the first factor is GV.
-        for _, p, M in low:
-            U, S, V = points[p]
-            self._place(p, M, U @ S, None, V)
-        run.evaluate()
-        GV = {p: self._gradient(g, p, M).U.clone() for g, p, M in low}
-        for _, p, M in low:
-            U, S, V = points[p]
-            self._place(p, M, U, None, V @ S.mT)
-        run.evaluate()
-        return {p: (GV[p], self._gradient(g, p, M).V.clone()) for g, p, M in low}
+        GV = {p: b.U.clone() for p, b in self._gradients_at(run, low, _as_k(points)).items()}
+        blocks = self._gradients_at(run, low, _as_l(points))
+        return {p: (GV[p], b.V.clone()) for p, b in blocks.items()}
 
     def _bug(self, run: Evaluations, low: list) -> None:
         """BUG, augmented or not."""
         points = {p: factors_of(p) for _, p, _ in low}
-        gradients = self._kl_gradients(run, low)
+        gradients = self._kl_gradients(run, low, points)
         cores: dict[Tensor, Factors] = {}
         for group, p, M in low:
             U, S, V = points[p]
@@ -248,43 +243,31 @@ class DLRT(GeometricOptimizer):
                 U1, V1 = wide.U, wide.V
             cores[p] = Factors(U1, (U1.mT @ U) @ S @ (V.mT @ V1), V1)
         for i in range(max((g["s_steps"] for g, _, _ in low), default=1)):
-            for _, p, M in low:
-                self._place(p, M, *cores[p])
-            run.evaluate()
-            for group, p, M in low:
+            blocks = self._gradients_at(run, low, cores)
+            for group, p, _ in low:
                 if i < group["s_steps"]:
-                    U, S, V = cores[p]
-                    slope = forced(self._gradient(group, p, M).S, cores[p], group)
-                    cores[p] = Factors(U, S - group["lr"] * slope, V)
+                    slope = _forced(blocks[p].S, cores[p], group)
+                    cores[p] = cores[p]._replace(S=cores[p].S - group["lr"] * slope)
         for group, p, M in low:
             self._settle(group, p, M, cores[p], points[p].S.shape[-1])
 
     def _ksl(self, run: Evaluations, low: list) -> None:
         """Projector splitting: every substep at the point that the one before has reached."""
         points = {p: factors_of(p) for _, p, _ in low}
-        for _, p, M in low:
+        blocks = self._gradients_at(run, low, _as_k(points))
+        for group, p, _ in low:
             U, S, V = points[p]
-            self._place(p, M, U @ S, None, V)
-        run.evaluate()
-        for group, p, M in low:
-            U, S, V = points[p]
-            K = U @ S - group["lr"] * self._gradient(group, p, M).U
-            U, S = linalg.qr(K, rank_deficient=True)
+            U, S = linalg.qr(U @ S - group["lr"] * blocks[p].U, rank_deficient=True)
             points[p] = Factors(U, S, V)
-            self._place(p, M, U, S, V)
-        run.evaluate()
+        blocks = self._gradients_at(run, low, points)
+        for group, p, _ in low:
+            points[p] = points[p]._replace(S=points[p].S + group["lr"] * blocks[p].S)
+        blocks = self._gradients_at(run, low, _as_l(points))
         for group, p, M in low:
             U, S, V = points[p]
-            S = S + group["lr"] * self._gradient(group, p, M).S
-            points[p] = Factors(U, S, V)
-            self._place(p, M, U, None, V @ S.mT)
-        run.evaluate()
-        for group, p, M in low:
-            U, S, V = points[p]
-            L = V @ S.mT - group["lr"] * self._gradient(group, p, M).V
-            V, R = linalg.qr(L, rank_deficient=True)
+            V, R = linalg.qr(V @ S.mT - group["lr"] * blocks[p].V, rank_deficient=True)
             X = Factors(U, R.mT, V)
-            S = R.mT - group["lr"] * forced(torch.zeros_like(R), X, group)
+            S = R.mT - group["lr"] * _forced(torch.zeros_like(R), X, group)
             self._settle(group, p, M, Factors(U, S, V), S.shape[-1])
 
     def _settle(
@@ -302,3 +285,43 @@ class DLRT(GeometricOptimizer):
         if rank < X.S.shape[-1]:
             X = truncate(X, rank)
         resize(p, Factors(X.U, M.project_core(X.S), X.V))
+
+
+class Evaluations:
+    """The evaluations of a closure in one step."""
+
+    def __init__(
+        self, closure: Callable[[], Any], arithmetic: PlainArithmetic, params: list[Tensor]
+    ) -> None:
+        self._closure, self._arithmetic, self._params = closure, arithmetic, params
+        self.losses: list[Any] = []
+        self.used: set[Tensor] = set()
+
+    def evaluate(self) -> None:
+        """Call the closure; note which weights it used, and that their gradients are finite."""
+        self.losses.append(self._arithmetic.evaluate(self._closure))
+        for p in self._params:
+            if p.grad is not None:
+                self.used.add(p)
+                if not bool(torch.isfinite(p.grad).all()):
+                    raise _NonFiniteError(p)
+
+
+class _NonFiniteError(Exception):
+    """The gradient of the parameter given holds NaN or Inf."""
+
+
+def _as_k(points: dict[Tensor, Factors]) -> dict[Tensor, tuple]:
+    """The weights U S Vᵀ as K I Vᵀ."""
+    return {p: (U @ S, None, V) for p, (U, S, V) in points.items()}
+
+
+def _as_l(points: dict[Tensor, Factors]) -> dict[Tensor, tuple]:
+    """The weights U S Vᵀ as U I Lᵀ."""
+    return {p: (U, None, V @ S.mT) for p, (U, S, V) in points.items()}
+
+
+def _forced(slope: Tensor, X: Factors, group: dict[str, Any]) -> Tensor:
+    """The slope of the core with decay and penalty."""
+    force = core_force(X, group)
+    return slope if force is None else slope + force

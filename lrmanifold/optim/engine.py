@@ -217,10 +217,10 @@ class Engine:
                 item.state.pop(gone, None)  # not transported, it would be no vector at the point
         alone = len(items) == 1 and not is_accelerated(items[0].point)
         for name, value in ((None, Y), *new.items()):
+            if alone and isinstance(value, Factors) and name is not None:
+                items[0].state[name] = M.join(value).to(items[0].point.dtype)
+                continue
             if alone and isinstance(value, Factors):
-                if name is not None:
-                    items[0].state[name] = M.join(value).to(items[0].point.dtype)
-                    continue
                 for old, block in zip(M.split(items[0].point), value, strict=True):
                     old.copy_(block)
                 continue
