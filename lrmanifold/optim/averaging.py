@@ -101,23 +101,15 @@ class RetractingAverage(AveragedModel):
             p.copy_(X)
 
     def _on_manifolds(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        others = parameters_without_wrappers(model)
-        for name, p in _once(parameters_without_wrappers(self.module)):
+        named, others = (parameters_without_wrappers(x) for x in (self.module, model))
+        # Each parameter under one name: a tied one must not be averaged twice.
+        for p, name in {p: name for name, p in named.items()}.items():
             mine, other = manifold_of(p), manifold_of(others[name])
             if (mine is None) != (other is None):
                 lost = "the average" if mine is None else "the model"
                 raise GeometryError(f"{name!r} has lost its manifold in {lost}")
             if mine is not None:
                 yield p, others[name]
-
-
-def _once(named: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter under its first name: a tied one must not be averaged twice."""
-    seen: set[int] = set()
-    for name, p in named.items():
-        if id(p) not in seen:
-            seen.add(id(p))
-            yield name, p
 
 
 def _average(p: Tensor, q: Tensor, weight: float) -> Tensor:

@@ -119,8 +119,6 @@ class Engine:
 
     def _flat(self, items: Sequence[Item]) -> Flat:
         points = [item.point for item in items]
-        if len(points) == 1:
-            return Flat(points)
         key = (*(p.numel() for p in points), points[0].dtype, points[0].device)
         return self._kept(key, lambda: Flat(points))
 
