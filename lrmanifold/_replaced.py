@@ -32,7 +32,7 @@ def conversions() -> int:
 
 
 def was_replaced(p: Tensor) -> bool:
-    """Whether a conversion took `p` out of a model."""
+    """Whether a conversion took `p` out of a model, or froze it beside an adapter."""
     return p in _new
 
 

@@ -28,8 +28,10 @@ def warn_of_stale_optimizer(optimizer: Any, *_: Any) -> None:
     gradients of the old ones have changed since the optimizer's last step, and no optimizer that
     exists holds any of the new ones.
     """
+    if torch.compiler.is_compiling():
+        return
     count = conversions()
-    if not count or torch.compiler.is_compiling() or _in_order.get(optimizer) == count:
+    if not count or _in_order.get(optimizer) == count:
         return
     old = [p for p in _parameters(optimizer) if was_replaced(p)]
     if not old:
@@ -47,9 +49,9 @@ def warn_of_stale_optimizer(optimizer: Any, *_: Any) -> None:
         return
     name = type(optimizer).__name__
     warnings.warn(
-        f"{name} was built before factorize, densify or fold: {len(old)} of its parameters were "
-        f"replaced. No optimizer holds the {len(new)} new ones, so they do not move. Convert "
-        "the model first, then build the optimizer",
+        f"{name} was built before factorize, densify, fold or adapt: {len(old)} of its parameters "
+        f"were replaced or frozen. No optimizer holds the {len(new)} new ones, so they do not "
+        "move. Convert the model first, then build the optimizer",
         stacklevel=stack_level(),
     )
 

@@ -59,6 +59,15 @@ def test_so_is_one_built_before_densify(device):
         step(model, optimizer)
 
 
+def test_so_is_one_built_before_adapt(device):
+    model = dense(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    lrm.nn.adapt(model, rank=2)
+    step(model, optimizer)
+    with pytest.warns(UserWarning, match=r"or adapt: .*they do not move"):
+        step(model, optimizer)
+
+
 def test_attention_and_accumulated_gradients_too(device):
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).to(device)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
@@ -103,6 +112,15 @@ def old_one_kept(device):
     return model, [lrm.optim.CondLR(model.parameters(), lr=0.1)]
 
 
+def adapters_beside(device):
+    model = dense(device)
+    rest = torch.optim.SGD(model.parameters(), lr=0.1)
+    lrm.nn.adapt(model, rank=2)
+    model[2].requires_grad_(True)
+    tuned = [p for name, p in model.named_parameters() if p.requires_grad and "2." not in name]
+    return model, [rest, lrm.optim.CondLR(tuned, lr=0.1)]
+
+
 def from_a_copy(device):
     first = dense(device)
     model = lrm.factorize(copy.deepcopy(first), rank=4, exclude="2")
@@ -111,7 +129,8 @@ def from_a_copy(device):
 
 
 @pytest.mark.parametrize(
-    "make", [frozen, one_for_each_part, the_other_one_first, old_one_kept, from_a_copy]
+    "make",
+    [frozen, one_for_each_part, the_other_one_first, old_one_kept, adapters_beside, from_a_copy],
 )
 def test_programs_that_are_right_are_not_warned_of(make, device):
     model, optimizers = make(device)
