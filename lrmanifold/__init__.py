@@ -32,3 +32,11 @@ __all__ = [
     "robustness",
     "viz",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Names that live one room further in are named with it."""
+    rooms = (optim, nn, robustness, certify, checkpoint, linalg, viz, retractions)
+    found = [m.__name__ for m in rooms if name in getattr(m, "__all__", ())]
+    hint = f"; it is {found[0]}.{name}" if found else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

@@ -190,3 +190,14 @@ def test_the_wheel_works_in_an_empty_environment(wheel, tmp_path):
     trained = run(command, "train", "--epochs", 1, "--out", "run", **options)
     assert "clean accuracy" in trained
     assert "NOT a bound" in run(command, "report", "run", **options)
+
+
+def test_a_name_that_lives_further_in_is_named_with_its_room():
+    for name, place in (("CondLR", "optim"), ("pgd", "robustness"), ("LowRankLinear", "nn")):
+        with pytest.raises(AttributeError, match=rf"'{name}'; it is lrmanifold\.{place}\.{name}$"):
+            getattr(lrmanifold, name)
+    with pytest.raises(AttributeError, match=r"has no attribute 'nonsense'$"):
+        lrmanifold.nonsense  # noqa: B018
+    from lrmanifold import interop  # submodules are still found
+
+    assert interop
