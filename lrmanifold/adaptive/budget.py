@@ -1,14 +1,24 @@
-"""Parameters of low-rank layers at given ranks, and which directions to drop for a budget."""
+"""Options by layer, parameters at given ranks, and which directions to drop for a budget."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor
 
 from ..nn.layer import LowRankLayer
 
 Layers = Mapping[str, LowRankLayer]
+Rule = float | Mapping[str, float]
+
+
+def value_for(rule: Any, name: str) -> float | None:
+    """An option's value for a layer, where it may be given by patterns of names."""
+    if isinstance(rule, Mapping):
+        return next((v for pattern, v in rule.items() if fnmatchcase(name, pattern)), None)
+    return rule
 
 
 def cost(layer: LowRankLayer, rank: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from .. import linalg
 from .._arguments import check_instance, check_integer, check_module, check_number, check_text
 from ..factors import unpack
-from ..manifolds import Factors, WellConditioned
+from ..manifolds import WellConditioned
 from ..nn.layer import LowRankLayer
 from ..optim.rank import (
     augment,
@@ -25,9 +24,7 @@ from ..optim.rank import (
     truncate,
 )
 from ..parameter import replace_data
-from .budget import excess, meet_budget
-
-Rule = float | Mapping[str, float]
+from .budget import Rule, excess, meet_budget, value_for
 
 
 class RankScheduler:
@@ -118,7 +115,7 @@ class RankScheduler:
         self.count = 0
         self._layers: dict[str, LowRankLayer] = {}
         for name, layer in model.named_modules():
-            if not isinstance(layer, LowRankLayer) or _rule(tol, name) is None:
+            if not isinstance(layer, LowRankLayer) or value_for(tol, name) is None:
                 continue
             if all(layer.weight is not known.weight for known in self._layers.values()):
                 self._layers[name] = layer
@@ -132,8 +129,8 @@ class RankScheduler:
                 f"none of {missing}: build it after factorize, from this model"
             )
         for name, layer in self._layers.items():
-            check_number(f"tol of {name}", _rule(tol, name), low=0.0, high=1.0, open_high=True)
-            low, high = _rule(min_rank, name), _rule(max_rank, name)
+            check_number(f"tol of {name}", value_for(tol, name), low=0.0, high=1.0, open_high=True)
+            low, high = value_for(min_rank, name), value_for(max_rank, name)
             low = 1 if low is None else check_integer(f"min_rank of {name}", low, low=1)
             if high is not None:
                 check_integer(f"max_rank of {name}", high, low=int(low), hint=f"min_rank is {low}")
@@ -231,7 +228,8 @@ class RankScheduler:
                 X = truncate(X, ranks[name])
             elif not _capped(layer):
                 continue
-            self._set(layer, Factors(X.U, layer.manifold.project_core(X.S), X.V))
+            X = X._replace(S=layer.manifold.project_core(X.S))
+            resize(layer.weight, X, self._state(layer))
 
     # -- parts
 
@@ -241,26 +239,24 @@ class RankScheduler:
     def _state(self, layer: LowRankLayer) -> dict[str, Any]:
         return self.optimizer.state.get(layer.weight, {})
 
-    def _set(self, layer: LowRankLayer, X: Factors) -> None:
-        resize(layer.weight, X, self._state(layer))
-
     def _limits(self, name: str, layer: LowRankLayer) -> tuple[int, int]:
         M = layer.manifold
-        high = _rule(self.max_rank, name)
+        high = value_for(self.max_rank, name)
         high = min(M.m, M.n) if high is None else min(M.m, M.n, int(high))
-        return min(int(_rule(self.min_rank, name) or 1), high), high
+        return min(int(value_for(self.min_rank, name) or 1), high), high
 
     def _widen(self, name: str, layer: LowRankLayer, found: tuple[Tensor, Tensor] | None) -> None:
         """Augment a layer by the directions found, as far as there is room."""
         if found is not None:
             wanted = layer.rank if self.augment is None else self.augment
             room = min(wanted, found[0].shape[-1], self._limits(name, layer)[1] - layer.rank)
-            self._set(layer, augment(factors_of(layer.weight), *found, max(0, room)))
+            X = augment(factors_of(layer.weight), *found, max(0, room))
+            resize(layer.weight, X, self._state(layer))
 
     def _tolerated(self, name: str, s: Tensor) -> int:
         low, high = self._limits(name, self._layers[name])
         low, high = min(low, s.shape[-1]), min(high, s.shape[-1])
-        tol: Any = _rule(self.tol, name)
+        tol: Any = value_for(self.tol, name)
         rank = min(max(rank_for_tolerance(s, tol), low), high)
         return nearest_rank(self._layers[name].manifold, s, low, rank)
 
@@ -319,9 +315,3 @@ def _capped(layer: LowRankLayer) -> bool:
 
 class _NonFiniteError(Exception):
     """A coefficient step of the layer named left the finite numbers."""
-
-
-def _rule(rule: Any, name: str) -> float | None:
-    if isinstance(rule, Mapping):
-        return next((v for pattern, v in rule.items() if fnmatchcase(name, pattern)), None)
-    return rule

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
-import geoopt
 import torch
 from torch import Tensor
 
@@ -125,12 +124,11 @@ class DLRT(GeometricOptimizer):
         check_integer("s_steps", group["s_steps"], low=1)
         if group["s_steps"] > 1 and group["integrator"] == "ksl":
             raise ValueError(f"s_steps must be 1 for integrator='ksl', got {group['s_steps']}")
-        for p in group["params"]:
-            manifold = getattr(p, "manifold", None)
-            if manifold is not None and not isinstance(manifold, (FixedRank, geoopt.Euclidean)):
-                raise ValueError(f"DLRT moves low-rank weights only, got one on {manifold.name}")
-        owners = [manifold_of(p) for g in self.param_groups for p in g["params"]]
-        owners = [id(M) for M in owners if M is not None]
+        for M in map(manifold_of, group["params"]):
+            if M is not None and not isinstance(M, FixedRank):
+                raise ValueError(f"DLRT moves low-rank weights only, got one on {M.name}")
+        all_of_them = (manifold_of(p) for g in self.param_groups for p in g["params"])
+        owners = [id(M) for M in all_of_them if M is not None]
         if tol is not None and len(set(owners)) < len(owners):
             raise ValueError("with tol each weight needs a manifold of its own: it holds the rank")
 
@@ -192,27 +190,22 @@ class DLRT(GeometricOptimizer):
             M.set_rank_(rank)
             replace_data(p, data)
 
-    @staticmethod
-    def _gradient(group: dict[str, Any], p: Tensor, M: FixedRank) -> Factors:
-        """Blocks of the gradient at the present point; zero for a weight that was not used."""
-        grad = torch.zeros_like(p) if p.grad is None else p.grad.to(linalg.compute_dtype(p.dtype))
-        return unpack(-grad if group["maximize"] else grad, M.m, M.n)
-
-    @staticmethod
-    def _place(p: Tensor, M: FixedRank, U: Tensor, S: Tensor | None, V: Tensor) -> None:
-        """Put U S Vᵀ in place for an evaluation (S = I if None); any rank, any factors."""
-        if S is None:
-            S = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
-            S = S.expand(*U.shape[:-2], -1, -1)
-        M.set_rank_(U.shape[-1])
-        replace_data(p, pack(U, S, V).to(p.dtype))
-
     def _gradients_at(self, run: Evaluations, low: list, points: dict) -> dict[Tensor, Factors]:
-        """Blocks of the gradients with all weights at these factors, until the next evaluation."""
+        """Blocks of the gradients at points U S Vᵀ (S = I if None), until the next evaluation."""
         for _, p, M in low:
-            self._place(p, M, *points[p])
+            U, S, V = points[p]
+            if S is None:
+                S = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
+                S = S.expand(*U.shape[:-2], -1, -1)
+            M.set_rank_(U.shape[-1])
+            replace_data(p, pack(U, S, V).to(p.dtype))
         run.evaluate()
-        return {p: self._gradient(g, p, M) for g, p, M in low}
+        found = {}
+        for group, p, M in low:
+            wide = linalg.compute_dtype(p.dtype)
+            grad = torch.zeros_like(p) if p.grad is None else p.grad.to(wide)
+            found[p] = unpack(-grad if group["maximize"] else grad, M.m, M.n)
+        return found
 
     def _kl_gradients(self, run: Evaluations, low: list, points: dict) -> dict[Tensor, tuple]:
         """GV and GᵀU at the start, without dividing by S."""
