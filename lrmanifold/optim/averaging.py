@@ -102,7 +102,7 @@ class RetractingAverage(AveragedModel):
 
     def _on_manifolds(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         named, others = (parameters_without_wrappers(x) for x in (self.module, model))
-        # Each parameter under one name: a tied one must not be averaged twice.
+        # Each parameter under one name: tied ones need one average.
         for p, name in {p: name for name, p in named.items()}.items():
             mine, other = manifold_of(p), manifold_of(others[name])
             if (mine is None) != (other is None):
