@@ -232,7 +232,7 @@ def test_the_command_trains_against_the_attack_and_measures_it(tmp_path):
     ("words", "message"),
     [
         (("--adversarial", "l1", "--eps", 0.1), "adversarial must be one of linf, linf-trades"),
-        (("--adversarial", "linf"), "eps must be positive numbers"),
+        (("--adversarial", "linf"), "adversarial needs one radius, as --eps 0.3, got 0"),
         (("--adversarial", "linf", "--eps", "0.1,0.2"), "needs one radius"),
         (("--adversarial", "l2", "--eps", 0.1, "--certified"), "give one of them"),
     ],

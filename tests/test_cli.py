@@ -461,9 +461,3 @@ def test_warnings_are_one_line(capsys, monkeypatch, trained):
     monkeypatch.setattr("lrmanifold._commands.make_report", odd)
     assert cli.main(["report", str(trained[0])]) == 0
     assert capsys.readouterr().err == "warning: this is odd and long\n"
-
-
-def test_adversarial_without_a_radius_asks_for_one(tmp_path):
-    result = invoke("train", "--adversarial", "linf", "--out", tmp_path)
-    assert result.exit_code == 2
-    assert "adversarial needs one radius, as --eps 0.3, got 0" in result.stderr
