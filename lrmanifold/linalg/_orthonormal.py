@@ -248,6 +248,15 @@ def polar(A: Tensor) -> Tensor:
     return _polar(A)[0]
 
 
+def polar_decomposition(A: Tensor) -> tuple[Tensor, Tensor]:
+    """``A = Q H``: orthonormal polar factor (..., n, r), and symmetric ``H = QᵀA`` (..., r, r).
+
+    As :func:`polar`, and a product of 2 n r² flops.
+    """
+    Q = polar(A)
+    return Q, Q.mT @ A
+
+
 def polar_with_root(A: Tensor) -> tuple[Tensor, Tensor]:
     """``Q = A K``: orthonormal polar factor (..., n, r), and ``K = (AᵀA)^(-1/2)`` (..., r, r).
 

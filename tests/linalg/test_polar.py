@@ -70,7 +70,7 @@ def test_products_only_path_near_orthonormal_matrices_agrees_with_the_svd(size, 
 
 
 @given(sizes, spectra, st.sampled_from((None, 1e1, 1e3)), seeds, dtypes, st.booleans())
-def test_the_second_factor_is_the_inverse_root_of_the_gram_matrix(
+def test_the_second_factors_are_the_root_of_the_gram_matrix_and_its_inverse(
     size, kind, cond, seed, dtype, one
 ):
     if cond is None:  # near an orthonormal matrix up to scale, the case of small steps
@@ -80,11 +80,17 @@ def test_the_second_factor_is_the_inverse_root_of_the_gram_matrix(
         A = tall(size, kind, cond, seed, dtype)
     A = A[0] if one else A
     Q, K = linalg.polar_with_root(A)
-    wide, eigenvalues = A.double(), torch.linalg.eigvalsh(K.double())
+    same, H = linalg.polar_decomposition(A)
+    wide, eigenvalues = A.double(), torch.linalg.eigvalsh(H.double())
     assert torch.equal(Q, linalg.polar(A))
+    assert torch.equal(Q, same)
+    assert relative(Q.double() @ H.double(), wide) <= cond * TOLERANCE[dtype]
+    assert relative(H.double() @ H.double(), wide.mT @ wide) <= cond * TOLERANCE[dtype]
     assert relative(wide @ K.double(), Q.double()) <= cond * TOLERANCE[dtype]
-    assert relative(K, K.mT) <= cond * TOLERANCE[dtype]
-    assert float(eigenvalues.min()) > 0
+    for root in (H, K):
+        assert relative(root, root.mT) <= cond * TOLERANCE[dtype]
+    assert float(eigenvalues.min()) >= -TOLERANCE[dtype] * float(eigenvalues.max())
+    assert float(torch.linalg.eigvalsh(K.double()).min()) > 0
 
 
 def test_a_batch_with_near_and_far_matrices_equals_its_elements():
