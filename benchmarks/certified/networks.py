@@ -59,7 +59,7 @@ def _linear(run: Run) -> Callable[[int, int], nn.Module]:
     def make(n: int, m: int) -> nn.Module:
         rank = min(run.rank or m, m, n)
         if run.method == "low rank":
-            return LowRankLinear(n, m, rank, tau=0.0)
+            return LowRankLinear(n, m, rank, tau=0.0, scale=run.scale or "free")
         if run.method == "low rank tau 0.1":
             return LowRankLinear(n, m, rank, tau=0.1)
         if run.method == "orthogonal":

@@ -78,7 +78,7 @@ def train(run: Run, data: Dataset) -> tuple[nn.Sequential, list[float]]:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     bound = certify.LipschitzBound(model, data.image_shape)
     kind: Any = run.kind
-    loss = certify.CertifiedLoss(run.eps_train, steps // 2, kind)
+    loss = certify.CertifiedLoss(run.eps_train, max(1, int(run.ramp * steps)), kind)
     generator = torch.Generator().manual_seed(run.seed)
     losses = []
     for _ in range(run.epochs):
