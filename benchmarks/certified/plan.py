@@ -240,7 +240,7 @@ def runaway_tree(seed: int) -> Run:
 def larger_tree(seed: int, **changes: Any) -> Run:
     """The same for up to a million stored numbers; nothing was chosen anew."""
     shape: dict[str, Any] = {
-        "group": "cifar36-larger", "widths": (192, 384, 384, 384), "rank": 176,
+        "group": "cifar36-larger", "widths": (192, 384, 384, 384), "rank": 176, "epochs": 60,
     }  # fmt: skip
     return longer_tree(seed, **{**shape, **changes})
 
