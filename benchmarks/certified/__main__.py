@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument(
         "blocks",
         nargs="*",
-        help="long, mnist0.3, mnist1.58, width, fashion0.25, fashion1.0, cifar36",
+        help=", ".join(name for name, _ in blocks()),
     )
     parser.add_argument("--root", default=os.environ.get("LRMANIFOLD_DATA"))
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -233,7 +233,7 @@ def longer_tree(seed: int, **changes: Any) -> Run:
 
 def runaway_tree(seed: int) -> Run:
     """What was run first: α free, the radius growing over half of 100 epochs. It stays a row."""
-    changed = {"epochs": 100, "head": 1.0, "ramp": 0.5, "scale": 0.0}
+    changed = {"group": "cifar36-free", "epochs": 100, "head": 1.0, "ramp": 0.5, "scale": 0.0}
     return longer_tree(seed, **changed)
 
 
@@ -274,6 +274,6 @@ def blocks(seeds: int = 5) -> Iterator[tuple[str, list[Any]]]:
         [tree(seed, group="cifar36-long", epochs=30) for seed in range(min(3, seeds))],
     )
     yield "cifar36-longer", [longer_tree(seed) for seed in range(min(3, seeds))]
-    yield "cifar36-runaway", [runaway_tree(0)]
+    yield "cifar36-free", [runaway_tree(0)]
     yield "cifar36-peer", [peer()]
     yield "cifar36-larger", [larger_tree(seed) for seed in range(min(3, seeds))]
