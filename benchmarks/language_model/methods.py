@@ -151,8 +151,8 @@ METHODS = {
     "dense Muon": Method("dense", _muon, 0.02),
     "A Bᵀ, AdamW": Method("pair", _all_adamw, 4e-3),
     "A Bᵀ, Spectron": Method("pair", _spectron, 0.08),
-    "CondLRAdam τ = 0.1": Method("manifold", _geometric(CondLRAdam), 8e-3, 0.1),
     "CondLRMuon τ = 0.1": Method("manifold", _geometric(CondLRMuon), 0.02, 0.1),
+    "CondLRAdam τ = 0.1": Method("manifold", _geometric(CondLRAdam), 8e-3, 0.1),
     "CondLRMuon τ = 0": Method("manifold", _geometric(CondLRMuon), 0.02, 0.0),
     "CondLRMuon no bound": Method("manifold", _geometric(CondLRMuon), 0.02, None),
 }

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .. import linalg
 from ..nn import (
     ConvexPotential,
-    LowRankAdapter,
     LowRankConv1d,
     LowRankConv2d,
     LowRankConv3d,
@@ -22,18 +21,21 @@ from ..nn import (
     LowRankLinear,
     LowRankTransposedLinear,
 )
+from ._adapters import ADAPTERS, adapter_weight, bare, check_adapter, size_and_inner
+from ._adapters import UP as _UP
+from ._adapters import frobenius as _size
 from .bounds import Bound, BoundError, Context, bounded, find_bound, no_bound_words
 
-_UP = 1.0 + 1e-14  # covers the few roundings of a scalar formula in float64
 _SCALED_UP = 1.0 + 1e-11  # entries multiplied by a batch norm's scale: 8 u |K|, of the map |K|
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LOW_RANK_CONVOLUTIONS = (LowRankConv1d, LowRankConv2d, LowRankConv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-HEADS = (nn.Linear, LowRankLinear, LowRankAdapter)
+HEADS = (nn.Linear, LowRankLinear, *ADAPTERS)
 
 
 def linear_bound(module: Any, context: Context, scale: Tensor | None = None) -> Bound:
     """Bound of a linear layer or convolution, its outputs multiplied by `scale` a channel."""
+    module = bare(module)
     if isinstance(module, LOW_RANK_CONVOLUTIONS):
         return _low_rank_convolution(module, context, scale)
     if isinstance(module, CONVOLUTIONS):
@@ -50,37 +52,26 @@ def can_scale(module: nn.Module) -> bool:
 
 def dense_head(module: Any) -> Tensor:
     """The weight (classes, n) of a last layer."""
+    module = bare(module)
     if isinstance(module, LowRankLayer):
         return module.manifold.to_dense(module.weight)  # also where the dense one is transposed
-    return adapter_weight(module)
+    return adapter_weight(module) if isinstance(module, ADAPTERS) else module.weight
 
 
 def head_error(module: Any) -> float:
     """Frobenius bound of the rounding in :func:`dense_head` of a float64 copy."""
+    module = bare(module)
     if isinstance(module, LowRankLayer):
-        points = [module.manifold.unpack(module.weight.detach())]
-    elif isinstance(module, LowRankAdapter):
-        M = module.update.manifold
-        points = [M.unpack(module.update.weight.detach()), M.unpack(module.start)]
+        X = module.manifold.unpack(module.weight.detach())
+        size, inner = _size(X.U) * _size(X.S) * _size(X.V), 2 * X.S.shape[-1] + 8
+    elif isinstance(module, ADAPTERS):
+        size, inner = size_and_inner(module)
     else:
         return 0.0
-    size = sum(_size(X.U) * _size(X.S) * _size(X.V) for X in points)
-    inner = 2 * points[0].S.shape[-1] + 8
-    own = _size(module.base_weight) if isinstance(module, LowRankAdapter) else 0.0
-    return linalg.rounding_of_products(inner) * (size + own)
+    return linalg.rounding_of_products(inner) * size
 
 
-def adapter_weight(module: Any) -> Tensor:
-    """The weight of a Linear, or of an adapter with its update, with gradients."""
-    if not isinstance(module, LowRankAdapter):
-        return module.weight
-    # not its property, which is formed in another order and rounded to the dtype
-    now, M = module.update.factors, module.update.manifold
-    start = M.unpack(module.start)
-    return module.base_weight + now.U @ now.S @ now.V.mT - start.U @ start.S @ start.V.mT
-
-
-@bounded(nn.Linear, LowRankLinear, LowRankTransposedLinear, LowRankAdapter)
+@bounded(nn.Linear, LowRankLinear, LowRankTransposedLinear, *ADAPTERS)
 def _linear(module: nn.Module, context: Context) -> Bound:
     return linear_bound(module, context)
 
@@ -88,10 +79,6 @@ def _linear(module: nn.Module, context: Context) -> Bound:
 @bounded(*CONVOLUTIONS, *LOW_RANK_CONVOLUTIONS)
 def _any_convolution(module: nn.Module, context: Context) -> Bound:
     return linear_bound(module, context)
-
-
-def _size(x: Tensor | None) -> float:
-    return 0.0 if x is None else float(torch.linalg.vector_norm(x.detach().double())) * _UP
 
 
 def _rounding(context: Context, inner: int, size: float, bias: Tensor | None, copies: int = 1):
@@ -106,16 +93,12 @@ def _rounding(context: Context, inner: int, size: float, bias: Tensor | None, co
 
 
 def _dense(module: Any, context: Context, scale: Tensor | None) -> Bound:
-    W, words, parts, inner = adapter_weight(module), "spectral norm of the weight", 0.0, 0
-    if isinstance(module, LowRankAdapter):
-        if find_bound(module.update) is None:
-            raise BoundError(f"{context.name}.update: {no_bound_words(module.update, 'it')}")
-        words, inner = "spectral norm of the weight with its update", 3 * module.rank + 8
-        M = module.update.manifold
-        points = (M.unpack(module.update.weight), M.unpack(module.start))
-        parts = sum(_size(X.U) * _size(X.S) * _size(X.V) for X in points) + _size(
-            module.base_weight
-        )
+    words, parts, inner = "spectral norm of the weight", 0.0, 0
+    if isinstance(module, ADAPTERS):
+        check_adapter(module, context)
+        words = "spectral norm of the weight with its update"
+        parts, inner = size_and_inner(module)
+    W = dense_head(module)
     if scale is not None:
         W = scale[:, None] * W
         parts *= max(1.0, float(scale.detach().abs().amax()))

@@ -19,11 +19,13 @@ from ._replace import after_replacing
 from ._ties import ties
 from .adapted import AdaptedLayer
 from .attention import LowRankMultiheadAttention
+from .blocks import ConvexPotential
 from .candidates import output_layer
 from .change import Change
 
 logger = logging.getLogger("lrmanifold")
-_ATTENTIONS = (nn.MultiheadAttention, LowRankMultiheadAttention)
+# They read the weights of their layers and do not call them.
+_READERS = (nn.MultiheadAttention, LowRankMultiheadAttention, ConvexPotential)
 
 
 def adapt(
@@ -51,9 +53,10 @@ def adapt(
     ``nn.Linear`` and its subclasses, transformers' ``Conv1D``, quantized layers and
     :class:`LowRankLinear` are adapted. Their weights are neither copied nor rewritten, and called
     as they are. Unless `include` names them, the output layer stays without an adapter, and so do
-    parts of attentions of torch, layers with hooks (which would miss the adapter), and layers that
-    are parametrized, compiled or read by other code. What `include` names and cannot be adapted is
-    named in a warning; the reasons also go to the logger "lrmanifold" at level INFO.
+    parts of attentions of torch and of :class:`ConvexPotential`, layers with hooks (which would
+    miss the adapter), and layers that are parametrized, compiled or read by other code. What
+    `include` names and cannot be adapted is named in a warning; the reasons also go to the logger
+    "lrmanifold" at level INFO.
 
     Call it again with another `name` to put several adapters on one base. The new one is active,
     the others rest; :func:`set_adapter` switches.
@@ -68,8 +71,8 @@ def adapt(
     tau : float or None
         Bound for the condition number of U S Vᵀ minus 1; None for no bound.
     alpha : float, optional
-        ΔW is scaled by alpha / rank, as in LoRA; by 1 by default. It is not saved: give the same
-        one before loading.
+        ΔW is scaled by alpha / rank, as in LoRA; by 1 by default. State dicts hold the scale, and
+        loading one sets it.
     dropout : float
         Of the adapter's input, in training; the frozen layer sees the whole input.
     name : str
@@ -261,7 +264,7 @@ def _chosen(
                     f"{key} pattern {pattern!r} matches no linear layer; there are {list(found)}"
                 )
     obstacles, head = Obstacles(model), output_layer(model)
-    parts = {id(m) for a in model.modules() if isinstance(a, _ATTENTIONS) for m in a.modules()}
+    parts = {id(m) for a in model.modules() if isinstance(a, _READERS) for m in a.modules()}
     chosen: dict[str, nn.Module] = {}
     left: dict[str, str] = {}
     for name, module in found.items():
@@ -303,7 +306,7 @@ def _reason(module: nn.Module, obstacles: Obstacles, parts: set[int]) -> str:
     if isinstance(module, AdaptedLayer):
         return ""
     if id(module) in parts:
-        return "part of an attention, which does not call it"
+        return "part of an attention or a ConvexPotential, which reads its weight"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: run a batch through the model first"
     if reason := obstacles.of(module):

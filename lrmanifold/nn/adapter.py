@@ -81,6 +81,7 @@ class LowRankAdapter(Change):
     start: Tensor
     # Names that a layer in its place does not take over.
     inner_parts = frozenset({"update", "start"})
+    _saves_scale = False
     __jit_unused_properties__ = ["weight", "base_weight", "rank"]  # noqa: RUF012
 
     def __init__(
@@ -180,9 +181,9 @@ def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What training has changed in a model with frozen parts: much smaller than its state dict.
 
     All parameters that require gradients, and for each adapter (:class:`LowRankAdapter`, the active
-    one of :func:`adapt`, one of PEFT) the point it started from, without which its update means
-    nothing. Load it by ``model.load_state_dict(state, strict=False)`` into the model with the same
-    frozen parts. Buffers of other modules (statistics of batch norms) are not in it.
+    one of :func:`adapt`, one of PEFT) the point it started from and its scale, without which its
+    update means nothing. Load it by ``model.load_state_dict(state, strict=False)`` into the model
+    with the same frozen parts. Buffers of other modules (statistics of batch norms) are not in it.
 
     Parameters
     ----------
@@ -200,7 +201,7 @@ def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
             continue
         if isinstance(module, LowRankAdapter) or module.update.weight.requires_grad:
             prefix = f"{name}." if name else ""
-            wanted |= {f"{prefix}update.weight", f"{prefix}start"}
+            wanted |= {f"{prefix}{key}" for key in ("update.weight", "start", "scale")}
     return {key: value for key, value in model.state_dict().items() if key in wanted}
 
 

@@ -51,7 +51,9 @@ class Change(WholeWeight):
         The trained point U S Vᵀ.
     start : Tensor, shape (m + r + n, r)
         Buffer: the point at the start, packed.
-    change_scale, change_dropout : float
+    change_scale : float
+        Saved with the two, and loaded with them.
+    change_dropout : float
     """
 
     start: Tensor
@@ -59,6 +61,8 @@ class Change(WholeWeight):
     # ones would hide buffers that hooks of a dense layer keep under them.
     change_scale: float = 1.0
     change_dropout: float = 0.0
+    # Whether "scale" is in the state dict; not where it is always 1.
+    _saves_scale = True
 
     def __init__(
         self,
@@ -157,11 +161,21 @@ class Change(WholeWeight):
             with torch.no_grad():
                 self.start.copy_(self.update.manifold.projx(self.start))
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._saves_scale:
+            # In float64, and no buffer: it must not be rounded with the weights.
+            destination[prefix + "scale"] = torch.tensor(self.change_scale, dtype=torch.float64)
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         rest = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._run_load_hooks(state_dict, *rest)
+        # The file's scale counts: another one would make another function of the same factors.
+        scale = state_dict.pop(prefix + "scale", None)
+        if scale is not None and not scale.is_meta:
+            self.change_scale = float(scale)
         start, update = (state_dict.get(prefix + key) for key in ("start", "update.weight"))
         if (start is None) != (update is None):
             lacks, has = ("start", "update.weight") if start is None else ("update.weight", "start")

@@ -132,6 +132,35 @@ def _features(model) -> int:
     raise AssertionError
 
 
+@given(
+    dense_networks(),
+    st.integers(0, 100),
+    st.sampled_from((None, 0.5, 20.0)),
+    st.sampled_from(("active", "merged", "resting")),
+)
+@settings(max_examples=6)
+def test_no_attack_enters_the_radius_of_a_network_with_adapters(model, seed, alpha, state):
+    torch.manual_seed(seed)
+    last = str(len(model) - 1)
+    lrm.nn.adapt(model, 1, alpha=alpha, include=["*", last])
+    layers = [m for m in model.modules() if isinstance(m, lrm.nn.AdaptedLayer)]
+    assert isinstance(model[-1], lrm.nn.AdaptedLayer)
+    for layer in layers:
+        fresh(layer.changes["default"].update, 2.0)
+    dense = [m for m in layers if type(m.base_layer) is nn.Linear]
+    if state == "merged" and len(dense) == len(layers):
+        lrm.nn.merge(model)
+    elif state == "resting":
+        lrm.nn.set_adapter(model, None)
+    x = torch.randn(4, layers[0].in_features)
+    nothing_breaks(model, x)
+    if any(isinstance(m, ConvexPotential) for m in model.modules()):
+        return  # is no longer one with a dense layer
+    total = certify.lipschitz(model, x.shape[1:]).total
+    plain = certify.lipschitz(lrm.densify(model), x.shape[1:]).total
+    assert plain * (1 - 1e-5) <= total <= plain * (1 + 1e-4)
+
+
 @given(image_networks(), st.integers(0, 100))
 @settings(max_examples=15)
 def test_no_attack_enters_the_radius_of_a_convolutional_network(case, seed):

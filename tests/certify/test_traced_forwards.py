@@ -398,3 +398,35 @@ def test_a_shape_with_the_batch_in_it_is_refused_with_an_example():
         certify.lipschitz(model, (1, 3, 8, 8))
     with pytest.raises(TypeError, match=r"shape of one sample, without the batch.*got 8"):
         certify.lipschitz(model, 8)
+
+
+def test_adapted_layers_count_with_their_active_change_and_say_what_they_cannot():
+    torch.manual_seed(0)
+    model = lrm.nn.adapt(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), 2, alpha=6)
+    layer = model[0]
+    plain = total(layer.base_layer)
+    assert total(layer) == pytest.approx(plain, rel=1e-5)
+    with torch.no_grad():
+        layer.changes["default"].update.manifold.unpack(
+            layer.changes["default"].update.weight
+        ).S.mul_(4.0)
+    true = float(torch.linalg.matrix_norm(layer.to_dense().weight.detach(), 2))
+    assert true > 1.5 * plain
+    assert true * (1 - 1e-6) <= total(layer) <= true * (1 + 1e-5)
+    lrm.nn.merge(model)
+    assert true * (1 - 1e-6) <= total(layer) <= true * (1 + 1e-5)
+    lrm.nn.unmerge(model)
+    layer.activate(None)
+    assert total(layer) == pytest.approx(plain, rel=1e-6)
+    layer.activate("default")
+
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer.base_layer = Odd(4, 5)
+    with pytest.raises(certify.BoundError, match=r"base_layer \(Odd\)"):
+        total(model)
+    layer.base_layer = nn.Bilinear(4, 4, 5)
+    with pytest.raises(certify.BoundError, match="must be a Linear or LowRankLinear"):
+        total(model)

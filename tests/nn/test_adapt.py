@@ -113,7 +113,7 @@ def test_named_adapters_share_one_base_and_do_not_touch_each_other():
     lrm.nn.set_adapter(model, "a")
     assert torch.equal(model(x), a)
     assert set(lrm.nn.trained_state_dict(model)) == {
-        f"{i}.changes.a.{key}" for i in (0, 2) for key in ("start", "update.weight")
+        f"{i}.changes.a.{key}" for i in (0, 2) for key in ("start", "update.weight", "scale")
     }
     lrm.nn.set_adapter(model, None)
     assert torch.equal(model(x), base)
@@ -131,10 +131,16 @@ def test_what_was_trained_is_small_and_comes_back():
     model = lrm.nn.adapt(copy.deepcopy(frozen), 2, alpha=4)
     train(model)
     state = {k: v.clone() for k, v in lrm.nn.trained_state_dict(model).items()}
-    again = lrm.nn.adapt(copy.deepcopy(frozen), 2, alpha=4)
-    again.load_state_dict(state, strict=False)
     x = torch.randn(5, 9)
-    assert torch.equal(again(x), model(x))
+    for alpha in (4, None, 7):  # the file's counts
+        again = lrm.nn.adapt(copy.deepcopy(frozen), 2, alpha=alpha)
+        assert not again.load_state_dict(state, strict=False).unexpected_keys
+        assert torch.equal(again(x), model(x))
+    again.bfloat16().load_state_dict(model.state_dict())
+    assert again[0].changes["default"].change_scale == 2.0
+    old = {k: v for k, v in state.items() if not k.endswith("scale")}
+    again.load_state_dict(old, strict=False)
+    assert again[0].changes["default"].change_scale == 2.0
     state.pop("0.changes.default.start")
     with pytest.raises(RuntimeError, match=r"start is missing"):
         again.load_state_dict(state, strict=False)
@@ -166,6 +172,16 @@ def test_tied_and_hooked_layers():
     with pytest.warns(UserWarning, match="left alone 0: it has hooks"):
         lrm.nn.adapt(hooked, 2, include=["0", "2"])
     assert [type(m) for m in hooked][:3] == [nn.Linear, nn.Tanh, AdaptedLayer]
+
+
+def test_layers_that_are_read_and_not_called_are_left_alone():
+    model = nn.Sequential(lrm.nn.ConvexPotential(4, 2), nn.Linear(4, 4), nn.Linear(4, 3))
+    x = torch.randn(5, 4)
+    before = model(x)
+    lrm.nn.adapt(model, 2)
+    assert torch.equal(model(x), before)
+    with pytest.warns(UserWarning, match=r"left alone 0.layer: part of an attention or a Convex"):
+        lrm.nn.adapt(model, 2, include=["0.layer", "1"], name="more")
 
 
 def test_wrong_arguments_change_nothing():

@@ -1,0 +1,82 @@
+"""Linear layers with adapters, to their bounds: the sum of the base's weight and the change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import AdaptedLayer, LowRankAdapter, LowRankLayer, LowRankLinear, bases
+from .bounds import BoundError, Context, find_bound, no_bound_words
+
+ADAPTERS = (LowRankAdapter, AdaptedLayer)
+UP = 1.0 + 1e-14  # covers the few roundings of a scalar formula in float64
+
+
+def bare(module: Any) -> Any:
+    """The layer that computes alone: an adapted one's base, unless a change is active."""
+    while isinstance(module, AdaptedLayer) and (module.active is None or module.merged):
+        module = module.base_layer
+    return module
+
+
+def frobenius(x: Tensor | None) -> float:
+    """Upper bound of ‖x‖ in float64; 0 for None."""
+    return 0.0 if x is None else float(torch.linalg.vector_norm(x.detach().double())) * UP
+
+
+def check_adapter(module: Any, context: Context) -> None:
+    """Raise :class:`BoundError` for parts that do not compute with their weights as known."""
+    parts = [(f"{context.name}.update", change(module).update)]
+    if isinstance(module, AdaptedLayer):
+        base = module.base_layer
+        known = isinstance(base, LowRankLinear) or bases.plain_weight(base) is not None
+        if not (isinstance(base, (nn.Linear, LowRankLinear)) and known):
+            raise BoundError(
+                f"{context.name}: the base of an adapter must be a Linear or LowRankLinear with a "
+                f"weight of 16 bits or more, got a {type(base).__name__}: merge the adapter, or "
+                "call lrmanifold.densify, where that is possible"
+            )
+        parts.append((f"{context.name}.base_layer", base))
+    for name, part in parts:
+        if find_bound(part) is None:
+            raise BoundError(no_bound_words(part, name))
+
+
+def change(module: Any) -> Any:
+    """What holds the update: a LowRankAdapter itself, or the active change."""
+    return module.changes[str(module.active)] if isinstance(module, AdaptedLayer) else module
+
+
+def adapter_weight(module: Any) -> Tensor:
+    """W + s (U S Vᵀ - U₀ S₀ V₀ᵀ) with gradients, not rounded to the dtype of W."""
+    base: Any = module.base_layer if isinstance(module, AdaptedLayer) else None
+    if base is None:
+        W = module.base_weight
+    elif isinstance(base, LowRankLayer):
+        W = base.manifold.to_dense(base.weight)
+    else:
+        W = base.weight
+    held = change(module)
+    now, start = held.update.factors, held.update.manifold.unpack(held.start)
+    difference = now.U @ now.S @ now.V.mT - start.U @ start.S @ start.V.mT
+    return W + held.change_scale * difference
+
+
+def size_and_inner(module: Any) -> tuple[float, int]:
+    """Of the terms of that sum: their Frobenius norms added up, and the inner dimensions."""
+    held = change(module)
+    M = held.update.manifold
+    points = [(held.change_scale, M.unpack(X)) for X in (held.update.weight, held.start)]
+    base: Any = module.base_layer if isinstance(module, AdaptedLayer) else None
+    own = 0.0
+    if base is None:
+        own = frobenius(module.base_weight)
+    elif isinstance(base, LowRankLayer):
+        points.append((1.0, base.manifold.unpack(base.weight)))
+    else:
+        own = frobenius(base.weight)
+    sizes = (s * frobenius(X.U) * frobenius(X.S) * frobenius(X.V) for s, X in points)
+    inner = sum(X.S.shape[-1] for _, X in points) + held.rank + 9
+    return (own + sum(sizes)) * UP, inner
