@@ -161,3 +161,32 @@ def test_its_models_through_factorize_training_and_densify(build):
         assert not layers(model)
         torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
     assert {type(m) for m in model.modules()} == classes
+
+
+def test_adapters_on_layers_with_transposed_weights(device):
+    """GPT-2's layers are Conv1D, (in_features, out_features)."""
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=24, n_layer=2, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).to(device).eval()
+    words = torch.randint(50, (4, 8), device=device)
+    before = model(words).logits
+    lrm.nn.adapt(model, 3, alpha=6)
+    assert torch.equal(model(words).logits, before)
+    adapted = [m for m in model.modules() if isinstance(m, lrm.nn.AdaptedLayer)]
+    assert len(adapted) == 8
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = lrm.optim.CondLRAdam(trained, lr=0.01)
+    losses = []
+    for _ in range(6):
+        loss = model(words, labels=words).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    after = model(words).logits
+    layer = adapted[1]
+    assert layer.weight.shape == layer.base_layer.weight.shape
+    lrm.nn.merge(model)
+    torch.testing.assert_close(model(words).logits, after, rtol=1e-4, atol=1e-5)
+    lrm.nn.unmerge(model)
+    assert torch.equal(model(words).logits, after)

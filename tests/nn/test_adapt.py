@@ -174,6 +174,23 @@ def test_tied_and_hooked_layers():
     assert [type(m) for m in hooked][:3] == [nn.Linear, nn.Tanh, AdaptedLayer]
 
 
+def test_compiled_models_compute_switch_and_train_their_adapters(device):
+    model = network().to(device)
+    lrm.nn.adapt(model, 2, alpha=4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(5, 9, device=device)
+    assert torch.equal(compiled(x), model(x))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = lrm.optim.CondLR(trained, lr=0.05)
+    before = model(x)
+    compiled(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(compiled(x), before)
+    assert torch.equal(compiled(x), model(x))
+    lrm.nn.set_adapter(model, None)
+    assert torch.equal(compiled(x), model(x))
+
+
 def test_layers_that_are_read_and_not_called_are_left_alone():
     model = nn.Sequential(lrm.nn.ConvexPotential(4, 2), nn.Linear(4, 4), nn.Linear(4, 3))
     x = torch.randn(5, 4)
