@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from .._replaced import conversions, successors, was_replaced
 from .._stack import stack_level
@@ -40,12 +41,14 @@ def warn_of_stale_optimizer(optimizer: Any, *_: Any) -> None:
     new = list({id(q): q for p in old for q in successors(p) if q.grad is not None}.values())
     if not new:
         return
-    known, now = _last.get(optimizer), (count, [_of_gradient(p) for p in old], [*map(mark, new)])
-    _last[optimizer] = now
+    known = _last.get(optimizer)
+    gradients, marks = [_Seen(p) for p in old], [*map(mark, new)]
+    _last[optimizer] = count, gradients, marks
     if known is None or known[0] != count:
         return
     _in_order[optimizer] = count
-    if known != now or _held(new):
+    used = any(not before.still(p) for before, p in zip(known[1], old, strict=False))
+    if used or known[2] != marks or _held(new):
         return
     name = type(optimizer).__name__
     warnings.warn(
@@ -60,9 +63,19 @@ def _parameters(optimizer: Any) -> Iterator[Tensor]:
     return (p for group in optimizer.param_groups for p in group["params"])
 
 
-def _of_gradient(p: Tensor) -> Any:
-    """What changes when a parameter that is still used somewhere gets another gradient."""
-    return None if p.grad is None else (id(p.grad), p.grad._version)
+class _Seen:
+    """The gradient that a parameter had: another one means that the parameter is still used."""
+
+    def __init__(self, p: Tensor) -> None:
+        # a weak reference: the id of a gradient that is gone may be that of the next one
+        self._ref = None if p.grad is None else TensorWeakRef(p.grad)
+        self._version = None if p.grad is None else p.grad._version
+
+    def still(self, p: Tensor) -> bool:
+        """Whether `p` has the same gradient, unchanged."""
+        if self._ref is None or p.grad is None:
+            return self._ref is None and p.grad is None
+        return self._ref() is p.grad and p.grad._version == self._version
 
 
 def _held(new: list[Tensor]) -> bool:

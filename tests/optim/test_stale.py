@@ -167,6 +167,28 @@ def test_dense_layers_that_live_on_in_another_model_may_be_trained(device):
     silent(train)
 
 
+def test_a_gradient_at_the_address_of_the_last_one_is_another_one(device):
+    """Memory is used again: of many such trainings none is warned of."""
+    for _ in range(20):
+        test_dense_layers_that_live_on_in_another_model_may_be_trained(device)
+
+
+def test_gradients_left_from_before_do_not_hide_it(device):
+    model = dense(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step(model, optimizer)  # leaves gradients in the old weights, which nobody clears any more
+    model = lrm.factorize(model, rank=4, exclude="2")
+
+    def train():
+        model.zero_grad()
+        model(torch.randn(8, 20, device=device)).square().mean().backward()
+        optimizer.step()
+
+    silent(train)
+    with pytest.warns(UserWarning, match="they do not move"):
+        train()
+
+
 def test_weights_that_somebody_moves_by_hand_are_not_warned_of(device):
     model = dense(device)
     rest = torch.optim.SGD(model.parameters(), lr=0.1)
