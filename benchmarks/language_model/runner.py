@@ -137,14 +137,11 @@ def ratios(method: str) -> tuple[float, ...]:
     return (1.0,) if METHODS[method].weights == "dense" else RATIOS
 
 
-def cases() -> Iterator[tuple[str, float]]:
-    """Methods and ratios in the order of work: dense, then r/d = 1/2; other τ than 0.1 last."""
+def groups() -> Iterator[list[tuple[str, float]]]:
+    """Methods and ratios in the order of work: first all but the other τ of CondLRMuon."""
     first = [name for name in METHODS if "τ = 0.1" in name or "CondLRMuon" not in name]
-    for group in (first, [name for name in METHODS if name not in first]):
-        for ratio in (1.0, *RATIOS):
-            for method in group:
-                if ratio in ratios(method):
-                    yield method, ratio
+    for names in (first, [name for name in METHODS if name not in first]):
+        yield [(m, ratio) for ratio in (1.0, *RATIOS) for m in names if ratio in ratios(m)]
 
 
 def equal_time_steps(runs: Runs, method: str, ratio: float) -> int:
@@ -159,13 +156,15 @@ def equal_time_steps(runs: Runs, method: str, ratio: float) -> int:
 
 def everything(runs: Runs) -> None:
     """All runs, those that matter most first."""
-    for method, ratio in cases():
-        runs.best(method, ratio)
-    for seed in SEEDS[1:]:
-        for method, ratio in cases():
-            runs.loss(method, ratio, runs.best(method, ratio), seed)
-    for method, ratio in cases():
-        steps = equal_time_steps(runs, method, ratio)
-        runs.get(method, ratio, runs.best(method, ratio), 0, steps)
-    for method, ratio in cases():
-        runs.widen(method, ratio)
+    for cases in groups():
+        for method, ratio in cases:
+            runs.best(method, ratio)
+        for method, ratio in cases:
+            steps = equal_time_steps(runs, method, ratio)
+            runs.get(method, ratio, runs.best(method, ratio), 0, steps)
+        for seed in SEEDS[1:]:
+            for method, ratio in cases:
+                runs.loss(method, ratio, runs.best(method, ratio), seed)
+    for cases in groups():
+        for method, ratio in cases:
+            runs.widen(method, ratio)

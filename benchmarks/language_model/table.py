@@ -51,6 +51,9 @@ def table(runs: Runs) -> Iterator[str]:
         spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
         inside, closed = window(rows)
         rates = f"{inside[0]:g} to {inside[-1]:g}" if len(inside) > 1 else f"{inside[0]:g}"
+        # A best rate at an end of its grid: the search was stopped before its end.
+        grid = [r["lr"] for r in rows if r["seed"] == 0 and r["steps"] == STEPS]
+        lr = f"{row['lr']:g}" + ("" if min(grid) < row["lr"] < max(grid) else ", unfinished")
         factor = f" (x {inside[-1] / inside[0]:.0f}{'' if closed else ' or more'})"
         short = [r for r in rows if r["steps"] != STEPS and r["lr"] == row["lr"]]
         equal = f"{short[0]['test']:.3f} ({short[0]['steps']})" if short else ""
@@ -59,7 +62,7 @@ def table(runs: Runs) -> Iterator[str]:
         time = statistics.median(r["step_ms"] for r in rows)
         spikes = sum(r["spikes"] for r in rows if r["lr"] == row["lr"] and r["steps"] == STEPS)
         yield (
-            f"| {method} | {share} | {row['weights']:.0%} | {row['lr']:g} | {len(losses)} "
+            f"| {method} | {share} | {row['weights']:.0%} | {lr} | {len(losses)} "
             f"| {mean:.3f}{spread} | {mean / statistics.fmean(dense) - 1:+.1%} | {rates}{factor} "
             f"| {spikes} | {time:.0f} | {equal} |"
         )
