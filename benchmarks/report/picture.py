@@ -61,8 +61,13 @@ def frontier(results: Results) -> bytes:
         axis.set_xlabel("clean accuracy (%)")
         axis.set_ylabel(f"worst case, {results.plan.attack.norm} {results.eps} (%)")
         axis.grid(True, color="#DDDDDD", linewidth=0.7)
-    top = max(100 * trial_point(t)[0] for t in results.trials)
-    axes[0].set_xlim(top - 6, top + 0.7)
+    tops: dict[str, float] = {}
+    for trial in results.trials:
+        name = side(results.plan.family(trial["family"]))
+        tops[name] = max(tops.get(name, 0.0), 100 * trial_point(trial)[0])
+    top = max(tops.values())
+    # no side falls out of the picture, however far behind
+    axes[0].set_xlim(min(top - 6, min(tops.values()) - 1), top + 0.7)
     viz.legend_below(figure, axes[0], columns=4)
     return _png(figure)
 
