@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_plan import START, TINY, changed, write
 
-from benchmarks.report import page, published
+from benchmarks.report import page, picture, published
 from benchmarks.report.results import (
     LEAST_SEEDS,
     Group,
@@ -130,6 +130,18 @@ def test_efficient_points_are_those_that_nothing_beats(found):
     for p in found:
         beaten = any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in found)
         assert (p in kept) != beaten
+
+
+@pytest.mark.parametrize("behind", [0.85, 0.5])
+def test_no_side_falls_out_of_the_picture(behind, monkeypatch):
+    results = made({name: [0.5] * 5 for name in ("dense", "cut", "ours", "wild")})
+    results.trials[-1]["clean"] = [behind]
+    drawn = []
+    monkeypatch.setattr(picture, "_png", drawn.append)
+    picture.frontier(results)
+    low, high = drawn[0].axes[0].get_xlim()
+    assert low < 100 * behind < 90 < high
+    assert high - low == pytest.approx(6.7 if behind == 0.85 else 41.7)
 
 
 def test_pairs_are_counted_by_hand():
