@@ -30,11 +30,8 @@ def window(rows: list[dict[str, Any]]) -> tuple[list[float], bool]:
 
 def table(runs: Runs) -> Iterator[str]:
     """Lines of Markdown."""
-    yield (
-        "| method | r/d | weights | best lr | seeds | test loss | against dense AdamW | lr within "
-        "2 % | spikes | ms a step | test loss at equal time (steps) |"
-    )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    yield ("| method | r/d | weights | lr (window) | test loss | to AdamW | ms | at equal time |")
+    yield "|---|---|---|---|---|---|---|---|"
     groups = {
         (m, ratio): [r for r in runs.rows if (r["method"], r["ratio"]) == (m, ratio)]
         for m in METHODS
@@ -44,30 +41,28 @@ def table(runs: Runs) -> Iterator[str]:
     for (method, ratio), rows in groups.items():
         row, share = best(rows), "1" if ratio == 1 else f"1/{1 / ratio:.0f}"
         if row is None:
-            yield f"| {method} | {share} | | | 0 | not run | | | | | |"
+            yield f"| {method} | {share} | | | not run | | | |"
             continue
         found = _losses(rows)
         losses = list(found.values())
         mean = statistics.fmean(losses)
         both = sorted(found.keys() & dense.keys())
         ours, its = (statistics.fmean(x[seed] for seed in both) for x in (found, dense))
-        spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+        spread = f"\u00a0±\u00a0{statistics.stdev(losses):.3f}" if len(losses) > 1 else ", one seed"
         inside, closed = window(rows)
-        rates = f"{inside[0]:g} to {inside[-1]:g}" if len(inside) > 1 else f"{inside[0]:g}"
         # A best rate at an end of its grid: the search was stopped before its end.
         grid = [r["lr"] for r in rows if r["seed"] == 0 and r["steps"] == STEPS]
         lr = f"{row['lr']:g}" + ("" if min(grid) < row["lr"] < max(grid) else ", unfinished")
-        factor = f" (x {inside[-1] / inside[0]:.0f}{'' if closed else ' or more'})"
+        more = "" if closed else "\u00a0or more"
+        factor = f" (×\u00a0{inside[-1] / inside[0]:.0f}{more})"
         short = [r for r in rows if r["steps"] != STEPS and r["lr"] == row["lr"]]
-        equal = f"{short[0]['test']:.3f} ({short[0]['steps']})" if short else ""
+        equal = f"{short[0]['test']:.3f}\u00a0({short[0]['steps']})" if short else ""
         if method == "dense AdamW":
-            equal = f"{found[0]:.3f} ({STEPS})"
+            equal = f"{found[0]:.3f}\u00a0({STEPS})"
         time = statistics.median(r["step_ms"] for r in rows)
-        spikes = sum(r["spikes"] for r in rows if r["lr"] == row["lr"] and r["steps"] == STEPS)
         yield (
-            f"| {method} | {share} | {row['weights']:.0%} | {lr} | {len(losses)} "
-            f"| {mean:.3f}{spread} | {ours / its - 1:+.1%} | {rates}{factor} "
-            f"| {spikes} | {time:.0f} | {equal} |"
+            f"| {method} | {share} | {row['weights']:.0%} | {lr}{factor} | {mean:.3f}{spread} "
+            f"| {ours / its - 1:+.1%} | {time:.0f} | {equal} |"
         )
 
 
@@ -79,21 +74,36 @@ def _losses(rows: list[dict[str, Any]]) -> dict[int, float]:
     return {r["seed"]: r["test"] for r in rows if r["lr"] == row["lr"] and r["steps"] == STEPS}
 
 
+def _spikes(runs: Runs) -> str:
+    """How many spikes the runs at the best rates had, in words."""
+    count = 0
+    for method in METHODS:
+        for ratio in ratios(method):
+            rows = [r for r in runs.rows if (r["method"], r["ratio"]) == (method, ratio)]
+            row = best(rows)
+            at_best = [r for r in rows if row and r["lr"] == row["lr"] and r["steps"] == STEPS]
+            count += sum(r["spikes"] for r in at_best)
+    return str(count) if count else "no"
+
+
 def write(runs: Runs) -> None:
     """The page of Markdown and the picture."""
     had = conditions()
     text = [
         "# Pre-training of a character model",
         "",
-        f"Width {WIDTH}, two blocks, {STEPS} steps of 512 characters, warm-up and cosine, seeds "
-        f"{', '.join(map(str, SEEDS))} where they were run. Rates of the blocks' matrices are "
+        f"Width {WIDTH}, two blocks, {STEPS} steps of 512 characters, warm-up and cosine, "
+        f"{len(SEEDS)} seeds where nothing else is said. Rates of the blocks' matrices are "
         "searched on a grid of factor 2 by the loss of seed 0 on the validation part, and extended "
         f"until the best is not at an end; all else takes AdamW at {OTHERS:g} in every method. The "
-        "table shows the loss on the test part, which chose nothing. Spikes: training losses more "
-        "than five robust standard deviations above the 50 before. Against dense AdamW: on "
-        "the seeds that both have. Equal time: as many steps as "
-        f"fit into the processor time of dense AdamW's {STEPS}. Weights: of the blocks' matrices. "
-        f"One thread of {had['processor']}, torch {had['versions']['torch']}.",
+        "table shows the loss on the test part, which chose nothing. *Window*: largest over "
+        "smallest rate whose validation loss is within 2 % of the best. *To AdamW*: to dense "
+        "AdamW, on the seeds that both have. *ms*: processor time of a step, passes included. *At "
+        "equal time*: loss of seed 0 after as many steps (in parentheses) as fit into the processor time "
+        f"of dense AdamW's {STEPS}. *Weights*: of the blocks' matrices. At the best rates "
+        f"{_spikes(runs)} training losses were spikes (more than five robust standard deviations "
+        f"above the 50 before). One thread of {had['processor']}, torch "
+        f"{had['versions']['torch']}.",
         "",
         *table(runs),
         "",
