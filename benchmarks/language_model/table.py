@@ -99,10 +99,10 @@ def write(runs: Runs) -> None:
         "table shows the loss on the test part, which chose nothing. *Window*: largest over "
         "smallest rate whose validation loss is within 2 % of the best. *To AdamW*: to dense "
         "AdamW, on the seeds that both have. *ms*: processor time of a step, passes included. *At "
-        "equal time*: loss of seed 0 after as many steps (in parentheses) as fit into the processor "
-        f"time of dense AdamW's {STEPS}. *Weights*: of the blocks' matrices. At the best rates "
-        f"{_spikes(runs)} training losses were spikes (more than five robust standard deviations "
-        f"above the 50 before). One thread of {had['processor']}, torch "
+        "equal time*: loss of seed 0 after as many steps (in parentheses) as fit into the "
+        f"processor time of dense AdamW's {STEPS}. *Weights*: of the blocks' matrices. At the best "
+        f"rates {_spikes(runs)} training losses were spikes (more than five robust standard "
+        f"deviations above the 50 before). One thread of {had['processor']}, torch "
         f"{had['versions']['torch']}.",
         "",
         *table(runs),
