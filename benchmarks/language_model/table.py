@@ -30,8 +30,8 @@ def window(rows: list[dict[str, Any]]) -> tuple[list[float], bool]:
 
 def table(runs: Runs) -> Iterator[str]:
     """Lines of Markdown."""
-    yield ("| method | r/d | weights | lr (window) | test loss | to AdamW | ms | at equal time |")
-    yield "|---|---|---|---|---|---|---|---|"
+    yield ("| method | r/d (weights) | lr (window) | test loss | to AdamW | ms | at equal time |")
+    yield "|---|---|---|---|---|---|---|"
     groups = {
         (m, ratio): [r for r in runs.rows if (r["method"], r["ratio"]) == (m, ratio)]
         for m in METHODS
@@ -41,7 +41,7 @@ def table(runs: Runs) -> Iterator[str]:
     for (method, ratio), rows in groups.items():
         row, share = best(rows), "1" if ratio == 1 else f"1/{1 / ratio:.0f}"
         if row is None:
-            yield f"| {method} | {share} | | | not run | | | |"
+            yield f"| {method} | {share} | | not run | | | |"
             continue
         found = _losses(rows)
         losses = list(found.values())
@@ -53,15 +53,14 @@ def table(runs: Runs) -> Iterator[str]:
         # A best rate at an end of its grid: the search was stopped before its end.
         grid = [r["lr"] for r in rows if r["seed"] == 0 and r["steps"] == STEPS]
         lr = f"{row['lr']:g}" + ("" if min(grid) < row["lr"] < max(grid) else ", unfinished")
-        more = "" if closed else "\u00a0or more"
-        factor = f" (×\u00a0{inside[-1] / inside[0]:.0f}{more})"
+        factor = f" ({'' if closed else '≥'}{inside[-1] / inside[0]:.0f})"
         short = [r for r in rows if r["steps"] != STEPS and r["lr"] == row["lr"]]
         equal = f"{short[0]['test']:.3f}\u00a0({short[0]['steps']})" if short else ""
         if method == "dense AdamW":
             equal = f"{found[0]:.3f}\u00a0({STEPS})"
         time = statistics.median(r["step_ms"] for r in rows)
         yield (
-            f"| {method} | {share} | {row['weights']:.0%} | {lr}{factor} | {mean:.3f}{spread} "
+            f"| {method} | {share}\u00a0({row['weights']:.0%}) | {lr}{factor} | {mean:.3f}{spread} "
             f"| {ours / its - 1:+.1%} | {time:.0f} | {equal} |"
         )
 
