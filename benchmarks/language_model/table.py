@@ -52,7 +52,7 @@ def table(runs: Runs) -> Iterator[str]:
         inside, closed = window(rows)
         # A best rate at an end of its grid: the search was stopped before its end.
         grid = [r["lr"] for r in rows if r["seed"] == 0 and r["steps"] == STEPS]
-        lr = f"{row['lr']:g}" + ("" if min(grid) < row["lr"] < max(grid) else ", unfinished")
+        lr = f"{row['lr']:g}" + ("" if min(grid) < row["lr"] < max(grid) else "\\*")
         factor = f" ({'' if closed else '≥'}{inside[-1] / inside[0]:.0f})"
         short = [r for r in rows if r["steps"] != STEPS and r["lr"] == row["lr"]]
         equal = f"{short[0]['test']:.3f}\u00a0({short[0]['steps']})" if short else ""
@@ -96,7 +96,8 @@ def write(runs: Runs) -> None:
         "searched on a grid of factor 2 by the loss of seed 0 on the validation part, and extended "
         f"until the best is not at an end; all else takes AdamW at {OTHERS:g} in every method. The "
         "table shows the loss on the test part, which chose nothing. *Window*: largest over "
-        "smallest rate whose validation loss is within 2 % of the best. *To AdamW*: to dense "
+        "smallest rate whose validation loss is within 2 % of the best. "
+        "A star: the search was stopped at an end of its grid. *To AdamW*: to dense "
         "AdamW, on the seeds that both have. *ms*: processor time of a step, passes included. *At "
         "equal time*: loss of seed 0 after as many steps (in parentheses) as fit into the "
         f"processor time of dense AdamW's {STEPS}. *Weights*: of the blocks' matrices. At the best "
