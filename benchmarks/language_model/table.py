@@ -55,9 +55,9 @@ def table(runs: Runs) -> Iterator[str]:
         lr = f"{row['lr']:g}" + ("" if min(grid) < row["lr"] < max(grid) else "\\*")
         factor = f" ({'' if closed else '≥'}{inside[-1] / inside[0]:.0f})"
         short = [r for r in rows if r["steps"] != STEPS and r["lr"] == row["lr"]]
-        equal = f"{short[0]['test']:.3f}\u00a0({short[0]['steps']})" if short else ""
+        equal = f"{short[0]['test']:.3f} ({short[0]['steps']})" if short else ""
         if method == "dense AdamW":
-            equal = f"{found[0]:.3f}\u00a0({STEPS})"
+            equal = f"{found[0]:.3f} ({STEPS})"
         time = statistics.median(r["step_ms"] for r in rows)
         yield (
             f"| {method} | {share}\u00a0({row['weights']:.0%}) | {lr}{factor} | {mean:.3f}{spread} "
