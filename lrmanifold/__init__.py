@@ -1,5 +1,7 @@
 """Robust low-rank training: well-conditioned fixed-rank weights on Riemannian manifolds."""
 
+from typing import TYPE_CHECKING
+
 from . import certify, checkpoint, linalg, nn, optim, retractions, robustness, viz
 from .errors import GeometryError
 from .manifolds import Factors, FixedRank, Stiefel, WellConditioned
@@ -33,10 +35,11 @@ __all__ = [
     "viz",
 ]
 
+if not TYPE_CHECKING:  # a type checker would take every name for known
 
-def __getattr__(name: str) -> object:
-    """Names that live one room further in are named with it."""
-    rooms = (optim, nn, robustness, certify, checkpoint, linalg, viz, retractions)
-    found = [m.__name__ for m in rooms if name in getattr(m, "__all__", ())]
-    hint = f"; it is {found[0]}.{name}" if found else ""
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+    def __getattr__(name: str) -> object:
+        """Names that live one room further in are named with it."""
+        rooms = (optim, nn, robustness, certify, checkpoint, linalg, viz, retractions)
+        found = [m.__name__ for m in rooms if name in getattr(m, "__all__", ())]
+        hint = f"; it is {found[0]}.{name}" if found else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

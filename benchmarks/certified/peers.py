@@ -136,7 +136,10 @@ def _orthogonal(module: OrthogonalRows, context: certify.Context) -> Any:
         return torch.ones((), dtype=module.weight.dtype)
     Q = module.rows.detach().double()
     norm = float(linalg.spectral_norm_bound(Q)) * (1.0 + 1e-12)
-    pixels = 1 if not module.patch else 16
+    pixels = 1
+    if module.patch:
+        shape = context.need_shape("the bias is added at every patch")
+        pixels = math.prod(side // module.patch for side in shape[-2:])
     return certify.Bound(norm, "norm of the rows", **_rounding(Q, module.bias, 1, pixels))
 
 

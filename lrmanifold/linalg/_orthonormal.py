@@ -21,8 +21,9 @@ def _check_tall(A: Tensor, name: str) -> None:
 _GRAM_BLOCK = 64
 # Rows above which a sum in float32 loses digits: its error grows with the number of terms.
 _TALL = 8192
-# Up to 16 columns some libraries add one row after the other: off by 1e-5 at 50,000 rows.
-_TALL_AND_NARROW = 256
+# Up to 16 columns some libraries add one row after the other: off by 1e-5 at 50,000 rows. Below
+# 1,024 rows blocks cost more than they mend.
+_NARROW_FROM, _NARROW_BLOCK = 1024, 256
 
 
 def gram(A: Tensor) -> Tensor:
@@ -34,10 +35,11 @@ def gram(A: Tensor) -> Tensor:
     get two thirds of its gain.
     """
     rows, r = A.shape[-2:]
-    tall = _TALL_AND_NARROW if r <= 16 and A.device.type == "cpu" else _TALL
-    if rows > tall and A.dtype == torch.float32:
-        whole = rows // tall * tall
-        blocks = A[..., :whole, :].unflatten(-2, (-1, tall))
+    narrow = r <= 16 and A.device.type == "cpu"
+    limit, block = (_NARROW_FROM, _NARROW_BLOCK) if narrow else (_TALL, _TALL)
+    if rows > limit and A.dtype == torch.float32:
+        whole = rows // block * block
+        blocks = A[..., :whole, :].unflatten(-2, (-1, block))
         G = (blocks.mT @ blocks).sum(-3, dtype=torch.float64)
         rest = A[..., whole:, :]
         return (G + rest.mT @ rest).to(A.dtype)

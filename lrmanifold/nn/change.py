@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import linalg
-from .._arguments import check_choice, check_number
+from .._arguments import check_choice, check_number, shown
 from ..factors import unpack
 from ._whole import WholeWeight
 from .linear import LowRankLinear
@@ -173,9 +173,11 @@ class Change(WholeWeight):
         rest = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._run_load_hooks(state_dict, *rest)
         # The file's scale counts: another one would make another function of the same factors.
-        scale = state_dict.pop(prefix + "scale", None)
-        if scale is not None and not scale.is_meta:
-            self.change_scale = float(scale)
+        scale, wrong = state_dict.pop(prefix + "scale", None), len(error_msgs)
+        if scale is not None and scale.is_meta:
+            scale = None
+        elif scale is not None and not (scale.numel() == 1 and math.isfinite(scale)):
+            error_msgs.append(f"{prefix}scale must be a finite number, got {shown(scale)}")
         start, update = (state_dict.get(prefix + key) for key in ("start", "update.weight"))
         if (start is None) != (update is None):
             lacks, has = ("start", "update.weight") if start is None else ("update.weight", "start")
@@ -190,6 +192,8 @@ class Change(WholeWeight):
             if start.shape[0] == m + r + n and 1 <= r <= min(m, n):
                 self.start = self.start.new_empty(start.shape)  # of another rank
         self._load_without_hooks(state_dict, *rest)
+        if scale is not None and len(error_msgs) == wrong:
+            self.change_scale = float(scale)
         if isinstance(start, Tensor) and start.dtype != self.start.dtype:
             self._remove_rounding()
 

@@ -138,6 +138,15 @@ def test_what_was_trained_is_small_and_comes_back():
         assert torch.equal(again(x), model(x))
     again.bfloat16().load_state_dict(model.state_dict())
     assert again[0].changes["default"].change_scale == 2.0
+    (key,) = (k for k in state if k.startswith("0.") and k.endswith("scale"))
+    for wrong in (float("nan"), [1.0, 2.0]):
+        with pytest.raises(RuntimeError, match=f"{key} must be a finite number"):
+            again.load_state_dict({**state, key: torch.tensor(wrong)}, strict=False)
+        assert again[0].changes["default"].change_scale == 2.0
+    refused = {**state, key: torch.tensor(7.0), key.replace("scale", "start"): torch.zeros(3, 3)}
+    with pytest.raises(RuntimeError):
+        again.load_state_dict(refused, strict=False)
+    assert again[0].changes["default"].change_scale == 2.0
     old = {k: v for k, v in state.items() if not k.endswith("scale")}
     again.load_state_dict(old, strict=False)
     assert again[0].changes["default"].change_scale == 2.0
