@@ -25,6 +25,7 @@ from ._convolution_norms import (
     convolution_singular_range,
     overlaps,
 )
+from ._damped import damped_polar
 from ._newton_schulz import inverse_square_root
 from ._orthonormal import (
     gram,
@@ -40,7 +41,7 @@ from ._products import (
     SERIES_LIMIT,
     clip_by_products,
     constant,
-    damped_polar,
+    damped_polar_by_products,
     inverse_grams,
     polar_pair,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "convolution_norm_estimate",
     "convolution_singular_range",
     "damped_polar",
+    "damped_polar_by_products",
     "gram",
     "gram_norm",
     "inverse",

@@ -111,7 +111,7 @@ def newton_schulz(X: Tensor, lower: float, tidy: int | None = None) -> Tensor:
     return X
 
 
-def damped_polar(X: Tensor, damping: float) -> Tensor:
+def damped_polar_by_products(X: Tensor, damping: float) -> Tensor:
     r"""X (XᵀX + δ²I)^(-1/2), singular values σ/√(σ² + δ²), by products; ‖X‖₂ <= 1.
 
     It is the upper block of the polar factor of (X; δI), whose singular values are at least δ: no

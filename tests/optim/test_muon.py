@@ -174,6 +174,22 @@ def test_damped_polar_factors_of_any_rank_in_float32(size, damping, seed):
     assert float(torch.linalg.matrix_norm(found, 2).max()) <= 1 + 1e-5
 
 
+@pytest.mark.parametrize("shape", [(40, 20), (3, 9, 4), (2, 2, 130, 110), (5, 1)])
+def test_both_ways_to_a_damped_polar_factor_agree(shape):
+    torch.manual_seed(0)
+    X = torch.randn(shape)
+    X = X / torch.linalg.matrix_norm(X, keepdim=True)
+    X[..., 0] = 0.0
+    found = linalg.damped_polar(X, 1e-3)
+    exact = linalg.damped_polar_by_products(X.double(), 1e-3)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-5)
+    if X.ndim == 3:
+        X[1, 2, 3] = float("nan")
+        broken = linalg.damped_polar(X, 1e-3)
+        assert broken[1].isnan().any()
+        torch.testing.assert_close(broken[::2], found[::2], rtol=0, atol=2e-5)
+
+
 # -- the step
 
 
