@@ -18,7 +18,8 @@ from lrmanifold.optim import CondLRAdam, CondLRMuon
 
 from ..character_model import Transformer
 
-WIDTH, OTHERS = 128, 2e-3
+# The rate of all parameters but the matrices of the blocks.
+OTHERS = 2e-3
 
 
 class Pair(nn.Module):
@@ -90,7 +91,7 @@ class Method:
     rule : callable
         From the blocks' matrices, all other parameters and a rate to the optimizers.
     guess : float
-        Where the search of the rate begins.
+        Where the search of the rate begins at width 128.
     tau : float or None
         Of weights on the manifold.
     """
@@ -101,12 +102,12 @@ class Method:
     tau: float | None = None
 
     def build(
-        self, size: int, ratio: float, lr: float, seed: int
+        self, size: int, ratio: float, lr: float, seed: int, width: int = 128
     ) -> tuple[Transformer, list[torch.optim.Optimizer]]:
         """The model at its start and its optimizers; the dense start is the same in all methods."""
         torch.manual_seed(seed)
-        model = Transformer(size, WIDTH)
-        rank = round(ratio * WIDTH)
+        model = Transformer(size, width)
+        rank = round(ratio * width)
         if self.weights == "manifold":
             lrm.factorize(model.blocks, rank=rank, tau=self.tau, keep_larger=True)
         elif self.weights == "pair":

@@ -7,22 +7,26 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from .. import character_model as data
-from .._record import FOLDER
+from .._record import FOLDER, conditions, record
 from .methods import METHODS
 
 LINES = FOLDER / "language_model.jsonl"
-STEPS, WARMUP, SEEDS = 500, 30, (0, 1, 2)
-RATIOS = (0.5, 0.25)
+WIDTH, STEPS, WARMUP, SEEDS = 128, 500, 30, (0, 1, 2)
+# Halves and quarters first; at 3/8 two factors are half of the weights.
+RATIOS = (0.5, 0.25, 0.375, 0.125)
 # A training loss this many robust standard deviations above the 50 before it is a spike.
 SPIKE = 5.0
+
+Key = tuple[str, float, float, int, int]
+"""Method, rank over width, rate, seed, steps."""
 
 
 def spikes(losses: list[float], before: int = 50) -> int:
@@ -36,10 +40,35 @@ def spikes(losses: list[float], before: int = 50) -> int:
     return count
 
 
-def train(method: str, ratio: float, lr: float, seed: int, steps: int) -> dict[str, Any]:
-    """One run: warm-up, cosine to zero; losses on the validation and the test part at its end."""
+def step(model: Any, optimizers: list[Any], batch: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """One step of training: its loss and its processor time in seconds."""
+    x, y = batch
+    start = time.process_time()
+    loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    seconds = time.process_time() - start
+    return float(loss.detach()), seconds
+
+
+def train(
+    method: str,
+    ratio: float,
+    lr: float,
+    seed: int,
+    steps: int,
+    width: int = WIDTH,
+    until: float = math.inf,
+) -> dict[str, Any] | None:
+    """One run: warm-up, cosine to zero; losses on the validation and the test part at its end.
+
+    None if it was not at its end by the time `until`, in seconds as of ``time.time``.
+    """
     training, validation, test, size = data.load_three()
-    model, optimizers = METHODS[method].build(size, ratio, lr, seed)
+    model, optimizers = METHODS[method].build(size, ratio, lr, seed, width)
     starts = [[group["lr"] for group in o.param_groups] for o in optimizers]
     generator = torch.Generator().manual_seed(seed)
     losses, times = [], []
@@ -48,123 +77,190 @@ def train(method: str, ratio: float, lr: float, seed: int, steps: int) -> dict[s
         for optimizer, rates in zip(optimizers, starts, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-        x, y = data.batch(training, generator)
-        start = time.process_time()
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        times.append(time.process_time() - start)
-        losses.append(float(loss.detach()))
+        loss, seconds = step(model, optimizers, data.batch(training, generator))
+        losses.append(loss)
+        times.append(seconds)
         if not math.isfinite(losses[-1]):
             break
+        if time.time() > until:
+            return None
     lowrank = [p for p in model.blocks.parameters() if hasattr(p, "manifold")]
     conds = [float(p.manifold.cond(p.detach()).max()) for p in lowrank]
     dense = 12 * model.token.weight.shape[1] ** 2 * len(model.blocks)
+    had = conditions()
     return {
         "method": method,
         "ratio": ratio,
         "lr": lr,
         "seed": seed,
         "steps": steps,
+        "width": width,
         "validation": data.mean_loss(model, validation),
         "test": data.mean_loss(model, test),
         "spikes": spikes(losses),
-        "largest_jump": max(b - a for a, b in itertools.pairwise(losses)),
+        "largest_jump": max((b - a for a, b in itertools.pairwise(losses)), default=0.0),
         "weights": sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2) / dense,
         "cond": max(conds, default=None),
         "step_ms": 1e3 * statistics.median(times),
+        "processor": had["processor"],
+        "torch": had["versions"]["torch"],
     }
 
 
-class Runs:
-    """The lines of a file, by what was run."""
+def measure_times(runs: Runs, rounds: int = 7, steps: int = 12) -> None:
+    """Write the processor times of steps, all methods by turns, as a machine's speed changes."""
+    training, _, _, size = data.load_three()
+    cases: dict[tuple[str, float], list[float]] = {
+        (m, ratio): [] for m in METHODS for ratio in ratios(m, runs.width)
+    }
+    for _ in range(rounds):
+        for (method, ratio), times in cases.items():
+            lr = runs.guess(method, ratio)
+            model, optimizers = METHODS[method].build(size, ratio, lr, 0, runs.width)
+            generator = torch.Generator().manual_seed(0)
+            spent = [step(model, optimizers, data.batch(training, generator)) for _ in range(steps)]
+            times.append(statistics.median(seconds for _, seconds in spent))
+    rows = [
+        {"method": method, "ratio": ratio, "step_ms": 1e3 * statistics.median(times)}
+        for (method, ratio), times in cases.items()
+    ]
+    record(runs.path.stem + "_times", rows)
 
-    def __init__(self, path: Path = LINES) -> None:
-        self.path = path
+
+def search(found: dict[float, float], guess: float) -> list[float]:
+    """Rates to run next, from the losses found: three around the guess, then beyond the end."""
+    if first := [lr for lr in (guess, 2 * guess, guess / 2) if lr not in found]:
+        return first
+    lr = min(found, key=lambda rate: found[rate])
+    if lr == max(found):
+        return [2 * lr]
+    return [lr / 2] if lr == min(found) else []
+
+
+def widening(found: dict[float, float]) -> list[float]:
+    """Rates to run next until both ends are more than 2 % worse than the best."""
+    best = min(found, key=lambda rate: found[rate])
+    rates = []
+    for factor in (2.0, 0.5):
+        lr = best * factor
+        while lr in found and found[lr] <= 1.02 * found[best]:
+            lr *= factor
+        if lr not in found:
+            rates.append(lr)
+    return rates
+
+
+class Runs:
+    """The lines of a file, by what was run.
+
+    Parameters
+    ----------
+    path : Path
+    width, steps : int
+        Of all runs of the file; shorter runs are those at equal time.
+    guesses : Runs, optional
+        Whose best rates are where the searches begin, and whose times are scaled for estimates.
+    """
+
+    def __init__(
+        self,
+        path: Path = LINES,
+        width: int = WIDTH,
+        steps: int = STEPS,
+        guesses: Runs | None = None,
+    ) -> None:
+        self.path, self.width, self.steps, self.guesses = path, width, steps, guesses
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines if line]
+        times = path.with_name(path.stem + "_times.json")
+        self.times: list[dict[str, Any]] = []
+        if times.exists():
+            self.times = json.loads(times.read_text(encoding="utf-8"))["results"]
 
-    def get(self, method: str, ratio: float, lr: float, seed: int, steps: int) -> dict[str, Any]:
-        """The row of this run, which is made if it is not there."""
-        key = (method, ratio, lr, seed, steps)
-        for row in self.rows:
-            if key == tuple(row[k] for k in ("method", "ratio", "lr", "seed", "steps")):
-                return row
-        row = train(*key)
+    def case(self, method: str, ratio: float) -> list[dict[str, Any]]:
+        """The rows of one method and ratio."""
+        return [r for r in self.rows if (r["method"], r["ratio"]) == (method, ratio)]
+
+    def find(self, key: Key) -> dict[str, Any] | None:
+        """The row of a run, if it is there."""
+        names = ("method", "ratio", "lr", "seed", "steps")
+        return next((row for row in self.rows if key == tuple(row[k] for k in names)), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row to the file, and say so."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.rows.append(row)
         print(
-            f"{method:22}{ratio:6g}{lr:9.4g}{seed:3}{steps:5}{row['validation']:9.4f}"
-            f"{row['test']:9.4f}{row['spikes']:4}{row['step_ms']:7.1f} ms",
+            f"{row['method']:22}{row['ratio']:6g}{row['lr']:9.4g}{row['seed']:3}{row['steps']:5}"
+            f"{row['validation']:9.4f}{row['test']:9.4f}{row['spikes']:4}{row['step_ms']:7.1f} ms",
             flush=True,
         )
+
+    def get(self, method: str, ratio: float, lr: float, seed: int, steps: int) -> dict[str, Any]:
+        """The row of this run, which is made if it is not there."""
+        key = (method, ratio, lr, seed, steps)
+        row: Any = self.find(key)
+        if row is None:
+            row = train(*key, self.width)
+            self.add(row)
         return row
 
-    def loss(self, method: str, ratio: float, lr: float, seed: int = 0) -> float:
-        """Validation loss at full length; infinite if the run diverged."""
-        value = self.get(method, ratio, lr, seed, STEPS)["validation"]
-        return value if math.isfinite(value) else math.inf
+    def losses(self, method: str, ratio: float) -> dict[float, float]:
+        """Validation losses of seed 0 at full length, by rate; infinite where a run diverged."""
+        rows = [
+            row
+            for row in self.case(method, ratio)
+            if row["seed"] == 0 and row["steps"] == self.steps
+        ]
+        values = {row["lr"]: row["validation"] for row in rows}
+        return {lr: x if math.isfinite(x) else math.inf for lr, x in values.items()}
+
+    def guess(self, method: str, ratio: float) -> float:
+        """Where the search begins."""
+        if self.guesses is not None and (found := self.guesses.losses(method, ratio)):
+            return min(found, key=lambda rate: found[rate])
+        return METHODS[method].guess
 
     def best(self, method: str, ratio: float) -> float:
         """The best rate of seed 0 on a grid of factor 2, extended until it is not at an end."""
-        guess = METHODS[method].guess
-        found = {lr: self.loss(method, ratio, lr) for lr in (guess, 2 * guess, guess / 2)}
-        while True:
-            lr = min(found, key=lambda rate: found[rate])
-            if lr == max(found):
-                found[2 * lr] = self.loss(method, ratio, 2 * lr)
-            elif lr == min(found):
-                found[lr / 2] = self.loss(method, ratio, lr / 2)
-            else:
-                return lr
+        while todo := search(self.losses(method, ratio), self.guess(method, ratio)):
+            self.get(method, ratio, todo[0], 0, self.steps)
+        found = self.losses(method, ratio)
+        return min(found, key=lambda rate: found[rate])
 
-    def widen(self, method: str, ratio: float) -> None:
-        """Extend the grid at both ends until a rate is more than 2 % worse than the best."""
-        best = self.best(method, ratio)
-        limit = 1.02 * self.loss(method, ratio, best)
-        for factor in (2.0, 0.5):
-            lr = best * factor
-            while self.loss(method, ratio, lr) <= limit:
-                lr *= factor
+    def step_ms(self, method: str, ratio: float) -> float | None:
+        """Processor time of a step: by turns with the other methods if so measured; or None."""
+        for row in self.times:
+            if (row["method"], row["ratio"]) == (method, ratio):
+                return row["step_ms"]
+        rows = [row for row in self.case(method, ratio) if row["steps"] == self.steps]
+        return statistics.median(row["step_ms"] for row in rows) if rows else None
 
-
-def ratios(method: str) -> tuple[float, ...]:
-    """The ranks over the width at which a method is run."""
-    return (1.0,) if METHODS[method].weights == "dense" else RATIOS
+    def seconds(self, key: Key) -> float:
+        """An estimate of the time of a run; 0 if nothing is known."""
+        ms = self.step_ms(*key[:2])
+        if ms is None and self.guesses is not None:
+            ms = (self.guesses.step_ms(*key[:2]) or 0.0) * (self.width / self.guesses.width) ** 2
+        return 1e-3 * key[4] * (ms or 0.0)
 
 
-def groups() -> Iterator[list[tuple[str, float]]]:
-    """Methods and ratios in the order of work: first all but the other τ of CondLRMuon."""
-    first = [name for name in METHODS if "τ = 0.1" in name or "CondLRMuon" not in name]
-    for names in (first, [name for name in METHODS if name not in first]):
-        yield [(m, ratio) for ratio in (1.0, *RATIOS) for m in names if ratio in ratios(m)]
+def ratios(method: str, width: int = WIDTH) -> tuple[float, ...]:
+    """The ranks over the width at which a method is run; some only at the first two."""
+    if METHODS[method].weights == "dense":
+        return (1.0,)
+    return RATIOS[:2] if width != WIDTH or is_other(method) else RATIOS
+
+
+def is_other(method: str) -> bool:
+    """Whether it is CondLRMuon with another τ, which comes last."""
+    return "CondLRMuon" in method and "τ = 0.1" not in method
 
 
 def equal_time_steps(runs: Runs, method: str, ratio: float) -> int:
     """Steps in the processor time that dense AdamW takes for all of its steps."""
-
-    def step_ms(method: str, ratio: float) -> float:
-        rows = [r for r in runs.rows if (r["method"], r["ratio"]) == (method, ratio)]
-        return statistics.median(r["step_ms"] for r in rows if r["steps"] == STEPS)
-
-    return round(STEPS * step_ms("dense AdamW", 1.0) / step_ms(method, ratio) / 10) * 10
-
-
-def everything(runs: Runs) -> None:
-    """All runs, those that matter most first."""
-    for cases in groups():
-        for method, ratio in cases:
-            runs.best(method, ratio)
-        for method, ratio in cases:
-            steps = equal_time_steps(runs, method, ratio)
-            runs.get(method, ratio, runs.best(method, ratio), 0, steps)
-        for seed in SEEDS[1:]:
-            for method, ratio in cases:
-                runs.loss(method, ratio, runs.best(method, ratio), seed)
-    for cases in groups():
-        for method, ratio in cases:
-            runs.widen(method, ratio)
+    its, ours = runs.step_ms("dense AdamW", 1.0), runs.step_ms(method, ratio)
+    assert its is not None
+    assert ours is not None
+    return round(runs.steps * its / ours / 10) * 10

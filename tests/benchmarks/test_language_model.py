@@ -16,14 +16,14 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import character_model  # noqa: E402
-from benchmarks.language_model import runner, table  # noqa: E402
+from benchmarks.language_model import runner, table, work  # noqa: E402
 from benchmarks.language_model.methods import METHODS, Pair, Spectron  # noqa: E402
 
 
 def fake(best: dict[tuple[str, float], float], calls: list):
     """A run whose loss is smallest at a known rate."""
 
-    def train(method, ratio, lr, seed, steps):
+    def train(method, ratio, lr, seed, steps, width=128):
         calls.append((method, ratio, lr, seed, steps))
         far = abs(torch.tensor(lr / best.get((method, ratio), 0.01)).log2().item())
         return {
@@ -52,10 +52,45 @@ def test_the_search_goes_on_until_the_best_rate_is_inside_and_nothing_runs_twice
     again = runner.Runs(tmp_path / "lines.jsonl")
     assert again.best(name, 1.0) == pytest.approx(16e-3)
     assert len(calls) == count == len((tmp_path / "lines.jsonl").read_text().splitlines())
-    again.widen(name, 1.0)
-    inside, closed = table.window(again.rows)
+    assert runner.widening(again.losses(name, 1.0)) == []
+    inside, closed = table.window(again.losses(name, 1.0))
     assert inside == [pytest.approx(16e-3)]
     assert closed
+
+
+def test_the_work_ends_when_every_window_is_closed_and_every_seed_was_run(monkeypatch, tmp_path):
+    calls: list = []
+    monkeypatch.setattr(runner, "train", fake({}, calls))
+    runs = runner.Runs(tmp_path / "lines.jsonl", width=256)
+    for _ in range(1000):
+        key = work.next_job(runs)
+        if key is None:
+            break
+        runs.get(*key)
+    assert len(calls) == len(set(calls)) < 1000
+    for method in METHODS:
+        for ratio in runner.ratios(method, 256):
+            assert set(table.at_best(runs, method, ratio)) == set(runner.SEEDS)
+            assert table.window(runs.losses(method, ratio))[1]
+    assert "not run" not in "".join(table.table(runs))
+    # The first stage takes every method once, before any method a second time.
+    cases = [call[:2] for call in calls[:10]]
+    assert len(set(cases)) == len(cases)
+
+
+def test_work_that_is_on_its_way_is_not_handed_out_again_nor_what_does_not_fit(tmp_path):
+    runs = runner.Runs(tmp_path / "lines.jsonl")
+    busy: list = []
+    while key := work.next_job(runs, busy):
+        busy.append(key)
+    # Three rates of each method; more would have to know their losses.
+    assert len(busy) == len(set(busy)) == 3 * sum(len(runner.ratios(m)) for m in METHODS)
+    runs.times = [{"method": "dense Muon", "ratio": 1.0, "step_ms": 20.0}]
+    assert work.next_job(runs, busy[1:], 1.0) == busy[0]
+    muon = next(key for key in busy if key[0] == "dense Muon")
+    others = [key for key in busy if key != muon]
+    assert work.next_job(runs, others, 11.0) == muon
+    assert work.next_job(runs, others, 9.0) is None
 
 
 def test_the_table_names_what_was_not_run_and_compares_at_equal_time(monkeypatch, tmp_path):
@@ -64,7 +99,7 @@ def test_the_table_names_what_was_not_run_and_compares_at_equal_time(monkeypatch
     runs = runner.Runs(tmp_path / "lines.jsonl")
     for method, ratio in (("dense AdamW", 1.0), ("CondLRMuon τ = 0.1", 0.5)):
         for seed in (0, 1):
-            runs.loss(method, ratio, runs.best(method, ratio), seed)
+            runs.get(method, ratio, runs.best(method, ratio), seed, runner.STEPS)
     steps = runner.equal_time_steps(runs, "CondLRMuon τ = 0.1", 0.5)
     assert steps == runner.STEPS // 2
     runs.get("CondLRMuon τ = 0.1", 0.5, runs.best("CondLRMuon τ = 0.1", 0.5), 0, steps)
