@@ -125,7 +125,7 @@ def _power_iteration(W: Tensor, context: Context, steps: int = 3) -> Tensor:
         for _ in range(steps):
             u = nn.functional.normalize(W @ v, dim=0)
             v = nn.functional.normalize(W.mT @ u, dim=0)
-        context.memory[context.name] = v
+        context.remember(v)
         u = nn.functional.normalize(W @ v, dim=0)
     return u @ W @ v
 

@@ -150,19 +150,20 @@ class LipschitzBound:
             total = self._folded(node, sources[0], found, context, total)
         if exact:
             total = float(total) * _UP
-        before = [_number(found.total[n.name]) for n in sources]
         self._refuse_in_place(node, module)
         found.total[node.name], found.local[node.name] = total, bound
+        if not exact:
+            return
         kind = (
             type(module).__name__
             if module is not None
             else str(getattr(node.target, "__name__", node.target))
         )
+        before = [_number(found.total[n.name]) for n in sources]
         value = _number(total)
         own = value / before[0] if len(before) == 1 and before[0] > 0 else _number(bound.norm)
-        if exact:
-            own = _number(bound.norm) if abs(own - _number(bound.norm)) < 1e-12 * own else own
-            found.rows.append(Row(context.name, kind, own, value, bound.how, bound.map_cond))
+        own = _number(bound.norm) if abs(own - _number(bound.norm)) < 1e-12 * own else own
+        found.rows.append(Row(context.name, kind, own, value, bound.how, bound.map_cond))
 
     def _refuse_in_place(self, node: fx.Node, module: nn.Module | None) -> None:
         """What is overwritten must not be read elsewhere: there it would be another value."""

@@ -72,13 +72,14 @@ def _slack(model_or_bound: nn.Module | LipschitzBound, logits: Tensor, y: Tensor
             f"logits must be (B, classes) and y (B,), got {tuple(logits.shape)}, {tuple(y.shape)}"
         )
     total, body, W = bound.evaluate()
-    others = 1.0 - F.one_hot(y, logits.shape[1]).to(logits.dtype)
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    others = (classes != y[:, None]).to(logits.dtype)
     if W is None:
         return math.sqrt(2.0) * total * others
     # the derivative of a root at 0, where a class meets itself, is infinite
     square = (W[:, None] - W[None]).square().sum(-1)
     gaps = square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
-    return body * gaps[y] * others
+    return body * gaps.index_select(0, y) * others
 
 
 class CertifiedLoss(nn.Module):
@@ -153,6 +154,15 @@ class CertifiedLoss(nn.Module):
             return self.eps * float(self.schedule(done))
         return self.eps * min(1.0, done / self.schedule)
 
+    def _radius(self) -> float | Tensor:
+        """The radius of now; of a linear schedule on an accelerator a tensor that lives there."""
+        if not isinstance(self.schedule, int) or self.steps.device.type == "cpu":
+            return self.current_eps
+        return self._radius_there(self.schedule)
+
+    def _radius_there(self, schedule: int) -> Tensor:
+        return self.eps * (self.steps.double() / schedule).clamp_max(1.0)
+
     def forward(self, bound: nn.Module | LipschitzBound, logits: Tensor, y: Tensor) -> Tensor:
         """Mean over the batch, shape ().
 
@@ -163,13 +173,13 @@ class CertifiedLoss(nn.Module):
         logits : Tensor, shape (B, classes)
         y : Tensor, shape (B,)
         """
-        eps: Any = self.current_eps
+        eps: Any = self._radius()
         slack = _slack(bound, logits, y)
         if self.kind == "emma":
             with torch.no_grad():
                 margins = logits.gather(1, y[:, None]) - logits
                 tiny = torch.finfo(slack.dtype).tiny
-                eps = (margins / slack.clamp_min(tiny)).clamp(0.0, eps)
+                eps = (margins / slack.clamp_min(tiny)).clamp_min(0.0).clamp_max(eps)
         worst = self.temperature * (logits + eps * slack)
         if self.kind != "trades":
             return F.cross_entropy(worst, y)

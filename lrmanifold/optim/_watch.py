@@ -37,8 +37,9 @@ class SkipWatch:
         there = [x for x in found if is_accelerated(x)]
         count = max((int(x) for x in found if not is_accelerated(x) and not x.is_meta), default=0)
         if there:
-            count = max(count, self._arrived())
             capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+            if not capturing:  # an event must not be asked while a graph is captured
+                count = max(count, self._arrived())
             if self._calls % _EVERY == 0 and not self._copies and not capturing:
                 self._send(there)
         # Again at ten times as many: a run that recovered is not told at every step.
