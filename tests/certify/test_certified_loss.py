@@ -191,3 +191,31 @@ def test_wrong_arguments_of_verified_accuracy_are_named():
     parts = [(torch.randn(2, 1, n, n), torch.zeros(2, dtype=torch.long)) for n in (5, 6)]
     with pytest.raises(ValueError, match="one shape"):
         certify.verified_accuracy(conv, parts, 0.1)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "trades", "emma"])
+def test_on_an_accelerator_the_radius_is_a_tensor_and_the_loss_the_same(kind, monkeypatch):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+    x, y = torch.randn(7, 6), torch.randint(0, 3, (7,))
+    loss = certify.CertifiedLoss(0.3, 4, kind)
+    bound = certify.LipschitzBound(model, (6,))
+    for _ in range(7):
+        bound.forget()
+        expected = loss(bound, model(x), y)
+        bound.forget()
+        with monkeypatch.context() as patch:
+            patch.setattr(certify.CertifiedLoss, "_radius", lambda self: self._radius_there(4))
+            torch.testing.assert_close(loss(bound, model(x), y), expected)
+        assert float(loss._radius_there(4)) == pytest.approx(loss.current_eps)
+        loss.step()
+
+
+def test_warm_starts_stay_at_their_place():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+    bound = certify.LipschitzBound(model, (6,))
+    before = {name: v.data_ptr() for name, v in bound._memory.items()}
+    assert before
+    first, second = bound.evaluate()[0], bound.evaluate()[0]
+    (first + second).backward()
+    assert before == {name: v.data_ptr() for name, v in bound._memory.items()}
