@@ -1,7 +1,8 @@
 """``python -m benchmarks.certified run [BLOCK ...]`` or ``table``: measure, then show.
 
 Each run is one JSON file; a run whose file is there is not repeated, so the work may be stopped at
-any time and goes on where it was.
+any time and goes on where it was, and several processes started alike share it. ``unclaim`` takes
+away what processes that were killed have claimed. ``probes`` makes the tries of ``tries.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 
 from .._record import FOLDER, conditions
 from .plan import Run, blocks
+from .sharing import shared, unclaim
+from .tries import TRIES
 
 RESULTS = FOLDER / "certified"
 
@@ -28,24 +31,39 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def result_of(run: Run, folder: Path, root: str | None) -> dict[str, Any]:
-    """The result of a run, measured now if its file is missing."""
-    from .training import measure
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a run is made and where its results go."""
 
-    path = folder / f"{run.name}.json"
-    if path.is_file():
-        return json.loads(path.read_text())
-    result = {**measure(run, root), "conditions": conditions()}
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(path)
+    folder: Path
+    root: str | None = None
+    device: str = "cpu"
+    graphs: bool = True
+
+
+def result_of(run: Run, place: Place, *, wait: bool = True) -> dict[str, Any]:
+    """The result of a run, measured now if its file is missing and nobody else is at it.
+
+    Empty where that fails, or where another process is at it and is not waited for.
+    """
+
+    def now() -> dict[str, Any]:
+        from .training import measure
+
+        result = measure(run, place.root, place.device, graphs=place.graphs)
+        _say(run, result)
+        return {**result, "conditions": conditions()}
+
+    return shared(place.folder / f"{run.name}.json", now, wait=wait) or {}
+
+
+def _say(run: Run, result: dict[str, Any]) -> None:
     shown = (
         "diverged"
         if result.get("diverged")
         else (f"clean {100 * result['clean']:.2f} verified {100 * result['verified']:.2f}")
     )
-    print(f"{run.name}: {shown} in {result['minutes']:.1f} min", flush=True)
-    return result
+    print(f"{run.name}: {shown} in {result['minutes']:.2f} min", flush=True)
 
 
 def chosen(tries: list[Run], verified: Callable[[Run], float], further: int = 3) -> Run:
@@ -69,49 +87,93 @@ def chosen(tries: list[Run], verified: Callable[[Run], float], further: int = 3)
     return best
 
 
-def work(names: list[str], folder: Path, root: str | None, minutes: float, seeds: int) -> None:
+def work(names: list[str], place: Place, minutes: float, seeds: int) -> None:
     """Go through the blocks in order until the time is up."""
     end = time.monotonic() + 60 * minutes
     for name, items in blocks(seeds):
         if names and name not in names:
             continue
-        later: list[Run] = []
-        for item in items:
+        runs = [item for item in items if isinstance(item, Run)]
+        tried = [item for item in items if not isinstance(item, Run)]
+        # what others are at is not waited for as long as there is something else to do
+        for run in (*runs, *(run for tries, _ in tried for run in tries)):
             if time.monotonic() > end:
                 return
-            if isinstance(item, Run):
-                result_of(item, folder, root)
-                continue
-            tries, base = item
-            best = chosen(tries, lambda run: result_of(run, folder, root).get("verified", -1.0))
+            result_of(run, place, wait=False)
+        later: list[Run] = []
+        for tries, base in tried:
+            best = chosen(tries, lambda run: result_of(run, place).get("verified", -1.0))
             later.append(dataclasses.replace(base, lr=best.lr, head=best.head, kind=best.kind))
         # seed by seed, so that a table that is cut off compares like with like
         for seed in range(seeds):
             for base in later:
                 if time.monotonic() > end:
                     return
-                result_of(dataclasses.replace(base, seed=seed), folder, root)
+                result_of(dataclasses.replace(base, seed=seed), place, wait=False)
+
+
+def probe(names: list[str], place: Place, minutes: float) -> None:
+    """Make the tries, in order until the time is up; each is a line of ``probes.jsonl`` too."""
+    end = time.monotonic() + 60 * minutes
+    for title, run in TRIES:
+        if names and not any(name in title for name in names):
+            continue
+        if time.monotonic() > end:
+            return
+        path = place.folder / f"{run.name}.json"
+        known = path.is_file()
+        result = result_of(run, place, wait=False)
+        if result and not known:
+            with (place.folder / "probes.jsonl").open("a") as file:
+                file.write(json.dumps(probe_line(title, run, result)) + "\n")
+
+
+def probe_line(title: str, run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    """A try in a line: what differs from the defaults of a run, and what came out."""
+    plain = {f.name: f.default for f in dataclasses.fields(Run)}
+    settings = {k: v for k, v in run.to_dict().items() if v != plain[k]}
+    for gone in ("group", "choice", "data", "eps", "note", "method"):
+        settings.pop(gone, None)
+    line = {"probe": "CIFAR-10 at 36/255, GPU", "try": title, **settings}
+    line["minutes"] = round(result["minutes"], 3)
+    if result.get("diverged"):
+        return {**line, "diverged": True}
+    percent = {
+        "clean": result["clean"], "ver": result["verified"],
+        "train_ver": result["seen"]["verified"], "train_clean": result["seen"]["clean"],
+    }  # fmt: skip
+    line["n"] = result["stored"]
+    return {**line, **{k: round(100 * v, 2) for k, v in percent.items()}, "L": result["bound"]}
 
 
 def main() -> None:
     """Parse the command line and work."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.certified", description=__doc__)
-    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("action", choices=("run", "table", "probes", "unclaim"))
     parser.add_argument(
         "blocks",
         nargs="*",
-        help=", ".join(name for name, _ in blocks()),
+        help=", ".join(name for name, _ in blocks()) + "; of probes, parts of their titles",
     )
     parser.add_argument("--root", default=os.environ.get("LRMANIFOLD_DATA"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--no-graphs", action="store_true", help="CUDA without captured graphs")
     options = parser.parse_intermixed_args()
     torch.set_num_threads(options.threads)
     options.results.mkdir(parents=True, exist_ok=True)
+    place = Place(options.results, options.root, options.device, not options.no_graphs)
     if options.action == "run":
-        work(options.blocks, options.results, options.root, options.minutes, options.seeds)
+        work(options.blocks, place, options.minutes, options.seeds)
+        return
+    if options.action == "probes":
+        probe(options.blocks, place, options.minutes)
+        return
+    if options.action == "unclaim":
+        print(f"{unclaim(options.results)} claims removed")
         return
     from .table import write
 

@@ -47,7 +47,7 @@ def _power(A: Tensor, Bt: Tensor, context: certify.Context) -> Tensor:
         for _ in range(steps):
             u = nn.functional.normalize(A @ (Bt @ v), dim=0)
             v = nn.functional.normalize(Bt.mT @ (A.mT @ u), dim=0)
-        context.memory[context.name] = v
+        context.remember(v)
         u = nn.functional.normalize(A @ (Bt @ v), dim=0)
     return (u @ A) @ (Bt @ v)
 
@@ -127,7 +127,9 @@ def build(run: Run, data: Dataset) -> nn.Sequential:
                 # four neighbours side by side: a view, because of the order of the patches
                 tokens, last = tokens // 4, 4 * last
                 layers += [nn.Unflatten(1, (tokens, 4)), nn.Flatten(2)]
-            layers += [make(last, m), MaxMin(-1)]
+            for n in (last, *(m,) * (run.depth - 1)):
+                layers += [make(n, m), MaxMin(-1)]
+            layers += [ConvexPotential(m, rank, rank) for rank in run.folds]
             last = m
         layers += [nn.Flatten()]
         last *= tokens
@@ -148,8 +150,9 @@ def truncate(model: nn.Sequential, rank: int) -> nn.Sequential:
     for module in list(model)[:-1]:
         if isinstance(module, nn.Linear):
             U, s, Vh = linalg.svd(module.weight.detach().double())
-            first = nn.Linear(module.in_features, rank, bias=False)
-            second = nn.Linear(rank, module.out_features)
+            here = module.weight.device
+            first = nn.Linear(module.in_features, rank, bias=False, device=here)
+            second = nn.Linear(rank, module.out_features, device=here)
             with torch.no_grad():
                 root = s[:rank].sqrt()
                 first.weight.copy_(root[:, None] * Vh[:rank])

@@ -43,7 +43,7 @@ class LinearResidual(nn.Module):
     def total(self) -> Tensor:
         """K + δ."""
         delta = torch.zeros_like(self.kernel)
-        delta[:, :, 1, 1] = torch.eye(len(delta), dtype=delta.dtype)
+        delta[:, :, 1, 1] = torch.eye(len(delta), dtype=delta.dtype, device=delta.device)
         return self.kernel + delta
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +61,8 @@ class DenseResidual(nn.Module):
     @property
     def total(self) -> Tensor:
         """I + A."""
-        return self.weight + torch.eye(len(self.weight), dtype=self.weight.dtype)
+        W = self.weight
+        return W + torch.eye(len(W), dtype=W.dtype, device=W.device)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.total, self.bias)
@@ -79,10 +80,12 @@ class OrthogonalRows(nn.Module):
     @property
     def rows(self) -> Tensor:
         """The matrix; rows of norm 1 up to a small shift of the Gram matrix."""
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(self.weight.device.type, enabled=False):
             gram = self.weight @ self.weight.mT
             shift = 1e-5 * gram.diagonal().mean().detach()
-            L = torch.linalg.cholesky(gram + shift * torch.eye(len(gram), dtype=gram.dtype))
+            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            # without a report to the host, which an accelerator would be waited for
+            L = torch.linalg.cholesky_ex(gram + shift * eye)[0]
             return torch.linalg.solve_triangular(L, self.weight, upper=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,7 +111,7 @@ def _convolution(module: LinearResidual, context: certify.Context) -> Any:
             y = F.conv2d(x, K, padding=1)
             x = F.conv_transpose2d(y, K, padding=1)
             x = x / x.norm()
-        context.memory[context.name] = x
+        context.remember(x)
         y = F.conv2d(x, K, padding=1)
         y = y / y.norm()
     return (y * F.conv2d(x, K, padding=1)).sum()
@@ -126,14 +129,14 @@ def _matrix(module: DenseResidual, context: certify.Context) -> Any:
             v = torch.randn(A.shape[1], generator=torch.Generator().manual_seed(0)).to(A)
         for _ in range(_ITERATIONS):
             v = F.normalize(A.mT @ (A @ v), dim=0)
-        context.memory[context.name] = v
+        context.remember(v)
         u = F.normalize(A @ v, dim=0)
     return u @ A @ v
 
 
 def _orthogonal(module: OrthogonalRows, context: certify.Context) -> Any:
     if not context.exact:
-        return torch.ones((), dtype=module.weight.dtype)
+        return torch.ones((), dtype=module.weight.dtype, device=module.weight.device)
     Q = module.rows.detach().double()
     norm = float(linalg.spectral_norm_bound(Q)) * (1.0 + 1e-12)
     pixels = 1

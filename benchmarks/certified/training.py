@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,51 +16,95 @@ from torch.nn import functional as F
 
 import lrmanifold as lrm
 from lrmanifold import certify, robustness
-from lrmanifold.experiments.data import Dataset, batches, load, validation_split
+from lrmanifold.experiments.data import Dataset, load, validation_split
 
+from ..replay import CaptureError, Replay
 from .networks import build, sizes, truncate
 from .peers import unit_rows
 from .plan import Run
 
 VALIDATION = 0.1  # of the training images, the same ones for every choice
-_LOADED: dict[str, Dataset] = {}
+SCRATCH = Path(tempfile.gettempdir()) / "lrmanifold-images"
+# Their bound has singular vectors in it, which the host waits for: no graph can be captured.
+WAITS = ("low rank tau 0.1",)
+_LOADED: dict[tuple[str, bool, str], Dataset] = {}
+_PARTS = ("train_x", "train_y", "test_x", "test_y")
 
 
-def data_of(run: Run, root: str | None) -> Dataset:
-    """Training and test images; of a choice, both from the training images."""
-    if run.data not in _LOADED:
-        folder = None if run.data == "fashion-mnist" else root
-        _LOADED[run.data] = load(run.data, folder)
-    data = _LOADED[run.data]
-    return validation_split(data, VALIDATION, 0) if run.choice else data
+def data_of(run: Run, root: str | None, device: torch.device | str = "cpu") -> Dataset:
+    """Training and test images on the device; of a choice, both from the training images."""
+    key = run.data, run.choice, str(device)
+    if key not in _LOADED:
+        data = decoded(run.data, root, SCRATCH)
+        data = validation_split(data, VALIDATION, 0) if run.choice else data
+        there = {name: getattr(data, name).to(device) for name in _PARTS}
+        _LOADED[key] = dataclasses.replace(data, **there)
+    return _LOADED[key]
+
+
+def decoded(name: str, root: str | None, scratch: Path) -> Dataset:
+    """A data set, from a file of bytes where it was decoded before: that takes long for JPEG."""
+    path = scratch / f"{name}.pt"
+    if path.is_file():
+        kept = torch.load(path, weights_only=True)
+        for part in _PARTS[::2]:
+            kept[part] = kept[part].float() / 255
+        return Dataset(**kept)
+    data = load(name, None if name == "fashion-mnist" else root)
+    kept = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
+    for part in _PARTS[::2]:
+        kept[part] = (kept[part] * 255).round().to(torch.uint8)
+        if not torch.equal(kept[part].float() / 255, getattr(data, part)):
+            return data  # not of bytes
+    scratch.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    torch.save(kept, temporary)
+    temporary.replace(path)
+    return data
+
+
+def draws(n: int, run: Run, generator: torch.Generator) -> list[Tensor]:
+    """The random numbers that move n images, on the generator's device."""
+    here: dict[str, Any] = {"generator": generator, "device": generator.device}
+    found = []
+    if run.flip:
+        found.append(torch.rand(n, **here))
+    if run.crop:
+        found.append(torch.randint(0, 2 * run.crop + 1, (2, n, 1), **here))
+    if run.shift or run.rotate or run.zoom:
+        found.append(torch.rand(4, n, **here))
+    return found
+
+
+def placed(x: Tensor, run: Run, numbers: list[Tensor]) -> Tensor:
+    """Images moved, turned and scaled as the numbers say."""
+    n, left = len(x), list(numbers)
+    if run.flip:
+        mirrored = (left.pop(0) > 0.5).view(-1, 1, 1, 1)
+        x = torch.where(mirrored, x.flip(-1), x)
+    if run.crop:
+        c, (h, w) = run.crop, x.shape[-2:]
+        row, column = left.pop(0)
+        rows = row + torch.arange(h, device=x.device)
+        columns = column + torch.arange(w, device=x.device)
+        bordered = F.pad(x, (c, c, c, c), mode="reflect")
+        which = torch.arange(n, device=x.device)[:, None, None]
+        x = bordered[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if run.shift or run.rotate or run.zoom:
+        turn, size, right, down = 2.0 * left.pop(0) - 1.0
+        turn, size = turn * run.rotate * math.pi / 180, 1.0 + size * run.zoom
+        A = torch.zeros(n, 2, 3, device=x.device)
+        A[:, 0, 0], A[:, 0, 1] = size * turn.cos(), -turn.sin()
+        A[:, 1, 0], A[:, 1, 1] = turn.sin(), size * turn.cos()
+        A[:, :, 2] = torch.stack((right, down), 1) * (2.0 * run.shift / x.shape[-1])
+        grid = F.affine_grid(A, list(x.shape), align_corners=False)
+        x = F.grid_sample(x, grid, align_corners=False)
+    return x
 
 
 def moved(x: Tensor, run: Run, generator: torch.Generator) -> Tensor:
     """Images moved, turned and scaled at random, as the run asks."""
-    n = len(x)
-
-    def uniform() -> Tensor:
-        return 2.0 * torch.rand(n, generator=generator) - 1.0
-
-    if run.flip:
-        mirrored = (uniform() > 0).view(-1, 1, 1, 1)
-        x = torch.where(mirrored, x.flip(-1), x)
-    if run.crop:
-        c, (h, w) = run.crop, x.shape[-2:]
-        row, column = torch.randint(0, 2 * c + 1, (2, n, 1), generator=generator)
-        rows, columns = row + torch.arange(h), column + torch.arange(w)
-        bordered = F.pad(x, (c, c, c, c), mode="reflect")
-        which = torch.arange(n)[:, None, None]
-        x = bordered[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    if run.shift or run.rotate or run.zoom:
-        turn, size = uniform() * run.rotate * math.pi / 180, 1.0 + uniform() * run.zoom
-        A = torch.zeros(n, 2, 3)
-        A[:, 0, 0], A[:, 0, 1] = size * turn.cos(), -turn.sin()
-        A[:, 1, 0], A[:, 1, 1] = turn.sin(), size * turn.cos()
-        A[:, :, 2] = torch.stack((uniform(), uniform()), 1) * (2.0 * run.shift / x.shape[-1])
-        grid = F.affine_grid(A, list(x.shape), align_corners=False)
-        x = F.grid_sample(x, grid, align_corners=False)
-    return x
+    return placed(x, run, draws(len(x), run, generator))
 
 
 def margin_loss(z: Tensor, y: Tensor) -> Tensor:
@@ -65,49 +113,114 @@ def margin_loss(z: Tensor, y: Tensor) -> Tensor:
     return z.scatter(1, y[:, None], -torch.inf).logsumexp(1) - own
 
 
-def train(run: Run, data: Dataset) -> tuple[nn.Sequential, list[float]]:
-    """The trained network and the mean loss of each epoch."""
-    torch.manual_seed(run.seed)
-    model = build(run, data)
-    steps = run.epochs * -(-len(data.train_y) // run.batch)
+def train(run: Run, data: Dataset, *, graphs: bool = True) -> tuple[nn.Sequential, list[float]]:
+    """The trained network and the mean loss of each epoch, on the device of the data.
+
+    On CUDA the steps are replayed from a captured graph; if it cannot be captured, everything is
+    done again without.
+    """
+    try:
+        return _train(run, data, graphs and run.method not in WAITS)
+    except CaptureError as error:
+        print(f"{run.name}: {error}; once more without a graph", flush=True)
+        return _train(run, data, False)
+
+
+def _optimizer(run: Run, model: Any, device: torch.device) -> lrm.optim.CondLRAdam:
+    groups = lrm.optim.param_groups(model, lr=run.lr, weight_decay=run.decay)
+    if run.head_rate != 1.0:
+        others: list[dict[str, Any]] = []
+        head = {id(p) for p in model[-1].parameters()}
+        last: dict[str, Any] = {"name": "head", "params": [], "weight_decay": run.decay}
+        last["lr"] = run.lr * run.head_rate
+        for group in groups:
+            last["params"] += [(k, p) for k, p in group["params"] if id(p) in head]
+            group["params"] = [(k, p) for k, p in group["params"] if id(p) not in head]
+            others += [group] if group["params"] else []
+        groups = [*others, last]
     optimizer = lrm.optim.CondLRAdam(
-        lrm.optim.param_groups(model, weight_decay=run.decay), lr=run.lr
+        groups, lr=run.lr, betas=(0.9, run.beta2), capturable=device.type == "cuda"
     )
     if run.network == "liresnet":
         optimizer.register_step_post_hook(lambda *_: unit_rows(model[-1]))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return optimizer
+
+
+def _train(run: Run, data: Dataset, graphs: bool) -> tuple[nn.Sequential, list[float]]:
+    torch.manual_seed(run.seed)
+    device, images = data.train_x.device, len(data.train_y)
+    model = build(run, data).to(device)
+    steps = run.epochs * -(-images // run.batch)
+    optimizer = _optimizer(run, model, device)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
     bound = certify.LipschitzBound(model, data.image_shape)
     kind: Any = run.kind
-    loss = certify.CertifiedLoss(run.eps_train, max(1, int(run.ramp * steps)), kind)
-    generator = torch.Generator().manual_seed(run.seed)
-    losses = []
-    for _ in range(run.epochs):
-        total = 0.0
-        for x, y in batches(data.train_x, data.train_y, run.batch, generator=generator):
-            with torch.autocast("cpu", torch.bfloat16, enabled=run.bfloat16):
-                logits = model(moved(x, run, generator))
-            value = loss(bound, logits.float(), y)
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            schedule.step()
-            loss.step()
-            total += float(value.detach()) * len(y)
-        losses.append(total / len(data.train_y))
-        if not math.isfinite(total):
+    loss = certify.CertifiedLoss(
+        run.eps_train, max(1, int(run.ramp * steps)), kind, temperature=run.temperature
+    ).to(device)
+    generator = torch.Generator(device).manual_seed(run.seed)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+
+    def step(index: Tensor, *numbers: Tensor) -> None:
+        x, y = placed(data.train_x[index], run, list(numbers)), data.train_y[index]
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.bfloat16):
+            logits = model(x)
+        value = loss(bound, logits.float(), y)
+        optimizer.zero_grad()
+        value.backward()
+        if run.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+        optimizer.step()
+        loss.step()
+        total.add_(value.detach(), alpha=len(y))
+
+    replay, done = Replay(step, device, enabled=graphs), 0
+    losses: list[float] = []
+    average: Any = lrm.optim.retracting_average(model) if run.tail else None
+    for epoch in range(run.epochs):
+        total.zero_()
+        for index in torch.randperm(images, generator=generator, device=device).split(run.batch):
+            share = 0.5 * (1.0 + math.cos(math.pi * done / steps))
+            _set_rates(optimizer, [share * rate for rate in rates])
+            replay(index, *draws(len(index), run, generator))
+            done += 1
+        losses.append(float(total) / images)
+        if not math.isfinite(losses[-1]):
             break
-    return model, losses
+        if average is not None and epoch >= (1.0 - run.tail) * run.epochs:
+            average.update_parameters(model)
+    return (model if average is None else average.module), losses
 
 
-def measure(run: Run, root: str | None) -> dict[str, Any]:
+def _set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
+    """In place where they are tensors, as a captured graph reads them."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def _wait(device: torch.device) -> float:
+    """The time, once the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measure(
+    run: Run, root: str | None, device: torch.device | str = "cpu", *, graphs: bool = True
+) -> dict[str, Any]:
     """Train and certify; what the tables are made of."""
-    data = data_of(run, root)
-    began, work = time.perf_counter(), time.process_time()
-    model, losses = train(run, data)
-    minutes, work = (time.perf_counter() - began) / 60, (time.process_time() - work) / 60
-    result: dict[str, Any] = {
-        "run": run.to_dict(), "minutes": minutes, "processor_minutes": work, "losses": losses,
-    }  # fmt: skip
+    device = torch.device(device)
+    data = data_of(run, root, device)
+    began, work = _wait(device), time.process_time()
+    model, losses = train(run, data, graphs=graphs)
+    minutes, work = (_wait(device) - began) / 60, (time.process_time() - work) / 60
+    result: dict[str, Any] = {"run": run.to_dict(), "device": device.type, "minutes": minutes}
+    if device.type == "cpu":
+        result["processor_minutes"] = work
+    result["losses"] = losses
     if not math.isfinite(losses[-1]):
         return {**result, "diverged": True}
     if run.method == "truncated":
@@ -118,9 +231,8 @@ def measure(run: Run, root: str | None) -> dict[str, Any]:
         "attack": robustness.pgd, "norm": "l2", "steps": 30, "random_start": False,
         "loss": margin_loss,
     }  # fmt: skip
-    found = certify.verified_accuracy(
-        model, (data.test_x, data.test_y), [run.eps], bound=report, **attack
-    )
+    few: dict[str, Any] = {"batch_size": 500 if device.type == "cpu" else 2500, "bound": report}
+    found = certify.verified_accuracy(model, (data.test_x, data.test_y), [run.eps], **few, **attack)
     result |= {
         **sizes(model),
         "clean": found["clean"],
@@ -134,7 +246,11 @@ def measure(run: Run, root: str | None) -> dict[str, Any]:
             if row.bound != 1.0
         ],
     }
-    if not run.choice:
+    if run.choice:
+        seen = data.train_x[:5000], data.train_y[:5000]
+        found = certify.verified_accuracy(model, seen, [run.eps], **few)
+        result["seen"] = {"clean": found["clean"], "verified": found["verified"][run.eps]}
+    else:
         result["curve"] = curve(model, data, report, run.eps)
         result["local"] = looseness(model, data, report)
     return result

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.certified import plan, table
-from benchmarks.certified.__main__ import chosen, read, result_of
+from benchmarks.certified.__main__ import Place, chosen, probe_line, read, result_of
 from benchmarks.certified.networks import Tokens, build, sizes, truncate
 from benchmarks.certified.peers import (
     DenseResidual,
@@ -19,7 +19,9 @@ from benchmarks.certified.peers import (
     liresnet,
     unit_rows,
 )
-from benchmarks.certified.training import moved
+from benchmarks.certified.sharing import FAILED, claim, shared, unclaim
+from benchmarks.certified.training import decoded, moved
+from benchmarks.certified.tries import TRIES
 from lrmanifold import certify
 from lrmanifold.experiments.data import load
 
@@ -160,11 +162,11 @@ def test_a_run_is_measured_once_and_read_again(tmp_path):
         plan.long_run(0), data="digits", widths=(16, 16), rank=8, epochs=1, shift=0.0, rotate=0.0,
         zoom=0.0, eps=0.1, eps_train=0.1,
     )  # fmt: skip
-    first = result_of(run, tmp_path, None)
+    first = result_of(run, Place(tmp_path))
     assert first["verified"] <= first["attacked"] <= first["clean"]
     path = tmp_path / f"{run.name}.json"
     before = path.stat().st_mtime_ns
-    assert result_of(run, tmp_path, None) == json.loads(path.read_text())
+    assert result_of(run, Place(tmp_path)) == json.loads(path.read_text())
     assert path.stat().st_mtime_ns == before
     results = read(tmp_path)
     pytest.importorskip("matplotlib")
@@ -195,3 +197,65 @@ def test_a_rate_at_the_end_of_those_tried_is_followed_further():
     assert chosen(tries, peak_at(1.0)).lr == 8.1e-2
     assert len(asked) == 5  # three more than were given
     assert chosen(tries[:1], peak_at(1.0)).lr == 1e-3
+
+
+def test_tries_have_files_of_their_own_and_are_within_their_size():
+    assert len({run.name for _, run in TRIES}) == len(TRIES)
+    assert len({title for title, _ in TRIES}) == len(TRIES)
+    assert all(run.choice for _, run in TRIES)
+    images = dataclasses.replace(load("digits"), train_x=torch.zeros(1, 3, 32, 32))
+    shapes = {(r.widths, r.rank, r.depth, r.folds): (title, r) for title, r in TRIES}
+    for title, run in shapes.values():
+        most = 1_000_000 if "larger" in title else 500_000
+        assert 0.9 * most <= sizes(build(run, images))["stored"] <= most
+
+
+def test_a_try_is_a_line_that_says_what_differs(tmp_path):
+    title, run = next(pair for pair in TRIES if pair[0] == "slow head")
+    small = {"data": "digits", "network": "mlp", "widths": (16, 16), "rank": 8, "epochs": 2,
+             "crop": 0, "tail": 0.5, "flip": False}  # fmt: skip
+    run = dataclasses.replace(run, **small)
+    line = probe_line(title, run, result_of(run, Place(tmp_path)))
+    assert line["head_rate"] == 0.33
+    assert line["lr"] == 9e-3
+    assert 0 <= line["ver"] <= line["clean"] <= 100
+    assert "shift" not in line
+
+
+def test_who_is_second_waits_for_a_claimed_result_or_goes_on(tmp_path):
+    path = tmp_path / "run.json"
+    assert claim(path.with_suffix(".claim"))
+    assert not claim(path.with_suffix(".claim"))
+    assert shared(path, dict, wait=False) is None
+    path.write_text("{}")  # the first is done
+    assert shared(path, lambda: pytest.fail("measured twice")) == {}
+    path.unlink()
+    assert unclaim(tmp_path) == 1
+    assert shared(path, lambda: {"x": 1}) == {"x": 1} == json.loads(path.read_text())
+    assert not list(tmp_path.glob("*.claim"))
+
+
+def test_a_failed_measurement_is_not_repeated_before_its_claim_is_removed(tmp_path):
+    path = tmp_path / "run.json"
+
+    def fails():
+        raise ValueError("no")
+
+    assert shared(path, fails) == {}
+    assert path.with_suffix(".claim").read_text() == FAILED
+    assert shared(path, lambda: pytest.fail("again")) == {}
+    unclaim(tmp_path)
+    assert shared(path, lambda: {"x": 1}) == {"x": 1}
+
+
+def test_decoded_images_are_kept_as_bytes_only_where_they_are(tmp_path, data_dir):
+    first = decoded("digits", None, tmp_path)  # sixteenths
+    assert not list(tmp_path.iterdir())
+    assert first.train_x.dtype == torch.float32
+    if not (data_dir / "mnist").is_dir():
+        pytest.skip("no MNIST here")
+    first, again = (decoded("mnist", str(data_dir), tmp_path) for _ in range(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["mnist.pt"]
+    for field in dataclasses.fields(first):
+        a, b = getattr(first, field.name), getattr(again, field.name)
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

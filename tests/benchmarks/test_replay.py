@@ -1,0 +1,106 @@
+"""Replayed steps against steps as they are; on CUDA, with a rate and a radius that change."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks.certified import plan
+from benchmarks.certified.training import train
+from benchmarks.replay import CaptureError, Replay
+from lrmanifold import certify
+from lrmanifold.experiments.data import load
+from lrmanifold.nn import LowRankLinear, MaxMin
+from lrmanifold.optim import CondLRAdam
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def test_on_the_cpu_it_is_the_function():
+    total = torch.zeros(())
+
+    def add(x):
+        total.add_(x.sum())
+        return total
+
+    replay = Replay(add, torch.device("cpu"))
+    for size in (1, 2, 3, 4, 5):
+        assert replay(torch.ones(size)) is total
+    assert float(total) == 15
+    assert not replay.captured
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        LowRankLinear(20, 16, 6, tau=0.0), MaxMin(), LowRankLinear(16, 12, 5, tau=0.0, scale=1.0),
+        MaxMin(), torch.nn.Linear(12, 4),
+    )  # fmt: skip
+
+
+@cuda
+@pytest.mark.parametrize("kind", ["emma", "cross_entropy", "trades"])
+def test_a_captured_training_step_does_what_the_step_does(kind):
+    device = torch.device("cuda")
+    models = [network().to(device)]
+    models.append(copy.deepcopy(models[0]))
+    losses: list[list[torch.Tensor]] = [[], []]
+    steps = []
+    for i, model in enumerate(models):
+        optimizer = CondLRAdam(model.parameters(), lr=0.01, capturable=True)
+        bound = certify.LipschitzBound(model, (20,))
+        loss = certify.CertifiedLoss(0.3, 8, kind).to(device)
+
+        def step(x, y, model=model, optimizer=optimizer, bound=bound, loss=loss):
+            with torch.autocast("cuda", torch.bfloat16):
+                z = model(x)
+            value = loss(bound, z.float(), y)
+            optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            loss.step()
+            return value.detach()
+
+        steps.append((Replay(step, device, enabled=i == 0), optimizer))
+    generator = torch.Generator(device).manual_seed(0)
+    for k in range(12):
+        size = 32 if k != 9 else 7  # one batch is ragged
+        x = torch.randn(size, 20, generator=generator, device=device)
+        y = torch.randint(0, 4, (size,), generator=generator, device=device)
+        for found, (replay, optimizer) in zip(losses, steps, strict=True):
+            optimizer.param_groups[0]["lr"].fill_(0.01 / (1 + k))
+            found.append(replay(x, y).clone())
+    assert steps[0][0].captured
+    assert not steps[1][0].captured
+    torch.testing.assert_close(torch.stack(losses[0]), torch.stack(losses[1]), rtol=1e-4, atol=1e-5)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        M = getattr(p, "manifold", None)
+        a, b = (p, q) if M is None else (M.to_dense(p), M.to_dense(q))
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-3, atol=1e-4)
+
+
+@cuda
+def test_what_waits_cannot_be_captured_and_says_so():
+    replay = Replay(lambda x: x * float(x.sum()), torch.device("cuda"), warm_up=1)
+    x = torch.ones(2, device="cuda")
+    assert replay(x).tolist() == [2.0, 2.0]
+    with pytest.raises(CaptureError):
+        replay(x)
+    assert (x + 1).tolist() == [2.0, 2.0]  # the device goes on
+    assert torch.randn(3, device="cuda").isfinite().all()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+def test_trainings_with_and_without_graphs_agree(device):
+    run = dataclasses.replace(
+        plan.long_run(0), widths=(16, 16), rank=8, epochs=3, batch=256, kind="emma"
+    )
+    digits = load("digits")
+    there = {k: getattr(digits, k).to(device) for k in ("train_x", "train_y", "test_x", "test_y")}
+    data = dataclasses.replace(digits, **there)
+    (_, first), (_, second) = (train(run, data, graphs=g) for g in (True, False))
+    assert first == pytest.approx(second, rel=1e-3)
