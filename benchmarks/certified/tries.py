@@ -46,6 +46,7 @@ _SMALL: tuple[tuple[str, dict[str, Any]], ...] = (
     ("decay", {"clip": 1.0, "decay": 0.05}),
     ("ramp", {"clip": 1.0, "ramp": 0.3}),
     ("larger long", {"clip": 1.0, "epochs": 120, "larger": True}),
+    ("smoke", {"clip": 1.0, "epochs": 2}),  # only where it is asked for
     ("cross entropy", {"clip": 1.0, "kind": "cross_entropy", "eps_train": 0.17}),
 )
 
