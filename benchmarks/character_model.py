@@ -48,9 +48,9 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(self.token(x) + self.place(places))))
 
 
-def _parts(text: str) -> tuple[list[Tensor], int]:
+def _parts(text: str, alphabet: str | None = None) -> tuple[list[Tensor], int]:
     """Stretches of 1024 characters, as indices, and the number of characters."""
-    index = {c: i for i, c in enumerate(sorted(set(text)))}
+    index = {c: i for i, c in enumerate(sorted(set(text if alphabet is None else alphabet)))}
     return list(torch.tensor([index[c] for c in text]).split(1024)), len(index)
 
 
@@ -69,12 +69,15 @@ def load() -> tuple[Tensor, Tensor, int]:
     return training, windows([p for i, p in enumerate(parts) if i % 8 == 0]), size
 
 
-def load_three(text: str | None = None) -> tuple[Tensor, Tensor, Tensor, int]:
+def load_three(
+    text: str | None = None, alphabet: str | None = None
+) -> tuple[Tensor, Tensor, Tensor, int]:
     """Training text, validation windows, test windows and the number of characters.
 
-    Of each eight stretches of 1024 characters, one is for validation and one for the test.
+    Of each eight stretches of 1024 characters, one is for validation and one for the test. The
+    characters are those of the text, or those of `alphabet`.
     """
-    parts, size = _parts(TEXT.read_text(encoding="utf-8") if text is None else text)
+    parts, size = _parts(TEXT.read_text(encoding="utf-8") if text is None else text, alphabet)
     training = torch.cat([p for i, p in enumerate(parts) if i % 8 not in (0, 4)])
     validation, test = (windows([p for i, p in enumerate(parts) if i % 8 == k]) for k in (0, 4))
     return training, validation, test, size
