@@ -111,7 +111,7 @@ def measure_times(runs: Runs, rounds: int = 7, steps: int = 12) -> None:
     """Write the processor times of steps, all methods by turns, as a machine's speed changes."""
     training, _, _, size = data.load_three()
     cases: dict[tuple[str, float], list[float]] = {
-        (m, ratio): [] for m in METHODS for ratio in ratios(m, runs.width)
+        (m, ratio): [] for m in METHODS for ratio in runs.ratios(m)
     }
     for _ in range(rounds):
         for (method, ratio), times in cases.items():
@@ -176,6 +176,13 @@ class Runs:
         self.times: list[dict[str, Any]] = []
         if times.exists():
             self.times = json.loads(times.read_text(encoding="utf-8"))["results"]
+
+    def ratios(self, method: str) -> tuple[float, ...]:
+        """The ranks over the width at which a method is run; some only at the first two."""
+        if METHODS[method].weights == "dense":
+            return (1.0,)
+        main = (self.width, self.steps) == (WIDTH, STEPS) and not is_other(method)
+        return RATIOS if main else RATIOS[:2]
 
     def case(self, method: str, ratio: float) -> list[dict[str, Any]]:
         """The rows of one method and ratio."""
@@ -244,13 +251,6 @@ class Runs:
         if ms is None and self.guesses is not None:
             ms = (self.guesses.step_ms(*key[:2]) or 0.0) * (self.width / self.guesses.width) ** 2
         return 1e-3 * key[4] * (ms or 0.0)
-
-
-def ratios(method: str, width: int = WIDTH) -> tuple[float, ...]:
-    """The ranks over the width at which a method is run; some only at the first two."""
-    if METHODS[method].weights == "dense":
-        return (1.0,)
-    return RATIOS[:2] if width != WIDTH or is_other(method) else RATIOS
 
 
 def is_other(method: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .._record import conditions
 from .methods import METHODS, OTHERS
-from .runner import RATIOS, SEEDS, Runs, equal_time_steps, ratios
+from .runner import RATIOS, SEEDS, Runs, equal_time_steps
 
 
 def share(ratio: float) -> str:
@@ -31,7 +31,7 @@ def table(runs: Runs) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     dense = at_best(runs, "dense AdamW", 1.0)
     for method in METHODS:
-        for ratio in ratios(method, runs.width):
+        for ratio in runs.ratios(method):
             found = at_best(runs, method, ratio)
             if not found or not dense:
                 yield f"| {method} | {share(ratio)} | | not run | | | |"
@@ -71,7 +71,7 @@ def at_best(runs: Runs, method: str, ratio: float) -> dict[int, dict[str, Any]]:
 
 def _spikes(runs: Runs) -> str:
     """How many spikes the runs at the best rates had, in words."""
-    cases = [(m, ratio) for m in METHODS for ratio in ratios(m, runs.width)]
+    cases = [(m, ratio) for m in METHODS for ratio in runs.ratios(m)]
     count = sum(row["spikes"] for case in cases for row in at_best(runs, *case).values())
     return str(count) if count else "no"
 

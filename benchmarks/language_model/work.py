@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .methods import METHODS
-from .runner import SEEDS, Key, Runs, equal_time_steps, is_other, ratios, search, train, widening
+from .runner import SEEDS, Key, Runs, equal_time_steps, is_other, search, train, widening
 
 
 def jobs(runs: Runs, busy: Collection[Key] = ()) -> Iterator[tuple[int, Key]]:
@@ -22,7 +22,7 @@ def jobs(runs: Runs, busy: Collection[Key] = ()) -> Iterator[tuple[int, Key]]:
     time; the third seed; rates until the windows are closed. The other τ come a stage later.
     """
     for method in METHODS:
-        for ratio in ratios(method, runs.width):
+        for ratio in runs.ratios(method):
             known = runs.losses(method, ratio)
             mine = [key for key in busy if key[:2] == (method, ratio)]
             for stage, key in _of_case(runs, method, ratio, known, len(mine)):

@@ -69,7 +69,7 @@ def test_the_work_ends_when_every_window_is_closed_and_every_seed_was_run(monkey
         runs.get(*key)
     assert len(calls) == len(set(calls)) < 1000
     for method in METHODS:
-        for ratio in runner.ratios(method, 256):
+        for ratio in runs.ratios(method):
             assert set(table.at_best(runs, method, ratio)) == set(runner.SEEDS)
             assert table.window(runs.losses(method, ratio))[1]
     assert "not run" not in "".join(table.table(runs))
@@ -84,7 +84,7 @@ def test_work_that_is_on_its_way_is_not_handed_out_again_nor_what_does_not_fit(t
     while key := work.next_job(runs, busy):
         busy.append(key)
     # Three rates of each method; more would have to know their losses.
-    assert len(busy) == len(set(busy)) == 3 * sum(len(runner.ratios(m)) for m in METHODS)
+    assert len(busy) == len(set(busy)) == 3 * sum(len(runs.ratios(m)) for m in METHODS)
     runs.times = [{"method": "dense Muon", "ratio": 1.0, "step_ms": 20.0}]
     assert work.next_job(runs, busy[1:], 1.0) == busy[0]
     muon = next(key for key in busy if key[0] == "dense Muon")
@@ -137,7 +137,7 @@ def test_spectron_moves_the_product_by_at_most_about_its_rate():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_start_alike_and_take_steps(name):
-    ratio = runner.ratios(name)[0]
+    ratio = 1.0 if METHODS[name].weights == "dense" else 0.5
     model, optimizers = METHODS[name].build(95, ratio, METHODS[name].guess, 0)
     plain, _ = METHODS["dense AdamW"].build(95, 1.0, 1e-3, 0)
     assert torch.equal(model.token.weight, plain.token.weight)
