@@ -76,7 +76,7 @@ def test_images_stay_in_the_ball_and_in_range(norm, kind, device):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     x, y = torch.rand(6, 3, 8, 8, device=device), torch.arange(6, device=device) % 5
     loss = AdversarialLoss(Adversarial(0.3, norm, kind), 10)
-    z = loss.attacked(model, x, y, 0.3, 2)
+    z = loss.attacked(model, x, y, 0.3, loss.start(x, 2))
     size = (z - x).flatten(1)
     size = size.abs().amax(1) if norm == "linf" else size.norm(dim=1)
     assert (size <= 0.3 * (1 + 1e-5)).all()
@@ -98,7 +98,7 @@ def test_trades_is_the_published_formula():
             weight.mul_(3)
     x, y = torch.rand(8, 1, 4, 4), torch.arange(8) % 3
     loss = AdversarialLoss(Adversarial(0.4, kind="trades", beta=4.0, ramp=0.0), 10)
-    z = loss.attacked(model, x, y, 0.4, 3)
+    z = loss.attacked(model, x, y, 0.4, loss.start(x, 3))
     p, q = model(x).softmax(1), model(z).softmax(1)
     want = -p[range(8), y].log().mean() + 4.0 * (p * (p / q).log()).sum(1).mean()
     torch.testing.assert_close(loss(model, x, y, 3), want)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 import lrmanifold as lrm
 from lrmanifold import certify, robustness
 from lrmanifold.experiments.data import Dataset, load, validation_split
+from lrmanifold.experiments.replay import CaptureError, Replay
 
-from ..replay import CaptureError, Replay
 from .networks import build, sizes, truncate
 from .peers import unit_rows
 from .plan import Run

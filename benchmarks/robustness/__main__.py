@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=REPOSITORY / "runs" / "robustness")
     parser.add_argument("--save-every", type=int, default=500, help="batches between checkpoints")
     parser.add_argument("--unregistered", action="store_true", help="run a plan without a commit")
+    parser.add_argument("--only", default="", help="families whose names hold this text")
     parser.add_argument("--keep", action="store_true", help="keep the networks of the test")
     options = parser.parse_args()
     if options.threads is not None:
@@ -41,6 +42,7 @@ def main() -> None:
             save_every=options.save_every,
             unregistered=options.unregistered,
             keep=options.keep,
+            only=options.only,
             log=functools.partial(print, flush=True),
         )
         if not runner.go():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ import torch
 from lrmanifold.experiments import data as datasets
 from lrmanifold.experiments.data import Dataset, validation_split
 from lrmanifold.experiments.methods import Trained, train
+from lrmanifold.experiments.replay import CaptureError
 
 from .. import models
 from .._record import conditions
@@ -51,6 +53,8 @@ class Runner:
         Run though the plan is not committed; the rows say so.
     keep : bool
         Keep the networks of the test in `scratch`, ``KEY.network.pt``.
+    only : str
+        Families whose names hold this text: several processes may share a plan.
     """
 
     folder: Path
@@ -62,6 +66,7 @@ class Runner:
     unregistered: bool = False
     log: Log = print
     keep: bool = False
+    only: str = ""
 
     def __post_init__(self) -> None:
         path = self.folder / "plan.toml"
@@ -71,6 +76,7 @@ class Runner:
             raise PlanError(f"{path}: commit the plan before the runs, or call --unregistered")
         self.trials, self.rows = (Table(self.folder / f"{n}.jsonl") for n in ("trials", "runs"))
         self._data: dict[Any, Dataset] = {}
+        self._there: dict[int, Dataset] = {}
         self._chosen: dict[str, list[tuple[dict[str, float], list[float]]]] = {}
         self._deadline = time.monotonic() + 60 * self.minutes
 
@@ -80,6 +86,7 @@ class Runner:
             settings = [
                 (family, values, shares)
                 for family in self.plan.families
+                if self.only in family.name
                 for values, shares in self.chosen(family)
             ]
             for seed in self.plan.seeds:
@@ -210,21 +217,28 @@ class Runner:
         method, settings = plan.made(family, values, seed, epochs)
         path = self._checkpoint(key)
         path.parent.mkdir(parents=True, exist_ok=True)
+        work = functools.partial(
+            train,
+            method,
+            lambda: models.build(network.model, data),
+            self._resident(data),
+            dict(family.ranks or network.ranks),
+            settings,
+            exclude=network.exclude or None,
+            keep_larger=True,
+            device=self.device,
+            on_step=self._check_time,
+            checkpoint=None if trial and settings.steps(data) < self.save_every else path,
+            save_every=self.save_every,
+            adversarial=plan.adversarial,
+        )
         try:
-            trained = train(
-                method,
-                lambda: models.build(network.model, data),
-                data,
-                dict(family.ranks or network.ranks),
-                settings,
-                exclude=network.exclude or None,
-                keep_larger=True,
-                device=self.device,
-                on_step=self._check_time,
-                checkpoint=None if trial and settings.steps(data) < self.save_every else path,
-                save_every=self.save_every,
-                adversarial=plan.adversarial,
-            )
+            try:
+                trained: Trained | None = work(replay=self.device != "cpu")
+            except CaptureError as error:
+                self.log(f"{family.name}: {error}; once more without a graph")
+                path.unlink(missing_ok=True)
+                trained = work()
         except FloatingPointError as error:
             self.log(f"{family.name} {values}, seed {seed}: {error}")
             trained = None
@@ -248,6 +262,15 @@ class Runner:
                 data = dataclasses.replace(data, train_x=x, train_y=y)
             self._data["all"] = data
         return self._data["all"]
+
+    def _resident(self, data: Dataset) -> Dataset:
+        """With the training images on the device: copying every batch would take longer."""
+        if self.device == "cpu":
+            return data
+        if id(data) not in self._there:
+            x, y = data.train_x.to(self.device), data.train_y.to(self.device)
+            self._there[id(data)] = dataclasses.replace(data, train_x=x, train_y=y)
+        return self._there[id(data)]
 
     def _split(self, seed: int) -> Dataset:
         if seed not in self._data:

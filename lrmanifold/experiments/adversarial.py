@@ -88,25 +88,41 @@ class AdversarialLoss:
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
         """Mean loss of images (B, C, H, W) after `step` batches."""
+        return self.loss(model, x, y, self.radius(step), self.start(x, step))
+
+    def radius(self, step: int) -> float:
+        """The radius after `step` batches."""
+        grown = round(self.how.ramp * self.steps)
+        return self.how.eps * min(1.0, (step + 1) / grown) if grown else self.how.eps
+
+    def start(self, x: Tensor, step: int) -> Tensor:
+        """Random starts in the unit ball, of the shape of `x` and drawn on its device."""
+        generator = torch.Generator(x.device)
+        generator.manual_seed((7_919 * step + self.seed + 1) % 2**63)
+        return _start(x, self.how.norm, generator)
+
+    def loss(
+        self, model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor, start: Tensor
+    ) -> Tensor:
+        """Mean loss of images (B, C, H, W) for a radius, a number or shape (), and given starts."""
         how = self.how
-        grown = round(how.ramp * self.steps)
-        eps = how.eps * min(1.0, (step + 1) / grown) if grown else how.eps
-        z = self.attacked(model, x, y, eps, step)
+        z = self.attacked(model, x, y, eps, start)
         if how.kind != "trades":
             return F.cross_entropy(model(z).float(), y, label_smoothing=self.smoothing)
         clean, found = model(torch.cat((x, z))).float().chunk(2)
         apart = _divergence(found, clean.log_softmax(1))
         return F.cross_entropy(clean, y, label_smoothing=self.smoothing) + how.beta * apart
 
-    def attacked(self, model: nn.Module, x: Tensor, y: Tensor, eps: float, step: int) -> Tensor:
-        """Images at most `eps` away that the network finds hard."""
+    def attacked(
+        self, model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor, start: Tensor
+    ) -> Tensor:
+        """Images at most `eps` away that the network finds hard, from x + eps `start`."""
         how = self.how
-        generator = torch.Generator().manual_seed((7_919 * step + self.seed + 1) % 2**63)
         count = 1 if how.kind == "single" else how.steps
         length = (1.25 if how.kind == "single" else 2.5 / count) * eps
         with evaluation_mode(model):
             target = model(x).float().log_softmax(1).detach() if how.kind == "trades" else None
-            z = _project(x, _start(x, how.norm, generator) * eps, eps, how.norm)
+            z = _project(x, start * eps, eps, how.norm)
             for _ in range(count):
                 with torch.enable_grad():
                     z.requires_grad_()
@@ -133,10 +149,11 @@ def _flat(x: Tensor) -> Tensor:
 
 def _start(x: Tensor, norm: str, generator: torch.Generator) -> Tensor:
     """Uniform in the unit ball; for l2 a uniform direction at a uniform distance."""
+    drawn: dict[str, Any] = {"generator": generator, "device": x.device}
     if norm == "linf":
-        return (2 * torch.rand(x.shape, generator=generator) - 1).to(x)
-    draw = torch.randn(x.shape, generator=generator)
-    share = torch.rand(len(x), *[1] * (x.ndim - 1), generator=generator)
+        return (2 * torch.rand(x.shape, **drawn) - 1).to(x)
+    draw = torch.randn(x.shape, **drawn)
+    share = torch.rand(len(x), *[1] * (x.ndim - 1), **drawn)
     return (share * draw / _flat(draw)).to(x)
 
 
@@ -144,10 +161,12 @@ def _direction(g: Tensor, norm: str) -> Tensor:
     return g.sign() if norm == "linf" else g / _flat(g).clamp_min(torch.finfo(g.dtype).tiny)
 
 
-def _project(x: Tensor, change: Tensor, eps: float, norm: str) -> Tensor:
+def _project(x: Tensor, change: Tensor, eps: float | Tensor, norm: str) -> Tensor:
     """x + change within the ball and [0, 1]; the second only shortens the change."""
     if norm == "linf":
-        change = change.clamp(-eps, eps)
+        change = change.clamp(-eps, eps)  # type: ignore[arg-type]
     else:
-        change = change * (eps / _flat(change).clamp_min(eps)) if eps else 0 * change
+        # the smallest number for radius 0: no division by 0
+        length = _flat(change).clamp_min(torch.finfo(change.dtype).tiny)
+        change = change * (eps / torch.maximum(length, torch.zeros_like(length) + eps))
     return (x + change).clamp(0, 1)

@@ -117,6 +117,7 @@ def train(
     save_every: int = 1,
     certified: float | None = None,
     adversarial: Adversarial | None = None,
+    replay: bool = False,
 ) -> Trained:
     """Train one network by one method.
 
@@ -143,6 +144,8 @@ def train(
         :class:`~lrmanifold.optim.CondLRAdam` (AdamW on ordinary parameters).
     adversarial : Adversarial, optional
         Train on images that an attack finds.
+    replay : bool
+        As in :func:`~lrmanifold.experiments.training.fit`; for methods of one step a batch.
 
     Returns
     -------
@@ -177,6 +180,7 @@ def train(
         device=device,
         certified=certified,
         adversarial=adversarial,
+        replay=replay,
     )
     if method.kind == "svd":
         if dense is None:
@@ -216,7 +220,9 @@ def train(
         )
         loop["about"] = repr(adversarial)
     loop["closure"] = method.kind in ("dlrt", "robust_dlrt")
-    history = fit(model, _optimizer(model, method, settings), data, settings, **loop)
+    loop["replay"] = replay and not loop["closure"] and model.mean.is_cuda
+    optimizer = _optimizer(model, method, settings, capturable=loop["replay"])
+    history = fit(model, optimizer, data, settings, **loop)
     history.loss = before + history.loss
     return Trained(model, history, *_shares(model, size))
 
@@ -242,7 +248,9 @@ def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     return [*rest, {"name": "orthogonal", "params": coordinates, "weight_decay": 0.0}]
 
 
-def _optimizer(model: nn.Module, method: Method, settings: Settings) -> torch.optim.Optimizer:
+def _optimizer(
+    model: nn.Module, method: Method, settings: Settings, *, capturable: bool
+) -> torch.optim.Optimizer:
     """The same class for all methods of one step: on ordinary parameters SGD or AdamW."""
     lr, decay = settings.lr, settings.weight_decay
     params: Any = _groups(model, decay) if decay else model.parameters()
@@ -251,7 +259,9 @@ def _optimizer(model: nn.Module, method: Method, settings: Settings) -> torch.op
     if method.kind == "robust_dlrt":
         tol = check_number("tol", method.tol, low=0.0)
         return robust_dlrt(params, lr, tol=tol, beta=method.penalty, s_steps=method.s_steps)
-    common: dict[str, Any] = {"weight_decay": decay, "penalty": method.penalty}
+    common: dict[str, Any] = {
+        "weight_decay": decay, "penalty": method.penalty, "capturable": capturable,
+    }  # fmt: skip
     if settings.optimizer == "adam":
         return CondLRAdam(params, lr, **common)
     momentum, nesterov = settings.momentum, settings.nesterov

@@ -23,8 +23,10 @@ from .._arguments import (
     check_text,
 )
 from ..checkpoint import CheckpointError
+from .adversarial import AdversarialLoss
 from .data import Dataset, check_dataset
 from .factors import spectrum
+from .replay import Replay
 from .resume import Keeper, Position, identity
 from .stream import AUGMENTATIONS, Stream
 
@@ -199,6 +201,7 @@ def fit(
     objective: Objective | None = None,
     about: str | None = None,
     closure: bool = False,
+    replay: bool = False,
 ) -> History:
     """Train, with cross entropy by default; the loop that every comparison uses.
 
@@ -230,6 +233,11 @@ def fit(
     closure : bool
         For optimizers that evaluate several batches a step: ``step`` gets a function that draws the
         next one. The number of batches is the same, so they make fewer steps.
+    replay : bool
+        On CUDA, capture a step and replay it (:mod:`~lrmanifold.experiments.replay`): for networks
+        that take longer to launch than to compute. The optimizer must be ``capturable``. Without
+        effect on the CPU, with `closure`, and with objectives other than that of
+        :mod:`~lrmanifold.experiments.adversarial`, which may compute anything.
 
     Returns
     -------
@@ -243,6 +251,8 @@ def fit(
         If `checkpoint` is damaged or belongs to another run.
     OSError
         If it cannot be written.
+    CaptureError
+        If `replay` was asked for and the step cannot be captured: the model is a few steps further.
     """
     check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     check_settings(settings)
@@ -269,16 +279,41 @@ def fit(
     stream.go_to(at, schedule.last_epoch)
     smoothing = settings.label_smoothing
 
-    def loss_of_next() -> Tensor:
-        x, y = next(stream)
+    # what an objective draws for a step is an input of the captured step, not a part of it
+    drawn = objective if isinstance(objective, AdversarialLoss) else None
+    captured = check_flag("replay", replay) and (objective is None or drawn is not None)
+
+    def draws(x: Tensor) -> tuple[Tensor, ...]:
+        if drawn is None or not captured:
+            return ()
+        place = schedule.last_epoch
+        radius = torch.tensor(drawn.radius(place), dtype=x.dtype)
+        return radius.to(x.device, non_blocking=True), drawn.start(x, place)
+
+    def loss_of(x: Tensor, y: Tensor, *given: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
-            if objective is not None:
+            if drawn is not None and given:
+                loss = drawn.loss(model, x, y, *given)
+            elif objective is not None:
                 loss = objective(model, x, y, schedule.last_epoch)
             else:
                 loss = F.cross_entropy(model(x).float(), y, label_smoothing=smoothing)
         optimizer.zero_grad()
         loss.backward()
-        at.total += loss.detach() * len(y)
+        return loss.detach()
+
+    def step_on(*inputs: Tensor) -> Tensor:
+        loss = loss_of(*inputs)
+        optimizer.step()
+        return loss
+
+    step = Replay(step_on, device, enabled=captured)
+
+    def next_by(function: Callable[..., Tensor | None]) -> Tensor:
+        x, y = next(stream)
+        loss = function(x, y, *draws(x))
+        assert loss is not None
+        at.total += loss * len(y)
         at.count += len(y)
         return loss
 
@@ -286,10 +321,9 @@ def fit(
     while at.epoch < settings.epochs:
         before = schedule.last_epoch
         if closure:
-            optimizer.step(loss_of_next)  # type: ignore[arg-type]
+            optimizer.step(lambda: next_by(loss_of))  # type: ignore[arg-type, return-value]
         else:
-            loss_of_next()
-            optimizer.step()
+            next_by(step)
         for _ in range(stream.taken - before):
             schedule.step()
         ended, (at.epoch, at.batch, at.order) = at.epoch, stream.place()

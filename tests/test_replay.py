@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.certified import plan
 from benchmarks.certified.training import train
-from benchmarks.replay import CaptureError, Replay
 from lrmanifold import certify
 from lrmanifold.experiments.data import load
+from lrmanifold.experiments.replay import CaptureError, Replay
 from lrmanifold.nn import LowRankLinear, MaxMin
 from lrmanifold.optim import CondLRAdam
 
