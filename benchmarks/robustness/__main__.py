@@ -28,6 +28,9 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=500, help="batches between checkpoints")
     parser.add_argument("--unregistered", action="store_true", help="run a plan without a commit")
     parser.add_argument("--only", default="", help="families whose names hold this text")
+    parser.add_argument(
+        "--take", type=Path, nargs="*", metavar="DIR", help="only add rows from elsewhere"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the networks of the test")
     options = parser.parse_args()
     if options.threads is not None:
@@ -45,7 +48,9 @@ def main() -> None:
             only=options.only,
             log=functools.partial(print, flush=True),
         )
-        if not runner.go():
+        if options.take is not None:
+            print(name, sum(runner.take(folder) for folder in options.take), "rows taken")
+        elif not runner.go():
             raise SystemExit(75)  # try again (EX_TEMPFAIL)
 
 

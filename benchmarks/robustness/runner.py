@@ -97,6 +97,23 @@ class Runner:
             return False
         return True
 
+    def take(self, folder: Path) -> int:
+        """Add what another process or machine measured of this very plan; how many rows.
+
+        A machine without the repository's history leaves the commit open; the digest says which.
+        """
+        count = 0
+        for ours, name in ((self.trials, "trials"), (self.rows, "runs")):
+            known = {row["key"] for row in ours.rows()}
+            for row in Table(folder / f"{name}.jsonl").rows():
+                if row["plan"] != self.plan.digest or row["key"] in known:
+                    continue
+                if name == "runs":
+                    row["plan_commit"] = row["plan_commit"] or self.commit
+                ours.append(row)
+                count += 1
+        return count
+
     # -------------------------------------------------------------------------------- choosing
 
     def chosen(self, family: Family) -> list[tuple[dict[str, float], list[float]]]:

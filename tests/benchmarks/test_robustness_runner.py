@@ -339,3 +339,20 @@ def test_parse_gives_the_family_everything_but_its_search():
     method, settings = plan.made(plan.family("cut"), {**START, "finetune": 0.1}, 7, 3)
     assert (method.kind, method.finetune) == ("finetuned", 0.1)
     assert (settings.seed, settings.epochs, settings.batch_size) == (7, 3, 32)
+
+
+def test_families_may_be_run_apart_and_put_together(finished, tmp_path):
+    names = [family["name"] for family in TINY["family"]]
+    parts = [tmp_path / str(i) for i in range(len(names))]
+    for part, name in zip(parts, names, strict=True):
+        assert runner(part, only=name).go()
+    whole = runner(tmp_path / "whole")
+    whole.commit = "abc"
+    assert sum(whole.take(part / "tiny") for part in parts) > 0
+    assert not any(whole.take(part / "tiny") for part in parts)
+    for kind in ("trials", "runs"):
+        kept = {row["key"] for row in Table(tmp_path / "whole" / "tiny" / f"{kind}.jsonl").rows()}
+        assert kept == {row["key"] for row in Table(finished / "tiny" / f"{kind}.jsonl").rows()}
+    assert {row["plan_commit"] for row in whole.rows.rows()} == {"abc"}
+    other = runner(tmp_path / "other", changed(title="another plan"))
+    assert other.take(parts[0] / "tiny") == 0
