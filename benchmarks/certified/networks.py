@@ -129,7 +129,8 @@ def build(run: Run, data: Dataset) -> nn.Sequential:
                 layers += [nn.Unflatten(1, (tokens, 4)), nn.Flatten(2)]
             for n in (last, *(m,) * (run.depth - 1)):
                 layers += [make(n, m), MaxMin(-1)]
-            layers += [ConvexPotential(m, rank, rank) for rank in run.folds]
+            ranks = run.levels[i] if run.levels else run.folds
+            layers += [ConvexPotential(m, rank, rank) for rank in ranks]
             last = m
         layers += [nn.Flatten()]
         last *= tokens

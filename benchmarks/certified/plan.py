@@ -47,6 +47,8 @@ class Run:
         Of "tree": layers a level; those after the first keep the width.
     folds : tuple of int
         Of "tree": ranks of the potential layers that follow on every level.
+    levels : tuple of tuples of int
+        In place of `folds` where they differ: those of each level.
     temperature : float
         Of the loss.
     beta2, clip, head_rate : float
@@ -85,6 +87,7 @@ class Run:
     bfloat16: bool = False
     depth: int = 1
     folds: tuple[int, ...] = ()
+    levels: tuple[tuple[int, ...], ...] = ()
     temperature: float = 1.0
     beta2: float = 0.999
     clip: float = 0.0
