@@ -12,14 +12,15 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .._record import FOLDER, conditions
-from .plan import Run, blocks
+from . import gpu
+from .plan import Run, blocks, settled
 from .sharing import shared, unclaim
 from .tries import TRIES
 
@@ -87,11 +88,20 @@ def chosen(tries: list[Run], verified: Callable[[Run], float], further: int = 3)
     return best
 
 
+def every_block(seeds: int = 5) -> Iterator[tuple[str, list[Any]]]:
+    """Those of the processor, then those of the GPU, whose names end in "-gpu"."""
+    yield from blocks(seeds)
+    yield from gpu.blocks(seeds)
+
+
 def work(names: list[str], place: Place, minutes: float, seeds: int) -> None:
     """Go through the blocks in order until the time is up."""
     end = time.monotonic() + 60 * minutes
-    for name, items in blocks(seeds):
-        if names and name not in names:
+    for name, items in every_block(seeds):
+        # each on its own kind of machine, unless it is asked for by name
+        if name not in (names or [name]) or (
+            not names and name.endswith("-gpu") != (place.device == "cuda")
+        ):
             continue
         runs = [item for item in items if isinstance(item, Run)]
         tried = [item for item in items if not isinstance(item, Run)]
@@ -100,12 +110,15 @@ def work(names: list[str], place: Place, minutes: float, seeds: int) -> None:
             if time.monotonic() > end:
                 return
             result_of(run, place, wait=False)
-        later: list[Run] = []
-        for tries, base in tried:
+        later = [base for _, base in tried]
+        # each process begins with another method, so that they do not wait for one another
+        for k in range(len(tried)):
+            k = (k + os.getpid()) % len(tried)
+            tries, base = tried[k]
             best = chosen(tries, lambda run: result_of(run, place).get("verified", -1.0))
-            later.append(dataclasses.replace(base, lr=best.lr, head=best.head, kind=best.kind))
+            later[k] = settled(base, best)
         # seed by seed, so that a table that is cut off compares like with like
-        for seed in range(seeds):
+        for seed in range(min(seeds, gpu.SEEDS.get(name, seeds))):
             for base in later:
                 if time.monotonic() > end:
                     return
@@ -153,7 +166,7 @@ def main() -> None:
     parser.add_argument(
         "blocks",
         nargs="*",
-        help=", ".join(name for name, _ in blocks()) + "; of probes, parts of their titles",
+        help=", ".join(name for name, _ in every_block()) + "; of probes, parts of their titles",
     )
     parser.add_argument("--root", default=os.environ.get("LRMANIFOLD_DATA"))
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 METHODS = ("low rank", "low rank tau 0.1", "orthogonal", "dense", "factors", "truncated")
@@ -115,6 +115,22 @@ class Run:
         return dataclasses.asdict(self)
 
 
+# What a choice on validation images decides; the second line only on the same data.
+DECIDED = ("lr", "head", "kind")
+DECIDED_HERE = ("eps_train", "ramp", "clip", "shift", "rotate", "zoom")
+
+
+def decided(run: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a chosen run that go over to `run`."""
+    names = (*DECIDED, *DECIDED_HERE) if run["data"] == best["data"] else DECIDED
+    return {name: best[name] for name in names}
+
+
+def settled(base: Run, best: Run) -> Run:
+    """`base` with the settings of the chosen run."""
+    return replace(base, **decided(base.to_dict(), best.to_dict()))
+
+
 MOVED: dict[str, Any] = {"shift": 1.0, "rotate": 8.0, "zoom": 0.05}
 MNIST: dict[str, Any] = {"data": "mnist", "network": "mlp", "eps": 0.3, "eps_train": 0.45, **MOVED}
 WIDE, NARROW = (256, 256, 256), (140, 140, 140)
@@ -156,10 +172,10 @@ def rivals(group: str, common: dict[str, Any], epochs: int) -> Iterator[Any]:
         widths, rank = SHAPES[method]
         base = Run(group=group, method=method, widths=widths, rank=rank, epochs=epochs, lr=0.0,
                    **common)  # fmt: skip
-        short = dataclasses.replace(base, epochs=max(1, epochs // 2), choice=True)
+        short = replace(base, epochs=max(1, epochs // 2), choice=True)
         yield (
             [
-                dataclasses.replace(short, lr=lr, head=head)
+                replace(short, lr=lr, head=head)
                 for lr, head in itertools.product(RATES[method], HEADS)
             ],
             base,
@@ -182,7 +198,7 @@ def sizes_of(group: str, common: dict[str, Any], epochs: int) -> Iterator[Any]:
             if base.method in shapes:
                 widths, rank = shapes[base.method]
                 changed = {"group": f"{group}-width", "widths": widths, "rank": rank}
-                yield tries, dataclasses.replace(base, **changed)
+                yield tries, replace(base, **changed)
 
 
 def elsewhere() -> Iterator[Any]:
@@ -191,7 +207,7 @@ def elsewhere() -> Iterator[Any]:
     changed |= {"shift": 1.0, "rotate": 0.0, "zoom": 0.0}
     for tries, base in rivals("mnist0.3", MNIST, 10):
         if base.method in ("low rank", "orthogonal", "dense", "factors"):
-            yield tries, dataclasses.replace(base, **changed)
+            yield tries, replace(base, **changed)
 
 
 def potential(seed: int, *, choice: bool = False, **changes: Any) -> Run:
@@ -273,8 +289,8 @@ def peer() -> tuple[list[Run], Run]:
         eps=36 / 255, eps_train=0.25, epochs=10, lr=0.0, batch=256, kind="emma", head=1.0,
         flip=True, crop=2, bfloat16=True,
     )  # fmt: skip
-    short = dataclasses.replace(base, epochs=2, choice=True)
-    return [dataclasses.replace(short, lr=lr) for lr in (1e-3, 3e-3)], base
+    short = replace(base, epochs=2, choice=True)
+    return [replace(short, lr=lr) for lr in (1e-3, 3e-3)], base
 
 
 def blocks(seeds: int = 5) -> Iterator[tuple[str, list[Any]]]:

@@ -113,8 +113,11 @@ def margin_loss(z: Tensor, y: Tensor) -> Tensor:
     return z.scatter(1, y[:, None], -torch.inf).logsumexp(1) - own
 
 
-def train(run: Run, data: Dataset, *, graphs: bool = True) -> tuple[nn.Sequential, list[float]]:
-    """The trained network and the mean loss of each epoch, on the device of the data.
+Trained = tuple[nn.Sequential, list[float], bool]
+
+
+def train(run: Run, data: Dataset, *, graphs: bool = True) -> Trained:
+    """The trained network, the mean loss of each epoch, and whether its steps were replayed.
 
     On CUDA the steps are replayed from a captured graph; if it cannot be captured, everything is
     done again without.
@@ -146,7 +149,7 @@ def _optimizer(run: Run, model: Any, device: torch.device) -> lrm.optim.CondLRAd
     return optimizer
 
 
-def _train(run: Run, data: Dataset, graphs: bool) -> tuple[nn.Sequential, list[float]]:
+def _train(run: Run, data: Dataset, graphs: bool) -> Trained:
     torch.manual_seed(run.seed)
     device, images = data.train_x.device, len(data.train_y)
     model = build(run, data).to(device)
@@ -189,7 +192,7 @@ def _train(run: Run, data: Dataset, graphs: bool) -> tuple[nn.Sequential, list[f
             break
         if average is not None and epoch >= (1.0 - run.tail) * run.epochs:
             average.update_parameters(model)
-    return (model if average is None else average.module), losses
+    return (model if average is None else average.module), losses, replay.captured
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
@@ -215,11 +218,13 @@ def measure(
     device = torch.device(device)
     data = data_of(run, root, device)
     began, work = _wait(device), time.process_time()
-    model, losses = train(run, data, graphs=graphs)
+    model, losses, replayed = train(run, data, graphs=graphs)
     minutes, work = (_wait(device) - began) / 60, (time.process_time() - work) / 60
     result: dict[str, Any] = {"run": run.to_dict(), "device": device.type, "minutes": minutes}
     if device.type == "cpu":
         result["processor_minutes"] = work
+    else:
+        result["replayed"] = replayed
     result["losses"] = losses
     if not math.isfinite(losses[-1]):
         return {**result, "diverged": True}
@@ -231,7 +236,7 @@ def measure(
         "attack": robustness.pgd, "norm": "l2", "steps": 30, "random_start": False,
         "loss": margin_loss,
     }  # fmt: skip
-    few: dict[str, Any] = {"batch_size": 500 if device.type == "cpu" else 2500, "bound": report}
+    few: dict[str, Any] = {"batch_size": 500 if device.type == "cpu" else 5000, "bound": report}
     found = certify.verified_accuracy(model, (data.test_x, data.test_y), [run.eps], **few, **attack)
     result |= {
         **sizes(model),
@@ -251,17 +256,15 @@ def measure(
         found = certify.verified_accuracy(model, seen, [run.eps], **few)
         result["seen"] = {"clean": found["clean"], "verified": found["verified"][run.eps]}
     else:
-        result["curve"] = curve(model, data, report, run.eps)
+        result["curve"] = curve(model, data, run.eps, few)
         result["local"] = looseness(model, data, report)
     return result
 
 
-def curve(
-    model: nn.Module, data: Dataset, report: certify.LipschitzReport, eps: float
-) -> dict[str, float]:
+def curve(model: nn.Module, data: Dataset, eps: float, options: dict[str, Any]) -> dict[str, float]:
     """Verified accuracy over the radius."""
     radii = [eps * k / 10 for k in range(31)]
-    found = certify.verified_accuracy(model, (data.test_x, data.test_y), radii, bound=report)
+    found = certify.verified_accuracy(model, (data.test_x, data.test_y), radii, **options)
     return {f"{e:.4g}": share for e, share in found["verified"].items()}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.certified import plan, table
-from benchmarks.certified.__main__ import Place, chosen, probe_line, read, result_of
+from benchmarks.certified.__main__ import Place, chosen, every_block, probe_line, read, result_of
 from benchmarks.certified.networks import Tokens, build, sizes, truncate
 from benchmarks.certified.peers import (
     DenseResidual,
@@ -27,7 +27,7 @@ from lrmanifold.experiments.data import load
 
 
 def all_runs():
-    for _, items in plan.blocks(2):
+    for _, items in every_block(2):
         for item in items:
             if isinstance(item, plan.Run):
                 yield item
