@@ -91,7 +91,11 @@ def test_condition_number_is_the_same_every_time_and_touches_no_global_random_st
     first = condition_number(net, x)
     torch.rand(3)
     torch.set_rng_state(before)
-    assert torch.equal(first, condition_number(net, x))
+    again = condition_number(net, x)
+    if device.type == "cpu":
+        assert torch.equal(first, again)
+    else:  # sums of a backward pass may come in any order there
+        torch.testing.assert_close(first, again, rtol=1e-4, atol=0)
     assert torch.equal(before, torch.get_rng_state())
 
 

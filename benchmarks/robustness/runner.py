@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -17,7 +16,6 @@ import torch
 from lrmanifold.experiments import data as datasets
 from lrmanifold.experiments.data import Dataset, validation_split
 from lrmanifold.experiments.methods import Trained, train
-from lrmanifold.experiments.replay import CaptureError
 
 from .. import models
 from .._record import conditions
@@ -234,28 +232,23 @@ class Runner:
         method, settings = plan.made(family, values, seed, epochs)
         path = self._checkpoint(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        work = functools.partial(
-            train,
-            method,
-            lambda: models.build(network.model, data),
-            self._resident(data),
-            dict(family.ranks or network.ranks),
-            settings,
-            exclude=network.exclude or None,
-            keep_larger=True,
-            device=self.device,
-            on_step=self._check_time,
-            checkpoint=None if trial and settings.steps(data) < self.save_every else path,
-            save_every=self.save_every,
-            adversarial=plan.adversarial,
-        )
         try:
-            try:
-                trained: Trained | None = work(replay=self.device != "cpu")
-            except CaptureError as error:
-                self.log(f"{family.name}: {error}; once more without a graph")
-                path.unlink(missing_ok=True)
-                trained = work()
+            trained: Trained | None = train(
+                method,
+                lambda: models.build(network.model, data),
+                self._resident(data),
+                dict(family.ranks or network.ranks),
+                settings,
+                exclude=network.exclude or None,
+                keep_larger=True,
+                device=self.device,
+                on_step=self._check_time,
+                checkpoint=None if trial and settings.steps(data) < self.save_every else path,
+                save_every=self.save_every,
+                adversarial=plan.adversarial,
+                # the exponential of a matrix waits for the device
+                replay=method.kind != "orthogonal",
+            )
         except FloatingPointError as error:
             self.log(f"{family.name} {values}, seed {seed}: {error}")
             trained = None

@@ -18,7 +18,10 @@ Function = Callable[..., Tensor | None]
 
 
 class CaptureError(RuntimeError):
-    """The function cannot be captured; what it works on may be half a step further."""
+    """The function cannot be captured; what it works on may be half a step further.
+
+    Torch's allocator may keep a broken pool: work that is not lost goes on in a new process.
+    """
 
 
 class Replay:

@@ -191,7 +191,7 @@ def test_no_point_of_a_dense_grid_inside_the_radius_has_another_class(seed):
 def test_the_radius_of_a_linear_model_is_the_distance_to_the_boundary(device):
     torch.manual_seed(0)
     model = nn.Linear(5, 3).to(device)
-    x = torch.randn(6, 5, device=device)
+    x = torch.randn(6, 5).to(device)  # the same points everywhere
     W, b = model.weight.detach().double(), model.bias.detach().double()
     z = x.double() @ W.T + b
     y = z.argmax(1)
