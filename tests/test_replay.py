@@ -11,8 +11,11 @@ import torch
 from benchmarks.certified import plan
 from benchmarks.certified.training import train
 from lrmanifold import certify
+from lrmanifold.experiments import methods, models
+from lrmanifold.experiments.adversarial import Adversarial
 from lrmanifold.experiments.data import load
 from lrmanifold.experiments.replay import CaptureError, Replay
+from lrmanifold.experiments.training import Settings
 from lrmanifold.nn import LowRankLinear, MaxMin
 from lrmanifold.optim import CondLRAdam
 
@@ -104,3 +107,23 @@ def test_trainings_with_and_without_graphs_agree(device):
     data = dataclasses.replace(digits, **there)
     (_, first), (_, second) = (train(run, data, graphs=g) for g in (True, False))
     assert first == pytest.approx(second, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "how", [None, Adversarial(0.05, steps=2), Adversarial(0.3, "l2", "trades")]
+)
+@pytest.mark.parametrize("kind", ["dense", "finetuned", "orthogonal", "condlr"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+def test_the_loop_of_all_comparisons_agrees_with_and_without_graphs(device, kind, how):
+    """Also where a graph is asked for and the step is not captured: on the CPU, orthogonal."""
+    data = load("digits")
+    settings = Settings(2, 128, 0.05, optimizer="adam" if kind == "condlr" else "sgd", warmup=0.2)
+    found = [
+        methods.train(
+            methods.Method(kind, kind, 0.1 if kind == "condlr" else None),
+            lambda: models.mlp(64, 10, (24, 24)),
+            data, 6, settings, exclude="fc3", device=device, adversarial=how, replay=replay,
+        ).history.loss
+        for replay in (False, True)
+    ]  # fmt: skip
+    assert found[0] == pytest.approx(found[1], rel=1e-2 if device == "cuda" else 1e-9)

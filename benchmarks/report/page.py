@@ -81,8 +81,18 @@ def _registration(results: Results) -> str:
     return (
         f"{plan.network.model} on {plan.network.data}, {training}. Accuracy in %. The plan, "
         f"`plan.toml` ({plan.digest}), was committed before the runs in {where}. "
-        f"{note} {first.get('note') or ''}"
+        f"{_machine(results)}{note} {first.get('note') or ''}"
     ).strip()
+
+
+def _machine(results: Results) -> str:
+    """On which devices, where it was not the CPU alone."""
+    rows = [row for group in results.groups for row in group.rows]
+    there = {
+        "the CPU" if row.get("device", "cpu") == "cpu" else str(row["conditions"]["gpu"])
+        for row in rows
+    }
+    return "" if there == {"the CPU"} else f"Run on {', '.join(sorted(there))}. "
 
 
 def _findings(found: Sequence[Finding]) -> str:
@@ -267,7 +277,7 @@ def _cost(results: Results) -> str:
     return table(head, rows) + (
         "\n\nLargest cond: of a layer's weight as a matrix, the last layer included. ECE: "
         "calibration error. "
-        "CPU seconds of one training, on a busy machine."
+        "CPU seconds of one training, on a busy machine; on a GPU of the process that drives it."
     )
 
 

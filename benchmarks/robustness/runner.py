@@ -22,6 +22,7 @@ from .._record import conditions
 from . import measures
 from .plan import Family, Plan, PlanError, load, registered
 from .search import Ladder, Point, ranked, search
+from .share import decoded
 from .table import Table, finite
 
 Log = Callable[[str], None]
@@ -265,7 +266,10 @@ class Runner:
     def _dataset(self) -> Dataset:
         if "all" not in self._data:
             name, samples = self.plan.network.data, self.plan.network.samples
-            data = datasets.load(name, None if name == "digits" else self.root)
+            if name == "cifar10":
+                data = decoded(self.root, self.scratch)
+            else:
+                data = datasets.load(name, None if name == "digits" else self.root)
             if samples is not None and samples < len(data.train_y):
                 order = torch.randperm(len(data.train_y), generator=_generator(0))[:samples]
                 x, y = data.train_x[order], data.train_y[order]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -32,8 +33,9 @@ class Table:
         """Add a row at the end."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(finite(row), ensure_ascii=False, allow_nan=False, sort_keys=True)
-        torn = self.path.is_file() and self.path.stat().st_size and not self._ends_whole()
         with open(self.path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # processes may share a table; freed on closing
+            torn = self.path.stat().st_size and not self._ends_whole()
             file.write((("\n" if torn else "") + line + "\n").encode())
             file.flush()
             os.fsync(file.fileno())

@@ -220,7 +220,9 @@ def train(
         )
         loop["about"] = repr(adversarial)
     loop["closure"] = method.kind in ("dlrt", "robust_dlrt")
-    loop["replay"] = replay and not loop["closure"] and model.mean.is_cuda
+    # the solver inside the orthogonal map waits for the device: such a step cannot be captured
+    waits = loop["closure"] or method.kind == "orthogonal"
+    loop["replay"] = replay and not waits and model.mean.is_cuda
     optimizer = _optimizer(model, method, settings, capturable=loop["replay"])
     history = fit(model, optimizer, data, settings, **loop)
     history.loss = before + history.loss
