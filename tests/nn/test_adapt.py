@@ -188,16 +188,16 @@ def test_compiled_models_compute_switch_and_train_their_adapters(device):
     lrm.nn.adapt(model, 2, alpha=4)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     x = torch.randn(5, 9, device=device)
-    assert torch.equal(compiled(x), model(x))
+    torch.testing.assert_close(compiled(x), model(x))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = lrm.optim.CondLR(trained, lr=0.05)
     before = model(x)
     compiled(x).square().mean().backward()
     optimizer.step()
-    assert not torch.equal(compiled(x), before)
-    assert torch.equal(compiled(x), model(x))
+    assert not torch.allclose(compiled(x), before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(compiled(x), model(x))
     lrm.nn.set_adapter(model, None)
-    assert torch.equal(compiled(x), model(x))
+    torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_layers_that_are_read_and_not_called_are_left_alone():
