@@ -247,8 +247,7 @@ class Runner:
                 checkpoint=None if trial and settings.steps(data) < self.save_every else path,
                 save_every=self.save_every,
                 adversarial=plan.adversarial,
-                # the exponential of a matrix waits for the device
-                replay=method.kind != "orthogonal",
+                replay=True,
             )
         except FloatingPointError as error:
             self.log(f"{family.name} {values}, seed {seed}: {error}")
