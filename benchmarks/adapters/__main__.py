@@ -7,26 +7,40 @@ test part.
 
     python -m benchmarks.adapters          # what is missing; may be stopped at any time
     python -m benchmarks.adapters table    # table and picture from the lines there are
+    python -m benchmarks.adapters --ranks 16 --part 0 --parts 2 --minutes 7 --lines half.jsonl
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import math
+import time
+from pathlib import Path
 
 import torch
 
-from .runner import Runs, everything
+from .runner import LINES, RANKS, Runs, everything
 
 
 def main() -> None:
     """Run what is missing, or write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=["run", "table"], default="run")
+    parser.add_argument("--lines", type=Path, default=LINES)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[0, *RANKS])
+    parser.add_argument("--part", type=int, default=0, help="which methods: every PARTS-th")
+    parser.add_argument("--parts", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after them")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    if sys.argv[1:] == ["table"]:
+    runs = Runs(options.lines)
+    if options.what == "table":
         from .table import write
 
-        write(Runs())
+        write(runs)
     else:
-        everything(Runs())
+        until = time.time() + 60.0 * options.minutes
+        everything(runs, options.ranks, options.part, options.parts, until)
 
 
 if __name__ == "__main__":

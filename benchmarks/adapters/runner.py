@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
 import math
 import statistics
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +111,14 @@ def train(method: str, rank: int, lr: float, seed: int) -> dict[str, Any]:
     }
 
 
+class OutOfTimeError(Exception):
+    """No more runs are begun."""
+
+
 class Runs:
     """The lines of a file, by what was run."""
+
+    until = math.inf
 
     def __init__(self, path: Path = LINES) -> None:
         self.path = path
@@ -122,7 +131,10 @@ class Runs:
         for row in self.rows:
             if key == tuple(row[k] for k in ("method", "rank", "lr", "seed")):
                 return row
+        if time.time() > self.until:
+            raise OutOfTimeError
         row = train(*key)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.rows.append(row)
@@ -155,11 +167,23 @@ def ranks(method: str) -> tuple[int, ...]:
     return (0,) if method == FULL else RANKS
 
 
-def everything(runs: Runs) -> None:
-    """All runs, the searches first."""
-    cases = [(m, rank) for rank in (0, *RANKS) for m in METHODS if rank in ranks(m)]
-    for case in cases:
-        runs.best(*case)
-    for seed in SEEDS[1:]:
-        for case in cases:
-            runs.get(*case, runs.best(*case), seed)
+def everything(
+    runs: Runs,
+    of: Sequence[int] = (0, *RANKS),
+    part: int = 0,
+    parts: int = 1,
+    until: float = math.inf,
+) -> None:
+    """All runs, rank after rank, in each the searches first; none is begun after `until`.
+
+    Of each rank the methods number `part`, `part` + `parts`, ...
+    """
+    runs.until = until
+    with contextlib.suppress(OutOfTimeError):
+        for rank in of:
+            names = [method for method in METHODS if rank in ranks(method)][part::parts]
+            for method in names:
+                runs.best(method, rank)
+            for seed in SEEDS[1:]:
+                for method in names:
+                    runs.get(method, rank, runs.best(method, rank), seed)

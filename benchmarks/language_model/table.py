@@ -31,7 +31,7 @@ def table(runs: Runs) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     dense = at_best(runs, "dense AdamW", 1.0)
     for method in METHODS:
-        for ratio in runs.ratios(method):
+        for ratio in sorted(runs.ratios(method), reverse=True):
             found = at_best(runs, method, ratio)
             if not found or not dense:
                 yield f"| {method} | {share(ratio)} | | not run | | | |"
