@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lrmanifold.experiments.replay import CaptureError
 
 _EVERY = 0.5  # seconds between two looks at what another process measures
 FAILED = "failed"
@@ -58,10 +61,12 @@ def shared(
                 break
             try:
                 result = measure()
-            except Exception:
+            except Exception as error:
                 traceback.print_exc()
                 _check_device(mark)
                 mark.write_text(FAILED)
+                if isinstance(error, CaptureError):
+                    sys.exit("a capture broke: nothing more is measured in this process")
                 return {}
             except BaseException:
                 mark.unlink(missing_ok=True)

@@ -17,16 +17,20 @@ from torch.nn import functional as F
 import lrmanifold as lrm
 from lrmanifold import certify, robustness
 from lrmanifold.experiments.data import Dataset, load, validation_split
-from lrmanifold.experiments.replay import CaptureError, Replay
+from lrmanifold.experiments.replay import Replay
 
 from .networks import build, sizes, truncate
 from .peers import unit_rows
-from .plan import Run
+from .plan import PEER, Run
 
 VALIDATION = 0.1  # of the training images, the same ones for every choice
 SCRATCH = Path(tempfile.gettempdir()) / "lrmanifold-images"
-# Their bound has singular vectors in it, which the host waits for: no graph can be captured.
-WAITS = ("low rank tau 0.1",)
+# The host waits for something in their steps (singular vectors; convolutions' norms), so that no
+# graph can be captured, and none is tried: after a capture that broke, a process is of no use.
+WAITS = ("low rank tau 0.1", PEER)
+# Where a run is cut to the time that is left: to these shares of its epochs.
+SHARES = (1.0, 0.67, 0.5, 0.33, 0.2)
+_EVALUATION = 25.0  # seconds that are left for what follows the training
 _LOADED: dict[tuple[str, bool, str], Dataset] = {}
 _PARTS = ("train_x", "train_y", "test_x", "test_y")
 
@@ -116,17 +120,28 @@ def margin_loss(z: Tensor, y: Tensor) -> Tensor:
 Trained = tuple[nn.Sequential, list[float], bool]
 
 
-def train(run: Run, data: Dataset, *, graphs: bool = True) -> Trained:
+def train(run: Run, data: Dataset, *, graphs: bool = True, until: float | None = None) -> Trained:
     """The trained network, the mean loss of each epoch, and whether its steps were replayed.
 
-    On CUDA the steps are replayed from a captured graph; if it cannot be captured, everything is
-    done again without.
+    On CUDA the steps are replayed from a captured graph, but for methods of WAITS. With `until`
+    (a time of ``time.monotonic``) there are fewer epochs where those asked for take longer: decided
+    after the second epoch (and again whenever it gets slower), and the rate falls accordingly. The
+    losses tell how many it were.
     """
-    try:
-        return _train(run, data, graphs and run.method not in WAITS)
-    except CaptureError as error:
-        print(f"{run.name}: {error}; once more without a graph", flush=True)
-        return _train(run, data, False)
+    return _train(run, data, graphs and run.method not in WAITS, until)
+
+
+def fitting(epochs: int, done: int, each: float, left: float) -> int:
+    """How many of some epochs fit into `left` seconds: at first in steps of SHARES, with a margin.
+
+    Later as many as fit, should others take the device.
+    """
+    if done == 2:
+        for share in SHARES:
+            some = max(done, round(share * epochs))
+            if (some - done) * each * 1.2 <= left:
+                return some
+    return max(done, min(epochs, done + int(left / each)))
 
 
 def _optimizer(run: Run, model: Any, device: torch.device) -> lrm.optim.CondLRAdam:
@@ -149,11 +164,12 @@ def _optimizer(run: Run, model: Any, device: torch.device) -> lrm.optim.CondLRAd
     return optimizer
 
 
-def _train(run: Run, data: Dataset, graphs: bool) -> Trained:
+def _train(run: Run, data: Dataset, graphs: bool, until: float | None = None) -> Trained:
     torch.manual_seed(run.seed)
     device, images = data.train_x.device, len(data.train_y)
     model = build(run, data).to(device)
-    steps = run.epochs * -(-images // run.batch)
+    epochs = run.epochs
+    steps = epochs * -(-images // run.batch)
     optimizer = _optimizer(run, model, device)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     bound = certify.LipschitzBound(model, data.image_shape)
@@ -177,10 +193,14 @@ def _train(run: Run, data: Dataset, graphs: bool) -> Trained:
         loss.step()
         total.add_(value.detach(), alpha=len(y))
 
-    replay, done = Replay(step, device, enabled=graphs), 0
+    replay, done, began = Replay(step, device, enabled=graphs), 0, 0.0
     losses: list[float] = []
     average: Any = lrm.optim.retracting_average(model) if run.tail else None
     for epoch in range(run.epochs):
+        if epoch == epochs:
+            break
+        if epoch == 1:  # the first one captures
+            began = time.monotonic()
         total.zero_()
         for index in torch.randperm(images, generator=generator, device=device).split(run.batch):
             share = 0.5 * (1.0 + math.cos(math.pi * done / steps))
@@ -190,7 +210,12 @@ def _train(run: Run, data: Dataset, graphs: bool) -> Trained:
         losses.append(float(total) / images)
         if not math.isfinite(losses[-1]):
             break
-        if average is not None and epoch >= (1.0 - run.tail) * run.epochs:
+        if until is not None and epoch >= 1:
+            now = time.monotonic()
+            each = (now - began) / epoch
+            epochs = fitting(epochs, epoch + 1, each, until - now - _EVALUATION)
+            steps = epochs * -(-images // run.batch)
+        if average is not None and epoch >= (1.0 - run.tail) * epochs:
             average.update_parameters(model)
     return (model if average is None else average.module), losses, replay.captured
 
@@ -212,20 +237,25 @@ def _wait(device: torch.device) -> float:
 
 
 def measure(
-    run: Run, root: str | None, device: torch.device | str = "cpu", *, graphs: bool = True
+    run: Run,
+    root: str | None,
+    device: torch.device | str = "cpu",
+    *,
+    graphs: bool = True,
+    until: float | None = None,
 ) -> dict[str, Any]:
     """Train and certify; what the tables are made of."""
     device = torch.device(device)
     data = data_of(run, root, device)
     began, work = _wait(device), time.process_time()
-    model, losses, replayed = train(run, data, graphs=graphs)
+    model, losses, replayed = train(run, data, graphs=graphs, until=until)
     minutes, work = (_wait(device) - began) / 60, (time.process_time() - work) / 60
     result: dict[str, Any] = {"run": run.to_dict(), "device": device.type, "minutes": minutes}
     if device.type == "cpu":
         result["processor_minutes"] = work
     else:
         result["replayed"] = replayed
-    result["losses"] = losses
+    result |= {"epochs": len(losses), "losses": losses}
     if not math.isfinite(losses[-1]):
         return {**result, "diverged": True}
     if run.method == "truncated":

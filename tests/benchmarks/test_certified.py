@@ -20,10 +20,11 @@ from benchmarks.certified.peers import (
     unit_rows,
 )
 from benchmarks.certified.sharing import FAILED, claim, shared, unclaim
-from benchmarks.certified.training import decoded, moved
+from benchmarks.certified.training import decoded, fitting, moved, train
 from benchmarks.certified.tries import TRIES
 from lrmanifold import certify
 from lrmanifold.experiments.data import load
+from lrmanifold.experiments.replay import CaptureError
 
 
 def all_runs():
@@ -209,6 +210,30 @@ def test_tries_have_files_of_their_own_and_are_within_their_size():
     for title, run in shapes.values():
         most = 1_000_000 if "larger" in title else 500_000
         assert 0.9 * most <= sizes(build(run, images))["stored"] <= most
+
+
+def test_a_run_is_cut_to_the_time_that_is_left():
+    assert fitting(150, 2, 1.0, 1000.0) == 150
+    assert fitting(150, 2, 1.0, 120.0) == 100  # in coarse steps, with a margin
+    assert fitting(150, 2, 1.0, 1.0) == 3
+    assert fitting(100, 50, 2.0, 60.0) == 80  # it got slower
+    assert fitting(100, 100, 2.0, -5.0) == 100
+    run = plan.Run(group="g", data="digits", method="low rank", network="mlp", widths=(8,), rank=4,
+                   eps=0.1, eps_train=0.1, epochs=9, lr=1e-2)  # fmt: skip
+    _, losses, replayed = train(run, load("digits"), until=0.0)  # long ago
+    assert len(losses) == 2
+    assert not replayed
+    assert len(train(run, load("digits"))[1]) == 9
+
+
+def test_a_broken_capture_ends_the_process(tmp_path):
+    def broken():
+        raise CaptureError("no graph")
+
+    path = tmp_path / "one.json"
+    with pytest.raises(SystemExit):
+        shared(path, broken)
+    assert shared(path, broken) == {}  # not again
 
 
 def test_a_try_is_a_line_that_says_what_differs(tmp_path):
