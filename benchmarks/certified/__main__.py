@@ -54,7 +54,9 @@ def result_of(run: Run, place: Place, *, wait: bool = True) -> dict[str, Any]:
 
         # what takes long is cut to the time that is left; the others are all alike
         until = place.until if run.group.startswith("cifar36") else None
-        result = measure(run, place.root, place.device, graphs=place.graphs, until=until)
+        keep = place.folder / f"{run.name}.pt"
+        options: dict[str, Any] = {"graphs": place.graphs, "until": until, "keep": keep}
+        result = measure(run, place.root, place.device, **options)
         _say(run, result)
         return {**result, "conditions": conditions()}
 

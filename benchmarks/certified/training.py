@@ -29,7 +29,7 @@ SCRATCH = Path(tempfile.gettempdir()) / "lrmanifold-images"
 # graph can be captured, and none is tried: after a capture that broke, a process is of no use.
 WAITS = ("low rank tau 0.1", PEER)
 # Where a run is cut to the time that is left: to these shares of its epochs.
-SHARES = (1.0, 0.67, 0.5, 0.33, 0.2)
+SHARES = (1.0, 0.8, 0.67, 0.5, 0.4, 0.33, 0.2)
 _EVALUATION = 25.0  # seconds that are left for what follows the training
 _LOADED: dict[tuple[str, bool, str], Dataset] = {}
 _PARTS = ("train_x", "train_y", "test_x", "test_y")
@@ -243,8 +243,12 @@ def measure(
     *,
     graphs: bool = True,
     until: float | None = None,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
-    """Train and certify; what the tables are made of."""
+    """Train and certify; what the tables are made of.
+
+    Should the certificate fail, weights and all else go to the file `keep`, not to be lost.
+    """
     device = torch.device(device)
     data = data_of(run, root, device)
     began, work = _wait(device), time.process_time()
@@ -258,6 +262,16 @@ def measure(
     result |= {"epochs": len(losses), "losses": losses}
     if not math.isfinite(losses[-1]):
         return {**result, "diverged": True}
+    try:
+        return {**result, **certificate(run, model, data)}
+    except Exception:
+        if keep is not None:
+            torch.save({"result": result, "weights": model.state_dict()}, keep)
+        raise
+
+
+def certificate(run: Run, model: nn.Sequential, data: Dataset) -> dict[str, Any]:
+    """What is proved of a trained network, and the attack beside it."""
     if run.method == "truncated":
         model = truncate(model, run.rank)
     model.eval()
@@ -266,9 +280,10 @@ def measure(
         "attack": robustness.pgd, "norm": "l2", "steps": 30, "random_start": False,
         "loss": margin_loss,
     }  # fmt: skip
-    few: dict[str, Any] = {"batch_size": 500 if device.type == "cpu" else 5000, "bound": report}
+    large = data.test_x.device.type != "cpu"
+    few: dict[str, Any] = {"batch_size": 5000 if large else 500, "bound": report}
     found = certify.verified_accuracy(model, (data.test_x, data.test_y), [run.eps], **few, **attack)
-    result |= {
+    result: dict[str, Any] = {
         **sizes(model),
         "clean": found["clean"],
         "verified": found["verified"][run.eps],
