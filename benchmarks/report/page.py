@@ -78,6 +78,8 @@ def _registration(results: Results) -> str:
         training += f", adversarial: {how.kind}, {how.norm} {how.eps:g}, {how.steps} steps"
     if missing := len(plan.seeds) - len(results.seeds):
         note = f"**{missing} of the {len(plan.seeds)} planned seeds are not run.** {note}"
+    if results.missing:
+        note = f"**Planned, and not run on the test images: {'; '.join(results.missing)}.** {note}"
     return (
         f"{plan.network.model} on {plan.network.data}, {training}. Accuracy in %. The plan, "
         f"`plan.toml` ({plan.digest}), was committed before the runs in {where}. "

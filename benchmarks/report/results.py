@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ class Results:
     plan: Plan
     trials: Sequence[Row]
     groups: list[Group]
+    missing: tuple[str, ...] = ()  # families of the plan without a row on the test images
 
     @property
     def seeds(self) -> list[int]:
@@ -120,12 +122,17 @@ def read(folder: Path) -> Results | None:
     for row in rows:
         key = (row["family"], repr(sorted(row["values"].items())))
         groups.setdefault(key, Group(plan.family(row["family"]), [])).rows.append(row)
-    if not {f.name for f in plan.families} <= {g.family.name for g in groups.values()}:
+    there = {g.family.name for g in groups.values()}
+    needed = {plan.reference, *(n for h in plan.hypotheses for n in (*h.better, *h.than))}
+    if not needed <= there:
         return None
+    missing = tuple(f.name for f in plan.families if f.name not in there)
+    plan = dataclasses.replace(plan, families=tuple(f for f in plan.families if f.name in there))
+    trials = [row for row in trials if row["family"] in there]
     whole = set.intersection(*({row["seed"] for row in g.rows} for g in groups.values()))
     for group in groups.values():
         group.rows = [row for row in group.rows if row["seed"] in whole]
-    return Results(plan, trials, list(groups.values())) if whole else None
+    return Results(plan, trials, list(groups.values()), missing) if whole else None
 
 
 # --------------------------------------------------------------------------------- hypotheses

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=500, help="batches between checkpoints")
     parser.add_argument("--unregistered", action="store_true", help="run a plan without a commit")
     parser.add_argument("--only", default="", help="families whose names hold this text")
+    parser.add_argument("--skip", help="families whose names hold this text are left out")
     parser.add_argument(
         "--processes", type=int, default=1, help="so many at once, each with a family of a plan"
     )
@@ -57,6 +58,7 @@ def main() -> None:
             unregistered=options.unregistered,
             keep=options.keep,
             only=options.only,
+            skip=options.skip,
             log=functools.partial(print, flush=True),
         )
         if options.take is not None:
@@ -75,7 +77,7 @@ def _together(options: argparse.Namespace) -> int:
         (name, family.name)
         for name in options.names
         for family in load(options.results / name / "plan.toml").families
-        if options.only in family.name
+        if options.only in family.name and not (options.skip and options.skip in family.name)
     ]
 
     def command(name: str, family: str, minutes: float) -> list[str]:

@@ -54,6 +54,8 @@ class Runner:
         Keep the networks of the test in `scratch`, ``KEY.network.pt``.
     only : str
         Families whose names hold this text: several processes may share a plan.
+    skip : str or None
+        Families whose names hold this text are left out.
     """
 
     folder: Path
@@ -66,6 +68,7 @@ class Runner:
     log: Log = print
     keep: bool = False
     only: str = ""
+    skip: str | None = None
 
     def __post_init__(self) -> None:
         path = self.folder / "plan.toml"
@@ -85,7 +88,7 @@ class Runner:
             settings = [
                 (family, values, shares)
                 for family in self.plan.families
-                if self.only in family.name
+                if self.only in family.name and not (self.skip and self.skip in family.name)
                 for values, shares in self.chosen(family)
             ]
             for seed in self.plan.seeds:

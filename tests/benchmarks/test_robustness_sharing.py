@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("sklearn")
 from tiny_plan import TINY, write
 
+from benchmarks.report import page
 from benchmarks.report.results import read
 from benchmarks.robustness.runner import Runner
 from benchmarks.robustness.share import AGAIN, decoded
@@ -73,3 +74,16 @@ def test_decoded_images_are_kept_to_the_bit(tmp_path, monkeypatch):
     (tmp_path / "data" / "train.npz").write_bytes(b"other")
     decoded(str(tmp_path / "data"), tmp_path / "scratch")
     assert len(calls) == 2
+
+
+def test_a_family_that_is_left_out_is_named_and_one_of_a_hypothesis_is_needed(tmp_path):
+    write(tmp_path / "tiny", TINY)
+    options = {"unregistered": True, "log": lambda _: None}
+    assert Runner(tmp_path / "tiny", tmp_path, only="dense", **options).go()
+    assert read(tmp_path / "tiny") is None
+    assert Runner(tmp_path / "tiny", tmp_path, skip="wild", **options).go()
+    found = read(tmp_path / "tiny")
+    assert found is not None
+    assert found.missing == ("wild",)
+    text = page.write(found, tmp_path / "tiny").read_text()
+    assert "Planned, and not run on the test images: wild." in text
