@@ -279,7 +279,7 @@ def _cost(results: Results) -> str:
     return table(head, rows) + (
         "\n\nLargest cond: of a layer's weight as a matrix, the last layer included. ECE: "
         "calibration error. "
-        "CPU seconds of one training, on a busy machine; on a GPU of the process that drives it."
+        "CPU seconds of one training, on a busy machine."
     )
 
 
