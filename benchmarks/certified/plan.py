@@ -123,7 +123,12 @@ DECIDED_HERE = ("eps_train", "ramp", "clip", "shift", "rotate", "zoom")
 def decided(run: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
     """The settings of a chosen run that go over to `run`."""
     names = (*DECIDED, *DECIDED_HERE) if run["data"] == best["data"] else DECIDED
-    return {name: best[name] for name in names}
+    return {name: setting(best, name) for name in names}
+
+
+def setting(run: dict[str, Any], name: str) -> Any:
+    """Of a run as its file has it, which may be older than the setting."""
+    return run.get(name, getattr(Run, name, None))
 
 
 def settled(base: Run, best: Run) -> Run:

@@ -7,6 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from . import gpu
+from .plan import decided, setting
+
 _CIFAR = "CIFAR-10 (re-encoded as JPEG), l2 radius 36/255"
 TITLES = {
     "mnist0.3-long": "MNIST, l2 radius 0.3, 60 epochs",
@@ -20,6 +23,14 @@ TITLES = {
     "cifar36-longer": f"{_CIFAR}, 80 epochs with α held; LiResNet for about the same minutes",
     "cifar36-larger": f"{_CIFAR}, up to a million numbers, 60 epochs with α held",
     "cifar36-free": f"{_CIFAR}, 100 epochs, α free: the norms ran away",
+    "cifar36-gpu": f"{_CIFAR}, potential layers on every level; beside it LiResNet",
+    "cifar36-larger-gpu": f"{_CIFAR}, the same up to a million numbers",
+    "mnist0.3-long-gpu": "MNIST, l2 radius 0.3, 60 epochs",
+    "mnist1.58-gpu": "MNIST, l2 radius 1.58",
+    "fashion0.25-gpu": "Fashion-MNIST, l2 radius 0.25, 10 epochs, a choice of its own",
+    "fashion1.0-gpu": "Fashion-MNIST, l2 radius 1.0, 20 epochs, a choice of its own",
+    "mnist0.3-gpu": "MNIST, l2 radius 0.3, all methods for 10 epochs",
+    "mnist0.3-width-gpu": "MNIST, l2 radius 0.3, other sizes",
 }
 Key = tuple[str, str, tuple[int, ...], int, tuple[Any, ...]]
 
@@ -38,22 +49,23 @@ def grouped(results: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
     best = _choices(results)
     for result in results:
         run = result["run"]
-        wanted = best.get((CHOSEN_BY.get(run["group"], ""), run["method"]), _settings(run))
+        chosen = best.get((CHOSEN_BY.get(run["group"], ""), run["method"]), run)
         # runs from before a grid was widened stay in the folder, not in the tables
-        if not run["choice"] and not result.get("diverged") and _settings(run) == wanted:
+        wanted = all(setting(run, name) == v for name, v in decided(run, chosen).items())
+        if not run["choice"] and not result.get("diverged") and wanted:
             found[_key(result)].append(result)
     return dict(found)
 
 
 # Tables whose rows follow a choice on validation images, and whose choice it is.
-CHOSEN_BY = {"mnist0.3": "mnist0.3", "mnist0.3-width": "mnist0.3", "fashion0.25": "mnist0.3"}
+CHOSEN_BY = {
+    "mnist0.3": "mnist0.3", "mnist0.3-width": "mnist0.3", "fashion0.25": "mnist0.3",
+    "mnist0.3-gpu": "mnist0.3-gpu", "mnist0.3-width-gpu": "mnist0.3-gpu",
+    "fashion0.25-gpu": "fashion0.25-gpu", "fashion1.0-gpu": "fashion1.0-gpu",
+}  # fmt: skip
 
 
-def _settings(run: dict[str, Any]) -> tuple[Any, ...]:
-    return run["lr"], run["head"], run["kind"]
-
-
-def _choices(results: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[Any, ...]]:
+def _choices(results: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
     """The settings with the best verified accuracy on validation images, of a table's method."""
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for result in results:
@@ -63,7 +75,7 @@ def _choices(results: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[Any, 
             continue
         if key not in best or result["verified"] > best[key]["verified"]:
             best[key] = result
-    return {key: _settings(result["run"]) for key, result in best.items()}
+    return {key: result["run"] for key, result in best.items()}
 
 
 def _cell(values: list[float], scale: float = 100.0) -> str:
@@ -77,7 +89,8 @@ def _minutes(result: dict[str, Any]) -> float:
     return result.get("processor_minutes", result["minutes"])
 
 
-def _shape(network: str, widths: tuple[int, ...], rank: int) -> str:
+def _shape(run: dict[str, Any]) -> str:
+    network, widths, rank = run["network"], run["widths"], run["rank"]
     if network == "folds":
         return f"pixels, {len(widths)} potential layers rank {rank}"
     if network == "potential":
@@ -85,16 +98,43 @@ def _shape(network: str, widths: tuple[int, ...], rank: int) -> str:
     if network == "liresnet":
         return "64 channels, 4 residual convolutions, 5 dense residuals of 256"
     start = "patches " if network == "tree" else ""
-    return start + "-".join(map(str, widths)) + (f" rank {rank}" if rank else "")
+    end = f" rank {rank}" if rank else ""
+    if run.get("folds"):
+        end += f", potential layers rank {', '.join(map(str, run['folds']))}"
+    return start + "-".join(map(str, widths)) + end
+
+
+def _epochs(runs: list[dict[str, Any]]) -> str:
+    """How many were made, where it is not what was asked for."""
+    made = sorted(r.get("epochs", r["run"]["epochs"]) for r in runs)
+    return f"{made[0]}" if made[0] == made[-1] else f"{made[0]} to {made[-1]}"
+
+
+def machine(runs: list[dict[str, Any]]) -> str:
+    """Where the rows of a table were measured."""
+    names = set()
+    for r in runs:
+        there = r.get("conditions", {})
+        if r.get("device") == "cuda":
+            cores = f", {there['cores']} cores" if "cores" in there else ""
+            names.add(
+                f"{there.get('gpu', 'a GPU')}{cores}; minutes by the clock, with other processes "
+                "on the GPU"
+            )
+        else:
+            names.add("one core; minutes of the processor")
+    if len(names) > 1:
+        raise ValueError(f"a table has rows of several machines: {sorted(names)}")
+    return f"Machine: {names.pop()}."
 
 
 def rows(group: str, results: list[dict[str, Any]]) -> list[list[str]]:
     """The lines of one table, the best verified accuracy first."""
     found = []
-    for (name, method, widths, rank, _), runs in grouped(results).items():
+    for (name, method, *_), runs in grouped(results).items():
         if name != group:
             continue
-        shape = _shape(runs[0]["run"]["network"], widths, rank)
+        shape = _shape(runs[0]["run"])
         verified = [r["verified"] for r in runs]
         for r in runs:
             if not r["verified"] <= r["attacked"] <= r["clean"]:
@@ -102,7 +142,7 @@ def rows(group: str, results: list[dict[str, Any]]) -> list[list[str]]:
                     f"a row of {name} is not verified <= attacked <= clean: {r['run']}"
                 )
         line = [
-            method, shape, f"{runs[0]['stored']:,}", f"{runs[0]['deployed']:,}",
+            method, shape, _epochs(runs), f"{runs[0]['stored']:,}", f"{runs[0]['deployed']:,}",
             _cell([r["clean"] for r in runs]), _cell(verified),
             _cell([r["attacked"] for r in runs]),
             f"{statistics.fmean(r['local']['median'] for r in runs):.2f}",
@@ -113,8 +153,8 @@ def rows(group: str, results: list[dict[str, Any]]) -> list[list[str]]:
 
 
 HEADS = (
-    "method", "hidden layers", "stored", "deployed", "clean %", "verified %", "under PGD %",
-    "L / local", "minutes", "seeds",
+    "method", "hidden layers", "epochs", "stored", "deployed", "clean %", "verified %",
+    "under PGD %", "L / local", "minutes", "seeds",
 )  # fmt: skip
 
 
@@ -132,7 +172,7 @@ def _in_short(results: list[dict[str, Any]]) -> list[str]:
     for group in TITLES:
         mine = [runs for key, runs in grouped(results).items() if key[0] == group]
         mine = [runs for runs in mine if runs[0]["run"]["method"].startswith("low rank")]
-        if not mine or group in ("mnist0.3-width", "cifar36-free"):
+        if not mine or "-width" in group or group == "cifar36-free":
             continue
         # most seeds first: a single lucky run is no headline
         best = max(mine, key=lambda r: (len(r) > 1, statistics.fmean(x["verified"] for x in r)))
@@ -142,8 +182,10 @@ def _in_short(results: list[dict[str, Any]]) -> list[str]:
             f"{_cell([r['clean'] for r in best])} % clean, {best[0]['stored']:,} numbers "
             f"({best[0]['deployed']:,} deployed), {seeds}."
         )
-        if group in PUBLISHED:
-            text += f" Published: {PUBLISHED[group]}."
+        if best[0].get("device") == "cuda":
+            text += " On a GPU."
+        published = next((PUBLISHED[g] for g in PUBLISHED if group in (g, gpu.TWINS[g])), "")
+        text += f" Published: {published}." if published else ""
         lines.append(text)
     return lines
 
@@ -205,27 +247,33 @@ def markdown(results: list[dict[str, Any]]) -> str:
         "network; *deployed*: with cores folded in, or dense where that is smaller: sizes are "
         "compared by it, as a full-rank weight is stored with its core and two frames, three "
         "times the numbers of the matrix that it is. Mean ± standard deviation over seeds. "
-        "Minutes of training: processor time of one core (older runs: by the clock).",
+        "Minutes of training: processor time of one core (older runs: by the clock), or minutes "
+        "of a GPU; tables of one question on two machines are never put together.",
     ]
     if short := _in_short(results):
         lines += ["", "## In short (low rank)", "", *short]
     groups = [g for g in TITLES if any(key[0] == g for key in grouped(results))]
     for group in groups:
-        lines += ["", f"## {TITLES[group]}", "", "| " + " | ".join(HEADS) + " |"]
+        mine = [r for key, runs in grouped(results).items() if key[0] == group for r in runs]
+        where = " (GPU)" if mine[0].get("device") == "cuda" else ""
+        lines += ["", f"## {TITLES[group]}{where}", "", machine(mine), ""]
+        lines += ["| " + " | ".join(HEADS) + " |"]
         lines += ["|" + "---|" * len(HEADS)]
         lines += ["| " + " | ".join(line) + " |" for line in rows(group, results)]
     lines += _what_holds(results)
     choices = [r for r in results if r["run"]["choice"] and not r.get("diverged")]
     if choices:
         lines += ["", "## How rates were chosen (validation images)", ""]
-        lines += ["| table | method | epochs | lr | head | loss | clean % | verified % |"]
-        lines += ["|" + "---|" * 8]
+        lines += [
+            "| table | method | epochs | lr | head | loss | trained for | clean % | verified % |"
+        ]
+        lines += ["|" + "---|" * 9]
         for r in sorted(choices, key=lambda r: (r["run"]["group"], r["run"]["method"])):
             run = r["run"]
             lines.append(
                 f"| {run['group']} | {run['method']} | {run['epochs']} | {run['lr']:g} | "
-                f"{run['head']:g} | {run['kind']} | {100 * r['clean']:.2f} | "
-                f"{100 * r['verified']:.2f} |"
+                f"{run['head']:g} | {run['kind']} | {run['eps_train']:.3g} | "
+                f"{100 * r['clean']:.2f} | {100 * r['verified']:.2f} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -247,16 +295,22 @@ MARKERS = {
 }  # fmt: skip
 
 
+def _shown(found: dict[Key, list[dict[str, Any]]], group: str) -> str:
+    """The group, or its twin of the GPU if that has as many runs of each of these methods."""
+    counts = {key[:2]: len(runs) for key, runs in found.items()}
+    return gpu.preferred(group, counts, ("low rank", "orthogonal", "dense", "factors"))
+
+
 def _over_size(found: dict[Key, list[dict[str, Any]]], plt: Any, folder: Path) -> None:
     """Verified accuracy of each method at each size; bars only where seeds differ."""
     figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     sizes: set[int] = set()
+    both, long = (_shown(found, group) for group in ("mnist0.3", "mnist0.3-long"))
+    if both == "mnist0.3-gpu" and _shown(found, "mnist0.3-width") == "mnist0.3-width":
+        both = "mnist0.3"  # sizes of one kind of machine
+    shown = (both, both.replace("mnist0.3", "mnist0.3-width"))
     for method, colour in COLOURS.items():
-        chosen = [
-            runs
-            for key, runs in found.items()
-            if key[0] in ("mnist0.3", "mnist0.3-width") and key[1] == method
-        ]
+        chosen = [runs for key, runs in found.items() if key[0] in shown and key[1] == method]
         chosen.sort(key=lambda runs: runs[0]["deployed"])
         at = [runs[0]["deployed"] / 1000 for runs in chosen]
         shares = [[100 * r["verified"] for r in runs] for runs in chosen]
@@ -268,7 +322,7 @@ def _over_size(found: dict[Key, list[dict[str, Any]]], plt: Any, folder: Path) -
             _bars(axis, at, shares, colour)
             sizes |= set(map(round, at))
     for key, runs in found.items():
-        if key[0] == "mnist0.3-long":
+        if key[0] == long:
             values = [100 * r["verified"] for r in runs]
             at = [runs[0]["deployed"] / 1000]
             axis.plot(
@@ -316,10 +370,11 @@ def pictures(results: list[dict[str, Any]], folder: Path) -> None:
     found = grouped(results)
     _over_size(found, plt, folder)
 
+    shown = _shown(found, "mnist0.3")
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for method in COLOURS:
         for key, runs in found.items():
-            if key[0] != "mnist0.3" or key[1] != method:
+            if key[0] != shown or key[1] != method:
                 continue
             radii = [float(e) for e in runs[0]["curve"]]
             means = [100 * statistics.fmean(r["curve"][e] for r in runs) for e in runs[0]["curve"]]

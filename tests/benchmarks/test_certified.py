@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.certified import plan, table
+from benchmarks.certified import gpu, plan, table
 from benchmarks.certified.__main__ import Place, chosen, every_block, probe_line, read, result_of
 from benchmarks.certified.networks import Tokens, build, sizes, truncate
 from benchmarks.certified.peers import (
@@ -224,6 +224,25 @@ def test_a_run_is_cut_to_the_time_that_is_left():
     assert len(losses) == 2
     assert not replayed
     assert len(train(run, load("digits"))[1]) == 9
+
+
+def test_a_group_of_the_gpu_is_quoted_once_it_has_as_many_runs():
+    methods = ("low rank", "dense")
+    cpu = {("mnist0.3", "low rank"): 2, ("mnist0.3", "dense"): 2}
+    assert gpu.preferred("mnist0.3", cpu, methods) == "mnist0.3"
+    some = {**cpu, ("mnist0.3-gpu", "low rank"): 5, ("mnist0.3-gpu", "dense"): 1}
+    assert gpu.preferred("mnist0.3", some, methods) == "mnist0.3"
+    assert gpu.preferred("mnist0.3", {**some, ("mnist0.3-gpu", "dense"): 2}, methods) != "mnist0.3"
+    assert gpu.preferred("mnist0.3-long", {}, methods) == "mnist0.3-long"
+    assert set(gpu.TWINS) <= set(table.TITLES)
+    assert set(gpu.TWINS.values()) <= set(table.TITLES)
+
+
+def test_a_table_has_rows_of_one_machine():
+    here = {"device": "cuda", "conditions": {"gpu": "G", "cores": 16}}
+    assert "G, 16 cores" in table.machine([here, here])
+    with pytest.raises(ValueError, match="several machines"):
+        table.machine([here, {"device": "cpu"}])
 
 
 def test_a_broken_capture_ends_the_process(tmp_path):
