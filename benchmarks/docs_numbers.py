@@ -84,7 +84,7 @@ def cell(values: list[float], digits: int = 1) -> str:
 
 # Where a table has several networks of a method: the one that was chosen on validation images.
 NETWORKS = {"mnist1.58": "folds", "mnist1.58-gpu": "folds"}
-SHOWN = ("dense", "orthogonal", "factors", "low rank", "LiResNet")
+SHOWN = ("dense", "orthogonal", "factors", "low rank")
 
 
 def certified(group: str) -> dict[str, list[dict[str, Any]]]:
