@@ -7,7 +7,6 @@ and settings are those of ``plan.py`` except where a choice on validation images
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 from .plan import (
     MNIST,
     OTHER_SHAPES,
-    RATES,
     Run,
-    elsewhere,
+    fashion,
+    fashion_wide_radius,
     folds,
     larger_tree,
     long_run,
@@ -64,10 +63,6 @@ def larger(seed: int) -> Run:
     return larger_tree(seed, group="cifar36-larger-gpu", **LARGER_RECIPE)
 
 
-def _noted(run: Run) -> Run:
-    return replace(run, note=f"eps{run.eps_train:.3g}")
-
-
 def peer_of(seed: int) -> Run:
     """LiResNet at the rate that the tries on the processor chose.
 
@@ -107,31 +102,14 @@ def widths() -> Iterator[tuple[list[Run], Run]]:
                 yield tries, replace(base, group="mnist0.3-width-gpu", widths=sizes, rank=rank)
 
 
-def fashion() -> Iterator[tuple[list[Run], Run]]:
-    """Fashion-MNIST at 0.25: rate and head of each method chosen on its own validation images."""
-    for _, plain in elsewhere():
-        base = replace(plain, group="fashion0.25-gpu", batch=250)
-        short = replace(base, epochs=5, choice=True)
-        grid = itertools.product(RATES[base.method], (1.0, 8.0))
-        yield [replace(short, lr=lr, head=head) for lr, head in grid], base
-
-
-def fashion_wide_radius() -> tuple[list[Run], Run]:
-    """Fashion-MNIST at 1.0: rate and radius trained for chosen on its own validation images."""
-    base = folds(0, group="fashion1.0-gpu", data="fashion-mnist", eps=1.0, batch=250, epochs=20)
-    short = replace(base, epochs=6, choice=True)
-    grid = itertools.product((7.5e-3, 1.5e-2), (1.2, 1.6))
-    return [_noted(replace(short, lr=lr, eps_train=eps)) for lr, eps in grid], base
-
-
 def blocks(seeds: int = 5) -> Iterator[tuple[str, list[Any]]]:
     """As :func:`plan.blocks`."""
     few = range(min(3, seeds))
     yield "cifar36-gpu", [make(seed) for seed in few for make in (small, larger)]
     yield "mnist0.3-long-gpu", [long(seed) for seed in range(seeds)]
     yield "mnist1.58-gpu", [wide_radius(seed) for seed in range(seeds)]
-    yield "fashion0.25-gpu", list(fashion())
-    yield "fashion1.0-gpu", [fashion_wide_radius()]
+    yield "fashion0.25-gpu", list(fashion(group="fashion0.25-gpu", batch=250))
+    yield "fashion1.0-gpu", [fashion_wide_radius(group="fashion1.0-gpu", batch=250)]
     yield "mnist0.3-gpu", list(mnist())
     yield "mnist0.3-width-gpu", list(widths())
     yield "cifar36-peer-gpu", [peer_of(seed) for seed in few]
