@@ -24,6 +24,7 @@ WIDTH, STEPS, WARMUP, SEEDS = 128, 500, 30, (0, 1, 2)
 RATIOS = (0.5, 0.25, 0.375, 0.125)
 # A training loss this many robust standard deviations above the 50 before it is a spike.
 SPIKE = 5.0
+WIDEST = 16.0
 
 Key = tuple[str, float, float, int, int]
 """Method, rank over width, rate, seed, steps."""
@@ -138,14 +139,17 @@ def search(found: dict[float, float], guess: float) -> list[float]:
 
 
 def widening(found: dict[float, float]) -> list[float]:
-    """Rates to run next until both ends are more than 2 % worse than the best."""
+    """Rates to run next until both ends are more than 2 % worse than the best.
+
+    Not beyond a factor of WIDEST, as a rule may gain less than 2 % over weights that stand still.
+    """
     best = min(found, key=lambda rate: found[rate])
     rates = []
     for factor in (2.0, 0.5):
         lr = best * factor
         while lr in found and found[lr] <= 1.02 * found[best]:
             lr *= factor
-        if lr not in found:
+        if lr not in found and 1 / WIDEST <= lr / best <= WIDEST:
             rates.append(lr)
     return rates
 

@@ -29,12 +29,12 @@ def table(runs: Runs) -> Iterator[str]:
     """Lines of Markdown."""
     yield ("| method | r/d (weights) | lr (window) | test loss | to AdamW | ms | at equal time |")
     yield "|---|---|---|---|---|---|---|"
-    dense = at_best(runs, "dense AdamW", 1.0)
+    dense, missing = at_best(runs, "dense AdamW", 1.0), []
     for method in METHODS:
         for ratio in sorted(runs.ratios(method), reverse=True):
             found = at_best(runs, method, ratio)
             if not found or not dense:
-                yield f"| {method} | {share(ratio)} | | not run | | | |"
+                missing.append(f"{method} at {share(ratio)}")
                 continue
             losses = [row["test"] for row in found.values()]
             both = sorted(found.keys() & dense.keys())
@@ -57,6 +57,8 @@ def table(runs: Runs) -> Iterator[str]:
                 f"{spread or ', one seed'} | {ours / its - 1:+.1%} "
                 f"| {runs.step_ms(method, ratio):.0f} | {equal} |"
             )
+    if missing:
+        yield from ("", f"Not run: {', '.join(missing)}.")
 
 
 def at_best(runs: Runs, method: str, ratio: float) -> dict[int, dict[str, Any]]:
@@ -125,6 +127,7 @@ def picture(runs: Runs, path: Path) -> None:
             ax.plot(*zip(*points, strict=True), "o-", color=f"C{k}", label=method)
         ax.set(xscale="log", xlabel="rate / best rate", title=f"r/d = {share(ratio)}")
         ax.set_xscale("log", base=2)
+        ax.set_xlim(1 / 12, 12)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss")
     handles, labels = axes[0].get_legend_handles_labels()

@@ -53,6 +53,8 @@ def test_the_search_goes_on_until_the_best_rate_is_inside_and_nothing_runs_twice
     assert again.best(name, 1.0) == pytest.approx(16e-3)
     assert len(calls) == count == len((tmp_path / "lines.jsonl").read_text().splitlines())
     assert runner.widening(again.losses(name, 1.0)) == []
+    flat = {2.0**k: 1.0 + 1e-3 * abs(k) for k in range(-4, 5)}
+    assert runner.widening(flat) == [] != runner.widening({1.0: 1.0})
     inside, closed = table.window(again.losses(name, 1.0))
     assert inside == [pytest.approx(16e-3)]
     assert closed
@@ -72,7 +74,7 @@ def test_the_work_ends_when_every_window_is_closed_and_every_seed_was_run(monkey
         for ratio in runs.ratios(method):
             assert set(table.at_best(runs, method, ratio)) == set(runner.SEEDS)
             assert table.window(runs.losses(method, ratio))[1]
-    assert "not run" not in "".join(table.table(runs))
+    assert "Not run" not in "".join(table.table(runs))
     # The first stage takes every method once, before any method a second time.
     cases = [call[:2] for call in calls[:10]]
     assert len(set(cases)) == len(cases)
@@ -104,7 +106,8 @@ def test_the_table_names_what_was_not_run_and_compares_at_equal_time(monkeypatch
     assert steps == runner.STEPS // 2
     runs.get("CondLRMuon τ = 0.1", 0.5, runs.best("CondLRMuon τ = 0.1", 0.5), 0, steps)
     lines = list(table.table(runs))
-    assert sum("not run" in line for line in lines) == len(lines) - 4
+    assert lines[-1].startswith("Not run: dense Muon at 1, A Bᵀ, AdamW at 1/2")
+    assert len(lines) == 6
     row = next(line for line in lines if line.startswith("| CondLRMuon τ = 0.1 | 1/2"))
     assert f"({steps})" in row
     assert "-1.7%" in row
