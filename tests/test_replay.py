@@ -12,10 +12,10 @@ from benchmarks.certified import plan
 from benchmarks.certified.training import train
 from lrmanifold import certify
 from lrmanifold.experiments import methods, models
-from lrmanifold.experiments.adversarial import Adversarial
+from lrmanifold.experiments.adversarial import Adversarial, AdversarialLoss
 from lrmanifold.experiments.data import load
-from lrmanifold.experiments.replay import CaptureError, Replay
-from lrmanifold.experiments.training import Settings
+from lrmanifold.experiments.replay import CaptureError, Replay, check_rates
+from lrmanifold.experiments.training import Settings, fit
 from lrmanifold.nn import LowRankLinear, MaxMin
 from lrmanifold.optim import CondLRAdam
 
@@ -34,6 +34,37 @@ def test_on_the_cpu_it_is_the_function():
         assert replay(torch.ones(size)) is total
     assert float(total) == 15
     assert not replay.captured
+
+
+def test_a_rate_that_a_graph_would_keep_is_refused():
+    p = torch.nn.Parameter(torch.ones(2))
+    cpu, there = torch.device("cpu"), torch.device("cuda")
+    with pytest.raises(ValueError, match="capturable=True"):
+        check_rates(torch.optim.SGD([p], lr=0.1), there)
+    with pytest.raises(ValueError, match="capturable=True"):
+        check_rates(torch.optim.Adam([p], lr=torch.tensor(0.1), capturable=True), there)
+    check_rates(torch.optim.Adam([p], lr=torch.tensor(0.1), capturable=True), cpu)
+
+
+@cuda
+def test_the_loop_refuses_an_optimizer_whose_rate_is_a_number():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).cuda()
+    with pytest.raises(ValueError, match="capturable=True"):
+        fit(model, torch.optim.SGD(model.parameters(), lr=0.1), load("digits"), Settings(),
+            replay=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [None, Adversarial(0.3, steps=3), Adversarial(0.5, "l2")])
+def test_on_the_cpu_the_loop_is_the_same_to_the_bit(how):
+    data, settings, found = load("digits"), Settings(1, 128, 0.1), []
+    for replay in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        objective = None if how is None else AdversarialLoss(how, settings.steps(data))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        fit(model, optimizer, data, settings, objective=objective, replay=replay)
+        found.append(model[1].weight.detach())
+    assert torch.equal(*found)
 
 
 def network():
@@ -105,7 +136,7 @@ def test_trainings_with_and_without_graphs_agree(device):
     digits = load("digits")
     there = {k: getattr(digits, k).to(device) for k in ("train_x", "train_y", "test_x", "test_y")}
     data = dataclasses.replace(digits, **there)
-    (_, first), (_, second) = (train(run, data, graphs=g) for g in (True, False))
+    (_, first, _), (_, second, _) = (train(run, data, graphs=g) for g in (True, False))
     assert first == pytest.approx(second, rel=1e-3)
 
 

@@ -101,9 +101,10 @@ def _dense(module: Any, context: Context, scale: Tensor | None) -> Bound:
     W = dense_head(module)
     if scale is not None:
         W = scale[:, None] * W
-        parts *= max(1.0, float(scale.detach().abs().amax()))
     if not context.exact:
         return Bound(_power_iteration(W, context), "power iteration, a few steps from the last")
+    if scale is not None:
+        parts *= max(1.0, float(scale.detach().abs().amax()))
     error = linalg.rounding_of_products(inner) * parts + 16.0 * 2.0**-53 * _size(W)
     norm = float(linalg.spectral_norm_bound(W)) + error
     s = linalg.svdvals(W.detach().double())
@@ -118,7 +119,8 @@ def _power_iteration(W: Tensor, context: Context, steps: int = 3) -> Tensor:
     """uᵀ W v with u, v remembered: from below, so for training only."""
     with torch.no_grad():
         v = context.memory.get(context.name)
-        if v is None or v.shape[0] != W.shape[1] or v.dtype != W.dtype:
+        alike = v is not None and (v.dtype, v.device) == (W.dtype, W.device)
+        if v is None or not alike or v.shape[0] != W.shape[1]:
             generator = torch.Generator().manual_seed(0)
             v = torch.randn(W.shape[1], generator=generator, device="cpu").to(W)
             steps = 30

@@ -100,7 +100,9 @@ def register_bound(module_type: type[nn.Module], function: BoundFunction) -> Non
         an upper bound for every input, for the weights as they are, in evaluation mode. With
         ``context.exact`` it must include the rounding of its own computation; without, it must be
         differentiable in the weights. A plain number stands for an elementwise function good to a
-        few roundings; return :class:`Bound` to say more. No bound: raise :class:`BoundError`.
+        few roundings; return :class:`Bound` to say more. No bound: raise :class:`BoundError`. A
+        number that is negative or not finite is refused, but for a tensor on an accelerator in
+        training.
 
     Raises
     ------

@@ -63,7 +63,9 @@ class LipschitzBound:
     The forward is followed once, at construction; a later :meth:`evaluate` sees the weights as they
     then are. A change of the module tree needs a new one. Numbers are in the model's dtype and not
     rounded upwards, and norms of dense weights come from a few power iterations: a certificate is
-    computed anew and in float64.
+    computed anew and in float64. On an accelerator the host does not look whether bounds are
+    finite, nor wait for those of dense layers, potential layers and low-rank ones with τ = 0: such
+    a step can be captured (:mod:`lrmanifold.experiments.replay`).
 
     Parameters
     ----------
@@ -209,6 +211,8 @@ class LipschitzBound:
             self._memory,
         )
         pair = linear_bound(layer, inner, scale).norm * found.total[source.name]
+        if not context.exact and isinstance(total, Tensor) and total.device.type != "cpu":
+            return torch.minimum(total, pair)  # an accelerator is not waited for
         return pair if _number(pair) < _number(total) else total
 
     def _is_live(self, value: Any) -> bool:

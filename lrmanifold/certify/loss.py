@@ -104,6 +104,12 @@ class CertifiedLoss(nn.Module):
     temperature : float
         Multiplies the logits in the loss; a certificate does not depend on it, training does.
 
+    Notes
+    -----
+    The number of the step is a buffer. Where steps are captured as a CUDA graph, move the loss to
+    the device and take an int or None as `schedule`: of another one the graph would keep the radius
+    of the capture, and it is refused.
+
     Examples
     --------
     >>> bound = lrm.certify.LipschitzBound(model, (1, 28, 28))
@@ -154,14 +160,23 @@ class CertifiedLoss(nn.Module):
             return self.eps * float(self.schedule(done))
         return self.eps * min(1.0, done / self.schedule)
 
-    def _radius(self) -> float | Tensor:
+    def _radius(self, device: torch.device) -> float | Tensor:
         """The radius of now; of a linear schedule on an accelerator a tensor that lives there."""
-        if not isinstance(self.schedule, int) or self.steps.device.type == "cpu":
-            return self.current_eps
-        return self._radius_there(self.schedule)
+        if isinstance(self.schedule, int) and self.steps.device.type != "cpu":
+            return self._radius_there(self.schedule)
+        if (
+            self.schedule is not None
+            and device.type == "cuda"
+            and torch.cuda.is_current_stream_capturing()
+        ):
+            raise RuntimeError(
+                "a captured step would keep the radius of its capture: move the loss to the "
+                "device, loss.to(device), and give schedule as a number of steps"
+            )
+        return self.current_eps
 
     def _radius_there(self, schedule: int) -> Tensor:
-        return self.eps * (self.steps.double() / schedule).clamp_max(1.0)
+        return self.eps * (self.steps / schedule).clamp_max(1.0)  # no float64 on some accelerators
 
     def forward(self, bound: nn.Module | LipschitzBound, logits: Tensor, y: Tensor) -> Tensor:
         """Mean over the batch, shape ().
@@ -173,7 +188,7 @@ class CertifiedLoss(nn.Module):
         logits : Tensor, shape (B, classes)
         y : Tensor, shape (B,)
         """
-        eps: Any = self._radius()
+        eps: Any = self._radius(logits.device)
         slack = _slack(bound, logits, y)
         if self.kind == "emma":
             with torch.no_grad():

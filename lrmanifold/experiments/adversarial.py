@@ -68,8 +68,12 @@ class AdversarialLoss:
     """The loss of :func:`~lrmanifold.experiments.training.fit` for adversarial training.
 
     The attack sees the network in evaluation mode, so that batch norm's averages come from the
-    images of the loss alone; its gradients reach no parameter. Random starts depend on the seed and
-    the place in the training only: a run that was cut off goes on alike.
+    images of the loss alone; its gradients reach no parameter. Random starts depend on the seed,
+    the place in the training and the device only: a run that was cut off goes on alike.
+
+    A call is :meth:`loss` with :meth:`radius` and :meth:`start`. These two change with the step, so
+    a captured step (:mod:`~lrmanifold.experiments.replay`) takes them as arguments and calls
+    :meth:`loss`; `fit` does so.
 
     Parameters
     ----------
@@ -91,12 +95,15 @@ class AdversarialLoss:
         return self.loss(model, x, y, self.radius(step), self.start(x, step))
 
     def radius(self, step: int) -> float:
-        """The radius after `step` batches."""
+        """The radius for the batch after `step` others: eps, or less while it grows."""
         grown = round(self.how.ramp * self.steps)
         return self.how.eps * min(1.0, (step + 1) / grown) if grown else self.how.eps
 
     def start(self, x: Tensor, step: int) -> Tensor:
-        """Random starts in the unit ball, of the shape of `x` and drawn on its device."""
+        """Random starts of shape (B, C, H, W) in the unit ball of the norm, on the device of `x`.
+
+        They are multiplied by the radius. The CPU and CUDA draw different ones.
+        """
         generator = torch.Generator(x.device)
         generator.manual_seed((7_919 * step + self.seed + 1) % 2**63)
         return _start(x, self.how.norm, generator)
@@ -104,7 +111,23 @@ class AdversarialLoss:
     def loss(
         self, model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor, start: Tensor
     ) -> Tensor:
-        """Mean loss of images (B, C, H, W) for a radius, a number or shape (), and given starts."""
+        """Mean loss on the images that the attack finds.
+
+        Parameters
+        ----------
+        model : nn.Module
+            In training mode, as for any loss.
+        x : Tensor, shape (B, C, H, W)
+            In [0, 1].
+        y : Tensor, shape (B,)
+        eps : float or Tensor, shape ()
+        start : Tensor, shape of `x`
+            In the unit ball, as from :meth:`start`.
+
+        Returns
+        -------
+        Tensor, shape ()
+        """
         how = self.how
         z = self.attacked(model, x, y, eps, start)
         if how.kind != "trades":
@@ -116,7 +139,10 @@ class AdversarialLoss:
     def attacked(
         self, model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor, start: Tensor
     ) -> Tensor:
-        """Images at most `eps` away that the network finds hard, from x + eps `start`."""
+        """Images (B, C, H, W) at most `eps` from `x` that the network finds hard, without gradient.
+
+        The attack starts at x + eps `start`; arguments as in :meth:`loss`.
+        """
         how = self.how
         count = 1 if how.kind == "single" else how.steps
         length = (1.25 if how.kind == "single" else 2.5 / count) * eps

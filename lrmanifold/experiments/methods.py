@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import certify
-from .._arguments import check_callable, check_instance, check_number
+from .._arguments import check_callable, check_flag, check_instance, check_number
 from ..nn import LowRankLayer, densify, factorize
 from ..optim import DLRT, CondLR, CondLRAdam, param_groups, robust_dlrt
 from .adversarial import Adversarial, AdversarialLoss
@@ -145,7 +145,9 @@ def train(
     adversarial : Adversarial, optional
         Train on images that an attack finds.
     replay : bool
-        As in :func:`~lrmanifold.experiments.training.fit`; for methods of one step a batch.
+        As in :func:`~lrmanifold.experiments.training.fit`, with an optimizer that is capturable.
+        Without effect where no step can be captured: "orthogonal", "dlrt", "robust_dlrt", and with
+        `certified`.
 
     Returns
     -------
@@ -222,7 +224,7 @@ def train(
     loop["closure"] = method.kind in ("dlrt", "robust_dlrt")
     # the solver inside the orthogonal map waits for the device: such a step cannot be captured
     waits = loop["closure"] or method.kind == "orthogonal"
-    loop["replay"] = replay and not waits and model.mean.is_cuda
+    loop["replay"] = check_flag("replay", replay) and not waits and model.mean.is_cuda
     optimizer = _optimizer(model, method, settings, capturable=loop["replay"])
     history = fit(model, optimizer, data, settings, **loop)
     history.loss = before + history.loss

@@ -1,9 +1,18 @@
-"""A function of tensors as a CUDA graph: small networks take longer to launch than to compute.
+"""A training step as a CUDA graph: small networks take longer to launch than to compute.
 
-The first calls are made as they are, on a stream of their own; then the function is captured, and
-from there on replayed on copies of what it is given. What it reads and writes beside its arguments
-(weights, the optimizer's state, sums) must stay at its place, and nothing in it may wait for the
-device. On the CPU, and switched off, it is the function.
+A captured step repeats the kernels of one call, on the memory of that call. So
+
+- nothing in it may wait for the device (``.item()``, ``float(loss)``, a mask, most decompositions):
+  that is a :class:`CaptureError`;
+- **what is no tensor on the device stays as it was at the capture**: Python's numbers, a branch,
+  ``model.train()``. Rates must be tensors: build the optimizer with ``capturable=True``, and
+  schedulers write into them. What else changes from step to step is given as an argument;
+- weights, gradients and the optimizer's state must stay at their place: load checkpoints, move the
+  model and add groups before the first call;
+- the host sees nothing of it. Skipped steps are counted (``optimizer.skipped_steps``), not warned
+  of, and dropout draws anew each time.
+
+A whole loop is in :doc:`/in-practice`.
 """
 
 from __future__ import annotations
@@ -18,27 +27,44 @@ Function = Callable[..., Tensor | None]
 
 
 class CaptureError(RuntimeError):
-    """The function cannot be captured; what it works on may be half a step further.
+    """The function cannot be captured: something in it waits for the device, as the cause says.
 
-    Torch's allocator may keep a broken pool: work that is not lost goes on in a new process.
+    What it works on may be half a step further, torch's random numbers of the device start again
+    from their seed, and its allocator may keep a broken pool: go on in a new process, from a
+    checkpoint.
     """
 
 
 class Replay:
-    """`function`, captured after `warm_up` calls.
+    """`function` on CUDA: made as it is `warm_up` times, then captured, from there on replayed.
+
+    Call it in place of the function. On the CPU, and switched off, it is the function. Calls with
+    other shapes or dtypes than at the capture (a last, smaller batch) are made as they are.
 
     Parameters
     ----------
     function : callable (*tensors) -> Tensor or None
-        Its result is overwritten by the next call.
+        Makes one step; see above for what it may do. All it is given are tensors on the device,
+        which are copied, so the caller may overwrite them. **The next call overwrites what it
+        returns**: add it up, or clone it.
     device : torch.device
+        Of the model.
     warm_up : int
-        At least 1: caches are filled and states made in these calls.
+        At least 1: caches are filled and the optimizer's state is made in these calls.
     enabled : bool
+        False: never captured.
 
-    Attributes
-    ----------
-    captured : bool
+    Raises
+    ------
+    CaptureError
+        By the first call after `warm_up`, if the function cannot be captured.
+
+    Examples
+    --------
+    >>> replay = Replay(step, device)  # def step(x, y): ... optimizer.step(); return loss.detach()
+    >>> for x, y in batches:
+    ...     total += replay(x, y)
+    ...     schedule.step()
     """
 
     def __init__(
@@ -54,11 +80,11 @@ class Replay:
 
     @property
     def captured(self) -> bool:
-        """Whether calls are replayed by now."""
+        """Whether calls are replayed by now; never on the CPU."""
         return self.graph is not None
 
     def __call__(self, *inputs: Tensor) -> Tensor | None:
-        """One call; with tensors of another shape than at the capture made as it is."""
+        """One step; its result, valid until the next one."""
         if self.stream is None:
             return self.function(*inputs)
         if self.graph is None:
@@ -66,7 +92,8 @@ class Replay:
                 self.left -= 1
                 return self._aside(self.stream, *inputs)
             self._capture(self.stream, *inputs)
-        if any(x.shape != kept.shape for x, kept in zip(inputs, self.inputs, strict=True)):
+        pairs = zip(inputs, self.inputs, strict=True)
+        if any((x.shape, x.dtype) != (kept.shape, kept.dtype) for x, kept in pairs):
             return self._aside(self.stream, *inputs)
         assert self.graph is not None
         for kept, x in zip(self.inputs, inputs, strict=True):
@@ -95,6 +122,17 @@ class Replay:
             _free_generator(stream.device)
             raise CaptureError(f"no CUDA graph could be captured: {error}") from error
         self.graph = graph
+
+
+def check_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Refuse rates that a captured step would keep as they were at the capture."""
+    for group in optimizer.param_groups:
+        lr = group["lr"]
+        if not isinstance(lr, Tensor) or lr.device.type != device.type:
+            raise ValueError(
+                f"replay needs rates that are tensors on {device.type}, which schedulers write "
+                f"into, got lr = {lr!r}: build the optimizer with capturable=True"
+            )
 
 
 def _free_generator(device: torch.device) -> None:

@@ -26,7 +26,7 @@ from ..checkpoint import CheckpointError
 from .adversarial import AdversarialLoss
 from .data import Dataset, check_dataset
 from .factors import spectrum
-from .replay import Replay
+from .replay import Replay, check_rates
 from .resume import Keeper, Position, identity
 from .stream import AUGMENTATIONS, Stream
 
@@ -234,10 +234,12 @@ def fit(
         For optimizers that evaluate several batches a step: ``step`` gets a function that draws the
         next one. The number of batches is the same, so they make fewer steps.
     replay : bool
-        On CUDA, capture a step and replay it (:mod:`~lrmanifold.experiments.replay`): for networks
-        that take longer to launch than to compute. The optimizer must be ``capturable``. Without
-        effect on the CPU, with `closure`, and with objectives other than that of
-        :mod:`~lrmanifold.experiments.adversarial`, which may compute anything.
+        On CUDA, capture a step after three and replay it, for networks that take longer to launch
+        than to compute: :mod:`~lrmanifold.experiments.replay` says what such a step may do. The
+        optimizer must be ``capturable``. Losses agree up to rounding with those of steps as they
+        are. No warning tells of skipped steps then: see ``optimizer.skipped_steps``. Without effect
+        on the CPU, with `closure`, and with an `objective` other than
+        :class:`~lrmanifold.experiments.adversarial.AdversarialLoss`, which may compute anything.
 
     Returns
     -------
@@ -251,8 +253,11 @@ def fit(
         If `checkpoint` is damaged or belongs to another run.
     OSError
         If it cannot be written.
+    ValueError
+        If a step is to be captured and a rate of the optimizer is no tensor on the device.
     CaptureError
-        If `replay` was asked for and the step cannot be captured: the model is a few steps further.
+        If the step cannot be captured. The model is a few steps further; a new process goes on
+        from `checkpoint` without `replay`.
     """
     check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     check_settings(settings)
@@ -261,6 +266,12 @@ def fit(
         about = "cross entropy" if objective is None else _name(objective)
     check_text("about", about)
     device = next(check_module("model", model).parameters()).device
+    captured = check_flag("replay", replay) and device.type == "cuda" and not closure
+    captured &= objective is None or type(objective) is AdversarialLoss
+    # what an objective draws for a step is an input of the captured step, not a part of it
+    drawn: Any = objective if captured else None
+    if captured:
+        check_rates(optimizer, device)
     schedule = _schedule(optimizer, settings, settings.steps(data))
     stream = Stream(data, settings, device)
     history, keeper, at = History(), None, None
@@ -279,12 +290,8 @@ def fit(
     stream.go_to(at, schedule.last_epoch)
     smoothing = settings.label_smoothing
 
-    # what an objective draws for a step is an input of the captured step, not a part of it
-    drawn = objective if isinstance(objective, AdversarialLoss) else None
-    captured = check_flag("replay", replay) and (objective is None or drawn is not None)
-
     def draws(x: Tensor) -> tuple[Tensor, ...]:
-        if drawn is None or not captured:
+        if drawn is None:
             return ()
         place = schedule.last_epoch
         radius = torch.tensor(drawn.radius(place), dtype=x.dtype)
@@ -292,7 +299,7 @@ def fit(
 
     def loss_of(x: Tensor, y: Tensor, *given: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
-            if drawn is not None and given:
+            if drawn is not None:
                 loss = drawn.loss(model, x, y, *given)
             elif objective is not None:
                 loss = objective(model, x, y, schedule.last_epoch)

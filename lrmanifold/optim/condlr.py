@@ -59,8 +59,10 @@ class CondLR(GeometricOptimizer):
         Leave a parameter and its momentum bit for bit as they are when its gradient holds NaN or
         Inf, and count it in ``state[p]["skipped"]``. If False, the CPU raises FloatingPointError.
     capturable : bool
-        For CUDA graphs: the rate is kept in a tensor, which schedulers write into. Steps on an
-        accelerator can be captured in any case, after one that was not.
+        For CUDA graphs: the rate is kept in a tensor on the device, which schedulers write into. A
+        captured step keeps everything else as it was: other options of the group, and the rate too
+        without this. Not on the CPU. How to capture a training step, and what else it may not do:
+        :class:`lrmanifold.experiments.replay.Replay`, and :doc:`/in-practice`.
     distribute : bool
         For replicas with equal gradients (DistributedDataParallel): each rank of the default
         process group computes the steps of its share of the low-rank weights, and sends weights and

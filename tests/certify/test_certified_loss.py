@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from oracles import ForbidHostSynchronisation
 from torch import nn
 from torch.nn import functional as F
 
@@ -205,7 +206,7 @@ def test_on_an_accelerator_the_radius_is_a_tensor_and_the_loss_the_same(kind, mo
         expected = loss(bound, model(x), y)
         bound.forget()
         with monkeypatch.context() as patch:
-            patch.setattr(certify.CertifiedLoss, "_radius", lambda self: self._radius_there(4))
+            patch.setattr(certify.CertifiedLoss, "_radius", lambda self, _: self._radius_there(4))
             torch.testing.assert_close(loss(bound, model(x), y), expected)
         assert float(loss._radius_there(4)) == pytest.approx(loss.current_eps)
         loss.step()
@@ -219,3 +220,38 @@ def test_warm_starts_stay_at_their_place():
     first, second = bound.evaluate()[0], bound.evaluate()[0]
     (first + second).backward()
     assert before == {name: v.data_ptr() for name, v in bound._memory.items()}
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "trades", "emma"])
+def test_in_training_an_accelerator_is_not_waited_for(kind):
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.ReLU(),
+        LowRankLinear(5, 4, 2, tau=0.0), torch.nn.Linear(4, 3),
+    )  # fmt: skip
+    bound = certify.LipschitzBound(model, (6,))
+    model.to("meta")  # warm starts of before are on the CPU
+    loss = certify.CertifiedLoss(0.3, 4, kind).to("meta")
+    x, y = torch.empty(7, 6, device="meta"), torch.empty(7, dtype=torch.long, device="meta")
+    loss(bound, model(x), y)  # the first call draws the starts of power iterations on the host
+    with ForbidHostSynchronisation():
+        loss(bound, model(x), y).backward()
+        loss.step()
+
+
+def test_a_batch_norm_is_folded_in_training_as_in_the_certificate():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5)).eval()
+    model[1].running_var.uniform_(0.2, 5.0)
+    bound = certify.LipschitzBound(model, (6,))
+    plain = bound.evaluate()[0]
+    assert float(plain) == pytest.approx(certify.lipschitz(model, (6,)).total, rel=1e-3)
+
+
+def test_a_graph_would_keep_a_radius_that_the_host_computes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    there = torch.device("cuda")
+    for schedule in (4, lambda step: 1.0):
+        with pytest.raises(RuntimeError, match="move the loss"):
+            certify.CertifiedLoss(0.3, schedule)._radius(there)
+    assert certify.CertifiedLoss(0.3)._radius(there) == 0.3
+    assert certify.CertifiedLoss(0.3, 4)._radius(torch.device("cpu")) == 0.0
