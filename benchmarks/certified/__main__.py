@@ -1,8 +1,7 @@
 """``python -m benchmarks.certified run [BLOCK ...]`` or ``table``: measure, then show.
 
 Each run is one JSON file; a run whose file is there is not repeated, so the work may be stopped at
-any time and goes on where it was, and several processes started alike share it. ``unclaim`` takes
-away what processes that were killed have claimed. ``probes`` makes the tries of ``tries.py``.
+any time and goes on where it was, and several processes started alike share it.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ from typing import Any
 import torch
 
 from .._record import FOLDER, conditions
+from .._shared import alone
 from . import gpu
 from .plan import Run, blocks, settled
-from .sharing import shared, unclaim
-from .tries import TRIES
 
 RESULTS = FOLDER / "certified"
 
@@ -39,28 +37,32 @@ class Place:
     folder: Path
     root: str | None = None
     device: str = "cpu"
-    graphs: bool = True
     until: float | None = None  # time.monotonic(), by which long runs are to end
 
 
-def result_of(run: Run, place: Place, *, wait: bool = True) -> dict[str, Any]:
-    """The result of a run, measured now if its file is missing and nobody else is at it.
+def result_of(run: Run, place: Place, *, wait: bool = True) -> dict[str, Any] | None:
+    """The result of a run, measured now if its file is missing.
 
-    Empty where that fails, or where another process is at it and is not waited for.
+    None where another process is at it and is not waited for.
     """
-
-    def now() -> dict[str, Any]:
+    path = place.folder / f"{run.name}.json"
+    with alone(path, wait=wait) as mine:
+        if path.is_file():
+            return json.loads(path.read_text())
+        if not mine:
+            return None
         from .training import measure
 
         # what takes long is cut to the time that is left; the others are all alike
         until = place.until if run.group.startswith("cifar36") else None
-        keep = place.folder / f"{run.name}.pt"
-        options: dict[str, Any] = {"graphs": place.graphs, "until": until, "keep": keep}
-        result = measure(run, place.root, place.device, **options)
+        keep = path.with_suffix(".pt")
+        result = measure(run, place.root, place.device, until=until, keep=keep)
         _say(run, result)
-        return {**result, "conditions": conditions()}
-
-    return shared(place.folder / f"{run.name}.json", now, wait=wait) or {}
+        result["conditions"] = conditions()
+        part = path.with_suffix(".part")  # in one piece: nobody reads half a file
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(path)
+        return result
 
 
 def _say(run: Run, result: dict[str, Any]) -> None:
@@ -120,61 +122,24 @@ def work(names: list[str], place: Place, minutes: float, seeds: int) -> None:
         for k in range(len(tried)):
             k = (k + os.getpid()) % len(tried)
             tries, base = tried[k]
-            best = chosen(tries, lambda run: result_of(run, place).get("verified", -1.0))
+            best = chosen(tries, lambda run: (result_of(run, place) or {}).get("verified", -1.0))
             if time.monotonic() > end:
                 return
             later[k] = settled(base, best)
         # seed by seed, so that a table that is cut off compares like with like
-        for seed in range(min(seeds, gpu.SEEDS.get(name, seeds))):
+        for seed in range(seeds):
             for base in later:
                 if time.monotonic() > end:
                     return
                 result_of(dataclasses.replace(base, seed=seed), place, wait=False)
 
 
-def probe(names: list[str], place: Place, minutes: float) -> None:
-    """Make the tries, in order until the time is up; each is a line of ``probes.jsonl`` too."""
-    end = time.monotonic() + 60 * minutes
-    for title, run in TRIES:
-        if not any(name in title for name in names or [""]) or (title == "smoke" and not names):
-            continue
-        if time.monotonic() > end:
-            return
-        path = place.folder / f"{run.name}.json"
-        known = path.is_file()
-        result = result_of(run, place, wait=False)
-        if result and not known:
-            with (place.folder / "probes.jsonl").open("a") as file:
-                file.write(json.dumps(probe_line(title, run, result)) + "\n")
-
-
-def probe_line(title: str, run: Run, result: dict[str, Any]) -> dict[str, Any]:
-    """A try in a line: what differs from the defaults of a run, and what came out."""
-    plain = {f.name: f.default for f in dataclasses.fields(Run)}
-    settings = {k: v for k, v in run.to_dict().items() if v != plain[k]}
-    for gone in ("group", "choice", "data", "eps", "note", "method"):
-        settings.pop(gone, None)
-    line = {"probe": "CIFAR-10 at 36/255, GPU", "try": title, **settings}
-    line["minutes"] = round(result["minutes"], 3)
-    if result.get("diverged"):
-        return {**line, "diverged": True}
-    percent = {
-        "clean": result["clean"], "ver": result["verified"],
-        "train_ver": result["seen"]["verified"], "train_clean": result["seen"]["clean"],
-    }  # fmt: skip
-    line["n"] = result["stored"]
-    return {**line, **{k: round(100 * v, 2) for k, v in percent.items()}, "L": result["bound"]}
-
-
 def main() -> None:
     """Parse the command line and work."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.certified", description=__doc__)
-    parser.add_argument("action", choices=("run", "table", "probes", "unclaim"))
-    parser.add_argument(
-        "blocks",
-        nargs="*",
-        help=", ".join(name for name, _ in every_block()) + "; of probes, parts of their titles",
-    )
+    parser.add_argument("action", choices=("run", "table"))
+    names = ", ".join(name for name, _ in every_block())
+    parser.add_argument("blocks", nargs="*", help=names)
     parser.add_argument("--root", default=os.environ.get("LRMANIFOLD_DATA"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--minutes", type=float, default=1e9)
@@ -182,20 +147,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--no-graphs", action="store_true", help="CUDA without captured graphs")
     options = parser.parse_intermixed_args()
     torch.set_num_threads(options.threads)
     options.results.mkdir(parents=True, exist_ok=True)
     until = None if options.until is None else time.monotonic() + 60 * options.until
-    place = Place(options.results, options.root, options.device, not options.no_graphs, until)
+    place = Place(options.results, options.root, options.device, until)
     if options.action == "run":
         work(options.blocks, place, options.minutes, options.seeds)
-        return
-    if options.action == "probes":
-        probe(options.blocks, place, options.minutes)
-        return
-    if options.action == "unclaim":
-        print(f"{unclaim(options.results)} claims removed")
         return
     from .table import write
 

@@ -127,10 +127,8 @@ def build(run: Run, data: Dataset) -> nn.Sequential:
                 # four neighbours side by side: a view, because of the order of the patches
                 tokens, last = tokens // 4, 4 * last
                 layers += [nn.Unflatten(1, (tokens, 4)), nn.Flatten(2)]
-            for n in (last, *(m,) * (run.depth - 1)):
-                layers += [make(n, m), MaxMin(-1)]
-            ranks = run.levels[i] if run.levels else run.folds
-            layers += [ConvexPotential(m, rank, rank) for rank in ranks]
+            layers += [make(last, m), MaxMin(-1)]
+            layers += [ConvexPotential(m, rank, rank) for rank in run.folds]
             last = m
         layers += [nn.Flatten()]
         last *= tokens

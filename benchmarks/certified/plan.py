@@ -43,19 +43,10 @@ class Run:
         α of low-rank layers with τ = 0, held; 0: free.
     bfloat16 : bool
         Forward passes of the training under autocast; weights, bound and certificate are not.
-    depth : int
-        Of "tree": layers a level; those after the first keep the width.
     folds : tuple of int
         Of "tree": ranks of the potential layers that follow on every level.
-    levels : tuple of tuples of int
-        In place of `folds` where they differ: those of each level.
-    temperature : float
-        Of the loss.
-    beta2, clip, head_rate : float
-        Adam's second beta; the gradient's norm is cut to `clip` (0: not); the last layer's rate
-        over that of the others.
-    tail : float
-        Share of the epochs, the last ones, whose weights are averaged, one set an epoch.
+    clip : float
+        The gradient's norm is cut to it; 0: not.
     note : str
         Ends the name of the file, where other settings than those in the name differ.
     choice : bool
@@ -76,7 +67,6 @@ class Run:
     batch: int = 256
     kind: str = "cross_entropy"
     head: float = 8.0
-    decay: float = 0.0
     shift: float = 0.0
     rotate: float = 0.0
     zoom: float = 0.0
@@ -85,14 +75,8 @@ class Run:
     ramp: float = 0.5
     scale: float = 0.0
     bfloat16: bool = False
-    depth: int = 1
     folds: tuple[int, ...] = ()
-    levels: tuple[tuple[int, ...], ...] = ()
-    temperature: float = 1.0
-    beta2: float = 0.999
     clip: float = 0.0
-    head_rate: float = 1.0
-    tail: float = 0.0
     note: str = ""
     choice: bool = False
 

@@ -25,12 +25,7 @@ TITLES = {
     "cifar36-free": f"{_CIFAR}, 100 epochs, α free: the norms ran away",
     "cifar36-gpu": f"{_CIFAR}, potential layers on every level; beside it LiResNet",
     "cifar36-larger-gpu": f"{_CIFAR}, the same up to a million numbers",
-    "mnist0.3-long-gpu": "MNIST, l2 radius 0.3, 60 epochs",
     "mnist1.58-gpu": "MNIST, l2 radius 1.58",
-    "fashion0.25-gpu": "Fashion-MNIST, l2 radius 0.25, 10 epochs",
-    "fashion1.0-gpu": "Fashion-MNIST, l2 radius 1.0, 10 epochs",
-    "mnist0.3-gpu": "MNIST, l2 radius 0.3, all methods for 10 epochs",
-    "mnist0.3-width-gpu": "MNIST, l2 radius 0.3, other sizes",
 }
 Key = tuple[str, str, tuple[int, ...], int, tuple[Any, ...]]
 
@@ -61,8 +56,6 @@ def grouped(results: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
 CHOSEN_BY = {
     "mnist0.3": "mnist0.3", "mnist0.3-width": "mnist0.3",
     "fashion0.25": "fashion0.25", "fashion1.0": "fashion1.0",
-    "mnist0.3-gpu": "mnist0.3-gpu", "mnist0.3-width-gpu": "mnist0.3-gpu",
-    "fashion0.25-gpu": "fashion0.25-gpu", "fashion1.0-gpu": "fashion1.0-gpu",
 }  # fmt: skip
 
 
@@ -185,7 +178,7 @@ def _in_short(results: list[dict[str, Any]]) -> list[str]:
         )
         if best[0].get("device") == "cuda":
             text += " On a GPU."
-        published = next((PUBLISHED[g] for g in PUBLISHED if group in (g, gpu.TWINS[g])), "")
+        published = next((PUBLISHED[g] for g in PUBLISHED if group in (g, gpu.TWINS.get(g))), "")
         text += f" Published: {published}." if published else ""
         lines.append(text)
     return lines
@@ -296,20 +289,11 @@ MARKERS = {
 }  # fmt: skip
 
 
-def _shown(found: dict[Key, list[dict[str, Any]]], group: str) -> str:
-    """The group, or its twin of the GPU if that has as many runs of each of these methods."""
-    counts = {key[:2]: len(runs) for key, runs in found.items()}
-    return gpu.preferred(group, counts, ("low rank", "orthogonal", "dense", "factors"))
-
-
 def _over_size(found: dict[Key, list[dict[str, Any]]], plt: Any, folder: Path) -> None:
     """Verified accuracy of each method at each size; bars only where seeds differ."""
     figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     sizes: set[int] = set()
-    both, long = (_shown(found, group) for group in ("mnist0.3", "mnist0.3-long"))
-    if both == "mnist0.3-gpu" and _shown(found, "mnist0.3-width") == "mnist0.3-width":
-        both = "mnist0.3"  # sizes of one kind of machine
-    shown = (both, both.replace("mnist0.3", "mnist0.3-width"))
+    shown = ("mnist0.3", "mnist0.3-width")
     for method, colour in COLOURS.items():
         chosen = [runs for key, runs in found.items() if key[0] in shown and key[1] == method]
         chosen.sort(key=lambda runs: runs[0]["deployed"])
@@ -323,7 +307,7 @@ def _over_size(found: dict[Key, list[dict[str, Any]]], plt: Any, folder: Path) -
             _bars(axis, at, shares, colour)
             sizes |= set(map(round, at))
     for key, runs in found.items():
-        if key[0] == long:
+        if key[0] == "mnist0.3-long":
             values = [100 * r["verified"] for r in runs]
             at = [runs[0]["deployed"] / 1000]
             axis.plot(
@@ -371,11 +355,10 @@ def pictures(results: list[dict[str, Any]], folder: Path) -> None:
     found = grouped(results)
     _over_size(found, plt, folder)
 
-    shown = _shown(found, "mnist0.3")
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for method in COLOURS:
         for key, runs in found.items():
-            if key[0] != shown or key[1] != method:
+            if key[0] != "mnist0.3" or key[1] != method:
                 continue
             radii = [float(e) for e in runs[0]["curve"]]
             means = [100 * statistics.fmean(r["curve"][e] for r in runs) for e in runs[0]["curve"]]

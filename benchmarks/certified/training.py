@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,55 +14,34 @@ from torch.nn import functional as F
 
 import lrmanifold as lrm
 from lrmanifold import certify, robustness
-from lrmanifold.experiments.data import Dataset, load, validation_split
+from lrmanifold.experiments.data import Dataset, validation_split
 from lrmanifold.experiments.replay import Replay
 
+from .._shared import load
 from .networks import build, sizes, truncate
 from .peers import unit_rows
 from .plan import PEER, Run
 
 VALIDATION = 0.1  # of the training images, the same ones for every choice
-SCRATCH = Path(tempfile.gettempdir()) / "lrmanifold-images"
 # The host waits for something in their steps (singular vectors; convolutions' norms), so that no
 # graph can be captured, and none is tried: after a capture that broke, a process is of no use.
 WAITS = ("low rank tau 0.1", PEER)
 # Where a run is cut to the time that is left: to these shares of its epochs.
 SHARES = (1.0, 0.8, 0.67, 0.5, 0.4, 0.33, 0.2)
 _EVALUATION = 25.0  # seconds that are left for what follows the training
-_LOADED: dict[tuple[str, bool, str], Dataset] = {}
+_LOADED: dict[tuple[Any, ...], Dataset] = {}
 _PARTS = ("train_x", "train_y", "test_x", "test_y")
 
 
 def data_of(run: Run, root: str | None, device: torch.device | str = "cpu") -> Dataset:
     """Training and test images on the device; of a choice, both from the training images."""
-    key = run.data, run.choice, str(device)
+    key = run.data, root, run.choice, str(device)
     if key not in _LOADED:
-        data = decoded(run.data, root, SCRATCH)
+        data = load(run.data, root)
         data = validation_split(data, VALIDATION, 0) if run.choice else data
         there = {name: getattr(data, name).to(device) for name in _PARTS}
         _LOADED[key] = dataclasses.replace(data, **there)
     return _LOADED[key]
-
-
-def decoded(name: str, root: str | None, scratch: Path) -> Dataset:
-    """A data set, from a file of bytes where it was decoded before: that takes long for JPEG."""
-    path = scratch / f"{name}.pt"
-    if path.is_file():
-        kept = torch.load(path, weights_only=True)
-        for part in _PARTS[::2]:
-            kept[part] = kept[part].float() / 255
-        return Dataset(**kept)
-    data = load(name, None if name == "fashion-mnist" else root)
-    kept = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
-    for part in _PARTS[::2]:
-        kept[part] = (kept[part] * 255).round().to(torch.uint8)
-        if not torch.equal(kept[part].float() / 255, getattr(data, part)):
-            return data  # not of bytes
-    scratch.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    torch.save(kept, temporary)
-    temporary.replace(path)
-    return data
 
 
 def draws(n: int, run: Run, generator: torch.Generator) -> list[Tensor]:
@@ -145,20 +122,8 @@ def fitting(epochs: int, done: int, each: float, left: float) -> int:
 
 
 def _optimizer(run: Run, model: Any, device: torch.device) -> lrm.optim.CondLRAdam:
-    groups = lrm.optim.param_groups(model, lr=run.lr, weight_decay=run.decay)
-    if run.head_rate != 1.0:
-        others: list[dict[str, Any]] = []
-        head = {id(p) for p in model[-1].parameters()}
-        last: dict[str, Any] = {"name": "head", "params": [], "weight_decay": run.decay}
-        last["lr"] = run.lr * run.head_rate
-        for group in groups:
-            last["params"] += [(k, p) for k, p in group["params"] if id(p) in head]
-            group["params"] = [(k, p) for k, p in group["params"] if id(p) not in head]
-            others += [group] if group["params"] else []
-        groups = [*others, last]
-    optimizer = lrm.optim.CondLRAdam(
-        groups, lr=run.lr, betas=(0.9, run.beta2), capturable=device.type == "cuda"
-    )
+    groups = lrm.optim.param_groups(model, lr=run.lr)
+    optimizer = lrm.optim.CondLRAdam(groups, lr=run.lr, capturable=device.type == "cuda")
     if run.network == "liresnet":
         optimizer.register_step_post_hook(lambda *_: unit_rows(model[-1]))
     return optimizer
@@ -174,9 +139,7 @@ def _train(run: Run, data: Dataset, graphs: bool, until: float | None = None) ->
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     bound = certify.LipschitzBound(model, data.image_shape)
     kind: Any = run.kind
-    loss = certify.CertifiedLoss(
-        run.eps_train, max(1, int(run.ramp * steps)), kind, temperature=run.temperature
-    ).to(device)
+    loss = certify.CertifiedLoss(run.eps_train, max(1, int(run.ramp * steps)), kind).to(device)
     generator = torch.Generator(device).manual_seed(run.seed)
     total = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -195,7 +158,6 @@ def _train(run: Run, data: Dataset, graphs: bool, until: float | None = None) ->
 
     replay, done, began = Replay(step, device, enabled=graphs), 0, 0.0
     losses: list[float] = []
-    average: Any = lrm.optim.retracting_average(model) if run.tail else None
     for epoch in range(run.epochs):
         if epoch == epochs:
             break
@@ -215,9 +177,7 @@ def _train(run: Run, data: Dataset, graphs: bool, until: float | None = None) ->
             each = (now - began) / epoch
             epochs = fitting(epochs, epoch + 1, each, until - now - _EVALUATION)
             steps = epochs * -(-images // run.batch)
-        if average is not None and epoch >= (1.0 - run.tail) * epochs:
-            average.update_parameters(model)
-    return (model if average is None else average.module), losses, replay.captured
+    return model, losses, replay.captured
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
@@ -241,7 +201,6 @@ def measure(
     root: str | None,
     device: torch.device | str = "cpu",
     *,
-    graphs: bool = True,
     until: float | None = None,
     keep: Path | None = None,
 ) -> dict[str, Any]:
@@ -252,7 +211,7 @@ def measure(
     device = torch.device(device)
     data = data_of(run, root, device)
     began, work = _wait(device), time.process_time()
-    model, losses, replayed = train(run, data, graphs=graphs, until=until)
+    model, losses, replayed = train(run, data, until=until)
     minutes, work = (_wait(device) - began) / 60, (time.process_time() - work) / 60
     result: dict[str, Any] = {"run": run.to_dict(), "device": device.type, "minutes": minutes}
     if device.type == "cpu":

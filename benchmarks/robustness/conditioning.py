@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrmanifold.experiments import data as datasets
 from lrmanifold.experiments.factors import TwoFactors
 from lrmanifold.experiments.runs import write_json
 from lrmanifold.nn import LowRankConv2d
 from lrmanifold.robustness import condition_number
 
+from .. import _shared
 from .._record import FOLDER
 from .plan import load
 from .table import Table, finite
@@ -97,7 +97,7 @@ def layers(model: Any, x: Tensor) -> Iterator[tuple[str, dict[str, dict[str, flo
 def measure(folder: Path, scratch: Path, root: str | None, images: int = 100) -> dict[str, Any]:
     """All networks of the plan's rows that are kept in `scratch`."""
     plan = load(folder / "plan.toml")
-    data = datasets.load(plan.network.data, root)
+    data = _shared.load(plan.network.data, root)
     x = data.train_x[
         torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(0))[:images]
     ]

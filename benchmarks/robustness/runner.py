@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lrmanifold.experiments import data as datasets
 from lrmanifold.experiments.data import Dataset, validation_split
 from lrmanifold.experiments.methods import Trained, train
 
-from .. import models
+from .. import _shared, models
 from .._record import conditions
+from .._shared import alone
 from . import measures
 from .plan import Family, Plan, PlanError, load, registered
 from .search import Ladder, Point, ranked, search
-from .share import decoded
 from .table import Table, finite
 
 Log = Callable[[str], None]
+_EVERY = 0.5  # seconds between two looks at what other processes do
 
 
 class OutOfTimeError(Exception):
@@ -34,7 +35,7 @@ class OutOfTimeError(Exception):
 
 @dataclasses.dataclass
 class Runner:
-    """Work on one table.
+    """Work on one table; processes started alike share it.
 
     Attributes
     ----------
@@ -52,10 +53,6 @@ class Runner:
         Run though the plan is not committed; the rows say so.
     keep : bool
         Keep the networks of the test in `scratch`, ``KEY.network.pt``.
-    only : str
-        Families whose names hold this text: several processes may share a plan.
-    skip : str or None
-        Families whose names hold this text are left out.
     """
 
     folder: Path
@@ -67,8 +64,6 @@ class Runner:
     unregistered: bool = False
     log: Log = print
     keep: bool = False
-    only: str = ""
-    skip: str | None = None
 
     def __post_init__(self) -> None:
         path = self.folder / "plan.toml"
@@ -84,20 +79,42 @@ class Runner:
 
     def go(self) -> bool:
         """Do what is missing; True if nothing is left to do, False if the time ran out."""
+        families = self.plan.families
         try:
-            settings = [
-                (family, values, shares)
-                for family in self.plan.families
-                if self.only in family.name and not (self.skip and self.skip in family.name)
-                for values, shares in self.chosen(family)
-            ]
-            for seed in self.plan.seeds:
-                for family, values, shares in settings:
-                    self.row(family, values, shares, seed)
+            # a search goes step by step: one process is at it
+            self._shared_out(
+                (self._key("search", family.name), functools.partial(self.chosen, family))
+                for family in families
+            )
+            settings = [(f, v, shares) for f in families for v, shares in self.chosen(f)]
+            self._shared_out(
+                (
+                    self._key("run", family.name, values, seed),
+                    functools.partial(self.row, family, values, shares, seed),
+                )
+                for seed in self.plan.seeds
+                for family, values, shares in settings
+            )
         except OutOfTimeError:
             self.log("the time for this call is over; start it again to go on")
             return False
         return True
+
+    def _shared_out(self, tasks: Iterable[tuple[str, Callable[[], Any]]]) -> None:
+        """Do all, in order; what other processes are at comes last, should they not finish it."""
+        left = list(tasks)
+        while left:
+            busy = []
+            for key, do in left:
+                with alone(self.folder / key, wait=False) as mine:
+                    if mine:
+                        do()
+                    else:
+                        busy.append((key, do))
+            if len(busy) == len(left):
+                self._check_time()
+                time.sleep(_EVERY)
+            left = busy
 
     def take(self, folder: Path) -> int:
         """Add what another process or machine measured of this very plan; how many rows.
@@ -223,7 +240,9 @@ class Runner:
         """The reference network of another start and another order of batches."""
         family = self.plan.family(self.plan.reference)
         values = self.chosen(family)[0][0]
-        trained = self._train(family, values, 10_000 + seed, self._key("source", values, seed))
+        key = self._key("source", values, seed)
+        with alone(self.folder / key):  # rows of a seed share it: it stays in its checkpoint
+            trained = self._train(family, values, 10_000 + seed, key)
         return None if trained is None else trained.model
 
     def _train(
@@ -268,10 +287,7 @@ class Runner:
     def _dataset(self) -> Dataset:
         if "all" not in self._data:
             name, samples = self.plan.network.data, self.plan.network.samples
-            if name == "cifar10":
-                data = decoded(self.root, self.scratch)
-            else:
-                data = datasets.load(name, None if name == "digits" else self.root)
+            data = _shared.load(name, self.root)
             if samples is not None and samples < len(data.train_y):
                 order = torch.randperm(len(data.train_y), generator=_generator(0))[:samples]
                 x, y = data.train_x[order], data.train_y[order]

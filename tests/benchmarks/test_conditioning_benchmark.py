@@ -93,7 +93,7 @@ def test_networks_of_other_plans_and_those_that_are_gone_are_left_out(tmp_path, 
         "c", images(), torch.zeros(4).long(), images(), torch.zeros(4).long(), 10,
         tuple("0123456789"), (0.5,) * 3, (0.5,) * 3,
     )  # fmt: skip
-    monkeypatch.setattr(conditioning.datasets, "load", lambda name, root: data)
+    monkeypatch.setattr("benchmarks._shared.load", lambda name, root: data)
     rows = [("a", digest, 0), ("b", "other", 1), ("gone", digest, 2)]
     with open(folder / "runs.jsonl", "w") as file:
         for key, plan, seed in rows:
