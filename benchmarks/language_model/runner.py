@@ -182,11 +182,17 @@ class Runs:
             self.times = json.loads(times.read_text(encoding="utf-8"))["results"]
 
     def ratios(self, method: str) -> tuple[float, ...]:
-        """The ranks over the width at which a method is run; some only at the first two."""
+        """The ranks over the width at which a method is run.
+
+        All in the file of the usual width and length; else, and for another τ, the first two, and
+        those that have lines already.
+        """
         if METHODS[method].weights == "dense":
             return (1.0,)
         main = (self.width, self.steps) == (WIDTH, STEPS) and not is_other(method)
-        return RATIOS if main else RATIOS[:2]
+        wanted = RATIOS if main else RATIOS[:2]
+        have = {row["ratio"] for row in self.rows if row["method"] == method}
+        return tuple(ratio for ratio in RATIOS if ratio in wanted or ratio in have)
 
     def case(self, method: str, ratio: float) -> list[dict[str, Any]]:
         """The rows of one method and ratio."""

@@ -115,9 +115,12 @@ def picture(runs: Runs, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shares = RATIOS[:2]
-    figure, axes = plt.subplots(1, len(shares), figsize=(10, 4), sharey=True, layout="constrained")
-    for ax, ratio in zip(axes, shares, strict=True):
+    have = {row["ratio"] for row in runs.rows}
+    shares = [ratio for ratio in RATIOS if ratio in have][:2] or RATIOS[:1]
+    figure, axes = plt.subplots(
+        1, len(shares), figsize=(10, 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax, ratio in zip(axes[0], shares, strict=True):
         for k, method in enumerate(METHODS):
             losses = runs.losses(method, 1.0 if METHODS[method].weights == "dense" else ratio)
             if not losses:
@@ -129,8 +132,8 @@ def picture(runs: Runs, path: Path) -> None:
         ax.set_xscale("log", base=2)
         ax.set_xlim(1 / 12, 12)
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("validation loss")
-    handles, labels = axes[0].get_legend_handles_labels()
+    axes[0, 0].set_ylabel("validation loss")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

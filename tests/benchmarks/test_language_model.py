@@ -113,6 +113,18 @@ def test_the_table_names_what_was_not_run_and_compares_at_equal_time(monkeypatch
     assert "-1.7%" in row
 
 
+def test_a_file_of_another_length_shows_the_ranks_that_it_has(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "train", fake({}, []))
+    runs = runner.Runs(tmp_path / "lines.jsonl", steps=2000)
+    runs.get("dense AdamW", 1.0, 0.01, 0, 2000)
+    assert runs.ratios("A Bᵀ, AdamW") == (0.5, 0.25)
+    runs.get("A Bᵀ, AdamW", 0.375, 0.01, 0, 2000)
+    assert runs.ratios("A Bᵀ, AdamW") == (0.5, 0.25, 0.375)
+    assert any(line.startswith("| A Bᵀ, AdamW | 3/8") for line in table.table(runs))
+    table.write(runs)
+    assert (tmp_path / "lines.png").exists()
+
+
 def test_spikes_are_losses_far_above_those_before():
     torch.manual_seed(0)
     losses = (2 + 0.01 * torch.randn(200)).tolist()
