@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,18 @@ def test_on_the_cpu_it_is_the_function():
         assert replay(torch.ones(size)) is total
     assert float(total) == 15
     assert not replay.captured
+
+
+def test_what_is_unlike_the_capture_is_not_replayed(monkeypatch):
+    """The graph of these calls is a stand-in: copies in, and nothing computed."""
+    replay = Replay(torch.sum, torch.device("cpu"))
+    replay.stream, replay.inputs, replay.output = object(), [torch.zeros(2)], torch.zeros(())
+    replay.graph = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(replay, "_aside", lambda stream, *inputs: "aside")
+    assert replay(torch.ones(2)) is replay.output
+    assert replay.inputs[0].tolist() == [1.0, 1.0]
+    assert replay(torch.zeros(3)) == replay(torch.zeros(2, dtype=torch.float64)) == "aside"
+    assert replay.inputs[0].tolist() == [1.0, 1.0]
 
 
 def test_a_rate_that_a_graph_would_keep_is_refused():

@@ -97,17 +97,6 @@ def margin_loss(z: Tensor, y: Tensor) -> Tensor:
 Trained = tuple[nn.Sequential, list[float], bool]
 
 
-def train(run: Run, data: Dataset, *, graphs: bool = True, until: float | None = None) -> Trained:
-    """The trained network, the mean loss of each epoch, and whether its steps were replayed.
-
-    On CUDA the steps are replayed from a captured graph, but for methods of WAITS. With `until`
-    (a time of ``time.monotonic``) there are fewer epochs where those asked for take longer: decided
-    after the second epoch (and again whenever it gets slower), and the rate falls accordingly. The
-    losses tell how many it were.
-    """
-    return _train(run, data, graphs and run.method not in WAITS, until)
-
-
 def fitting(epochs: int, done: int, each: float, left: float) -> int:
     """How many of some epochs fit into `left` seconds: at first in steps of SHARES, with a margin.
 
@@ -129,7 +118,14 @@ def _optimizer(run: Run, model: Any, device: torch.device) -> lrm.optim.CondLRAd
     return optimizer
 
 
-def _train(run: Run, data: Dataset, graphs: bool, until: float | None = None) -> Trained:
+def train(run: Run, data: Dataset, *, graphs: bool = True, until: float | None = None) -> Trained:
+    """The trained network, the mean loss of each epoch, and whether its steps were replayed.
+
+    On CUDA the steps are replayed from a captured graph, but for methods of WAITS. With `until`
+    (a time of ``time.monotonic``) there are fewer epochs where those asked for take longer: decided
+    after the second epoch (and again whenever it gets slower), and the rate falls accordingly. The
+    losses tell how many it were.
+    """
     torch.manual_seed(run.seed)
     device, images = data.train_x.device, len(data.train_y)
     model = build(run, data).to(device)
@@ -156,7 +152,8 @@ def _train(run: Run, data: Dataset, graphs: bool, until: float | None = None) ->
         loss.step()
         total.add_(value.detach(), alpha=len(y))
 
-    replay, done, began = Replay(step, device, enabled=graphs), 0, 0.0
+    replay = Replay(step, device, enabled=graphs and run.method not in WAITS)
+    done, began = 0, 0.0
     losses: list[float] = []
     for epoch in range(run.epochs):
         if epoch == epochs:

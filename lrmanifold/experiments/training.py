@@ -236,10 +236,11 @@ def fit(
     replay : bool
         On CUDA, capture a step after three and replay it, for networks that take longer to launch
         than to compute: :mod:`~lrmanifold.experiments.replay` says what such a step may do. The
-        optimizer must be ``capturable``. Losses agree up to rounding with those of steps as they
-        are. No warning tells of skipped steps then: see ``optimizer.skipped_steps``. Without effect
-        on the CPU, with `closure`, and with an `objective` other than
-        :class:`~lrmanifold.experiments.adversarial.AdversarialLoss`, which may compute anything.
+        optimizer must be ``capturable``. Results agree up to rounding with those of steps as they
+        are, and so do those of a run that was cut off. No warning tells of skipped steps then: see
+        ``optimizer.skipped_steps``. Without effect on the CPU, with `closure`, and with an
+        `objective` other than :class:`~lrmanifold.experiments.adversarial.AdversarialLoss`, which
+        may compute anything.
 
     Returns
     -------
@@ -257,7 +258,7 @@ def fit(
         If a step is to be captured and a rate of the optimizer is no tensor on the device.
     CaptureError
         If the step cannot be captured. The model is a few steps further; a new process goes on
-        from `checkpoint` without `replay`.
+        from `checkpoint` with the same options of the optimizer and without `replay`.
     """
     check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     check_settings(settings)
