@@ -14,7 +14,8 @@ def damped_polar(X: Tensor, damping: float) -> Tensor:
 
     In float32 on the CPU by the eigenvalues of XᵀX in float64, whose rounding stays below δ² for
     every spectrum: 4 n r² flops and one decomposition of size r, a quarter of the time that
-    :func:`damped_polar_by_products` takes for a tall X. All else goes there.
+    :func:`damped_polar_by_products` takes for a tall X. All else goes there, and what is
+    differentiated.
 
     Parameters
     ----------
@@ -28,7 +29,9 @@ def damped_polar(X: Tensor, damping: float) -> Tensor:
     Tensor, shape (..., n, r)
         NaN for a matrix with NaN or Inf.
     """
-    if X.device.type != "cpu" or X.dtype != torch.float32:
+    # the derivative of eigenvectors does not exist where eigenvalues meet
+    differentiated = X.requires_grad and torch.is_grad_enabled()
+    if X.device.type != "cpu" or X.dtype != torch.float32 or differentiated:
         return damped_polar_by_products(X, damping)
     try:
         values, Q = torch.linalg.eigh(gram(X.double()))

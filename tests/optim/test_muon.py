@@ -190,6 +190,16 @@ def test_both_ways_to_a_damped_polar_factor_agree(shape):
         torch.testing.assert_close(broken[::2], found[::2], rtol=0, atol=2e-5)
 
 
+def test_a_damped_polar_factor_is_differentiable_where_singular_values_meet():
+    X = torch.cat([torch.linalg.qr(torch.randn(8, 3))[0] / 2, torch.zeros(8, 2)], 1)
+    X.requires_grad_()
+    weights = torch.randn(8, 5)
+    (g,) = torch.autograd.grad((linalg.damped_polar(X, 1e-1) * weights).sum(), X)
+    Z = X.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad((linalg.damped_polar(Z, 1e-1) * weights).sum(), Z)
+    torch.testing.assert_close(g.double(), exact, rtol=1e-3, atol=1e-4)
+
+
 # -- the step
 
 
