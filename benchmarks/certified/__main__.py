@@ -138,8 +138,8 @@ def main() -> None:
     """Parse the command line and work."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.certified", description=__doc__)
     parser.add_argument("action", choices=("run", "table"))
-    names = ", ".join(name for name, _ in every_block())
-    parser.add_argument("blocks", nargs="*", help=names)
+    names = [name for name, _ in every_block()]
+    parser.add_argument("blocks", nargs="*", help=", ".join(names))
     parser.add_argument("--root", default=os.environ.get("LRMANIFOLD_DATA"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--minutes", type=float, default=1e9)
@@ -148,6 +148,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_intermixed_args()
+    if unknown := sorted(set(options.blocks) - set(names)):
+        parser.error(f"blocks must be some of {', '.join(names)}, got {', '.join(unknown)}")
     torch.set_num_threads(options.threads)
     options.results.mkdir(parents=True, exist_ok=True)
     until = None if options.until is None else time.monotonic() + 60 * options.until

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks._shared import alone
 from benchmarks.certified import gpu, plan, table
-from benchmarks.certified.__main__ import Place, chosen, every_block, read, result_of
+from benchmarks.certified.__main__ import Place, chosen, every_block, main, read, result_of
 from benchmarks.certified.networks import Tokens, build, sizes, truncate
 from benchmarks.certified.peers import (
     DenseResidual,
@@ -235,3 +235,10 @@ def test_a_table_has_rows_of_one_machine():
     assert "G, 16 cores" in table.machine([here, here])
     with pytest.raises(ValueError, match="several machines"):
         table.machine([here, {"device": "cpu"}])
+
+
+def test_a_block_that_does_not_exist_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["certified", "run", "mnist0.3-width"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "got mnist0.3-width" in capsys.readouterr().err
