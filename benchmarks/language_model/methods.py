@@ -155,5 +155,6 @@ METHODS = {
     "CondLRMuon τ = 0.1": Method("manifold", _geometric(CondLRMuon), 0.02, 0.1),
     "CondLRAdam τ = 0.1": Method("manifold", _geometric(CondLRAdam), 8e-3, 0.1),
     "CondLRMuon τ = 0": Method("manifold", _geometric(CondLRMuon), 0.02, 0.0),
+    "CondLRMuon τ = 0.5": Method("manifold", _geometric(CondLRMuon), 0.02, 0.5),
     "CondLRMuon no bound": Method("manifold", _geometric(CondLRMuon), 0.02, None),
 }

@@ -102,7 +102,7 @@ def _findings(found: Sequence[Finding]) -> str:
         [
             f.hypothesis.text,
             f"{f.better} − {f.than}, {f.hypothesis.column}",
-            f"{f.difference:+.1f} ({f.low:+.1f} to {f.high:+.1f})",
+            f"{f.difference:+.1f}" + (f" ({f.low:+.1f} to {f.high:+.1f})" if f.seeds > 1 else ""),
             f"**{f.verdict}**",
         ]
         for f in found

@@ -155,7 +155,7 @@ class Finding:
         """Only from five seeds or more."""
         margin = self.hypothesis.margin
         if self.seeds < LEAST_SEEDS:
-            return f"no verdict from {self.seeds} seeds"
+            return f"no verdict from {self.seeds} seed{'' if self.seeds == 1 else 's'}"
         if self.low > margin:
             return "yes"
         return "no" if self.high < margin else "not decided"
