@@ -7,19 +7,16 @@ test part.
 
     python -m benchmarks.adapters          # what is missing; may be stopped at any time
     python -m benchmarks.adapters table    # table and picture from the lines there are
-    python -m benchmarks.adapters --ranks 16 --part 0 --parts 2 --minutes 7 --lines half.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import time
 from pathlib import Path
 
 import torch
 
-from .runner import LINES, RANKS, Runs, everything
+from .runner import LINES, Runs, everything
 
 
 def main() -> None:
@@ -27,10 +24,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", nargs="?", choices=["run", "table"], default="run")
     parser.add_argument("--lines", type=Path, default=LINES)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[0, *RANKS])
-    parser.add_argument("--part", type=int, default=0, help="which methods: every PARTS-th")
-    parser.add_argument("--parts", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after them")
     options = parser.parse_args()
     torch.set_num_threads(1)
     runs = Runs(options.lines)
@@ -39,8 +32,7 @@ def main() -> None:
 
         write(runs)
     else:
-        until = time.time() + 60.0 * options.minutes
-        everything(runs, options.ranks, options.part, options.parts, until)
+        everything(runs)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import json
 import math
 import statistics
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +14,13 @@ from torch import Tensor, nn
 
 from .. import character_model as data
 from .._record import FOLDER, conditions
-from ..language_model.runner import search, step
+from ..language_model.runner import Lines, by_rate, search, step
 from .methods import FULL, METHODS
 
 LINES = FOLDER / "adapters.jsonl"
 TEXT = data.TEXT.with_name("argparse_source.txt")
 WIDTH, PRETRAINING, STEPS, WARMUP, SEEDS = 128, 1500, 300, 20, (0, 1, 2, 3, 4)
 RANKS = (4, 16)
-
-Key = tuple[str, int, float, int]
-"""Method, rank, rate, seed."""
 
 
 @functools.cache
@@ -111,19 +104,11 @@ def train(method: str, rank: int, lr: float, seed: int) -> dict[str, Any]:
     }
 
 
-class OutOfTimeError(Exception):
-    """No more runs are begun."""
-
-
-class Runs:
+class Runs(Lines):
     """The lines of a file, by what was run."""
 
-    until = math.inf
-
     def __init__(self, path: Path = LINES) -> None:
-        self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines if line]
+        super().__init__(path)
 
     def get(self, method: str, rank: int, lr: float, seed: int) -> dict[str, Any]:
         """The row of this run, which is made if it is not there."""
@@ -131,13 +116,8 @@ class Runs:
         for row in self.rows:
             if key == tuple(row[k] for k in ("method", "rank", "lr", "seed")):
                 return row
-        if time.time() > self.until:
-            raise OutOfTimeError
         row = train(*key)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.rows.append(row)
+        self.append(row)
         print(
             f"{method:26}{rank:3}{lr:9.4g}{seed:3}{row['validation']:9.4f}{row['test']:9.4f}"
             f"{row['stable_rank']:6.1f}{row['step_ms']:7.1f} ms",
@@ -147,12 +127,8 @@ class Runs:
 
     def losses(self, method: str, rank: int) -> dict[float, float]:
         """Validation losses of seed 0, by rate; infinite where a run diverged."""
-        values = {
-            row["lr"]: row["validation"]
-            for row in self.rows
-            if (row["method"], row["rank"], row["seed"]) == (method, rank, 0)
-        }
-        return {lr: x if math.isfinite(x) else math.inf for lr, x in values.items()}
+        key = (method, rank, 0)
+        return by_rate(row for row in self.rows if (row["method"], row["rank"], row["seed"]) == key)
 
     def best(self, method: str, rank: int) -> float:
         """The best rate of seed 0 on a grid of factor 2, extended until it is not at an end."""
@@ -167,23 +143,12 @@ def ranks(method: str) -> tuple[int, ...]:
     return (0,) if method == FULL else RANKS
 
 
-def everything(
-    runs: Runs,
-    of: Sequence[int] = (0, *RANKS),
-    part: int = 0,
-    parts: int = 1,
-    until: float = math.inf,
-) -> None:
-    """All runs, rank after rank, in each the searches first; none is begun after `until`.
-
-    Of each rank the methods number `part`, `part` + `parts`, ...
-    """
-    runs.until = until
-    with contextlib.suppress(OutOfTimeError):
-        for rank in of:
-            names = [method for method in METHODS if rank in ranks(method)][part::parts]
+def everything(runs: Runs) -> None:
+    """All runs, rank after rank, in each the searches first."""
+    for rank in (0, *RANKS):
+        names = [method for method in METHODS if rank in ranks(method)]
+        for method in names:
+            runs.best(method, rank)
+        for seed in SEEDS[1:]:
             for method in names:
-                runs.best(method, rank)
-            for seed in SEEDS[1:]:
-                for method in names:
-                    runs.get(method, rank, runs.best(method, rank), seed)
+                runs.get(method, rank, runs.best(method, rank), seed)

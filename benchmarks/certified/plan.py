@@ -194,19 +194,19 @@ def _noted(run: Run) -> Run:
     return replace(run, note=f"eps{run.eps_train:.3g}")
 
 
-def fashion(**changes: Any) -> Iterator[tuple[list[Run], Run]]:
+def fashion() -> Iterator[tuple[list[Run], Run]]:
     """Fashion-MNIST at 0.25: rate and head of each method chosen on its own validation images."""
     changed = {"group": "fashion0.25", "data": "fashion-mnist", "eps": 0.25, "eps_train": 0.3}
-    changed |= {"shift": 1.0, "rotate": 0.0, "zoom": 0.0, **changes}
+    changed |= {"shift": 1.0, "rotate": 0.0, "zoom": 0.0}
     for tries, plain in rivals("fashion0.25", MNIST, 10):
         if plain.method in ("low rank", "orthogonal", "dense", "factors"):
             yield [replace(run, **changed) for run in tries], replace(plain, **changed)
 
 
-def fashion_wide_radius(**changes: Any) -> tuple[list[Run], Run]:
+def fashion_wide_radius() -> tuple[list[Run], Run]:
     """Fashion-MNIST at 1.0: rate and radius trained for chosen on its own validation images."""
     settings: dict[str, Any] = {"group": "fashion1.0", "data": "fashion-mnist", "eps": 1.0}
-    base = folds(0, **{**settings, "epochs": 10, **changes})
+    base = folds(0, epochs=10, **settings)
     short = replace(base, epochs=4, choice=True)
     grid = itertools.product((7.5e-3, 1.5e-2), (1.2, 1.6))
     return [_noted(replace(short, lr=lr, eps_train=eps)) for lr, eps in grid], base

@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,29 @@ def widening(found: dict[float, float]) -> list[float]:
     return rates
 
 
-class Runs:
+class Lines:
+    """Rows in a file, a JSON line each; a row is appended whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines if line]
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row at the end."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.rows.append(row)
+
+
+def by_rate(rows: Iterable[dict[str, Any]]) -> dict[float, float]:
+    """Validation losses by rate; infinite where a run diverged."""
+    values = {row["lr"]: row["validation"] for row in rows}
+    return {lr: x if math.isfinite(x) else math.inf for lr, x in values.items()}
+
+
+class Runs(Lines):
     """The lines of a file, by what was run.
 
     Parameters
@@ -173,9 +196,8 @@ class Runs:
         steps: int = STEPS,
         guesses: Runs | None = None,
     ) -> None:
-        self.path, self.width, self.steps, self.guesses = path, width, steps, guesses
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines if line]
+        super().__init__(path)
+        self.width, self.steps, self.guesses = width, steps, guesses
         times = path.with_name(path.stem + "_times.json")
         self.times: list[dict[str, Any]] = []
         if times.exists():
@@ -205,10 +227,7 @@ class Runs:
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row to the file, and say so."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.rows.append(row)
+        self.append(row)
         print(
             f"{row['method']:22}{row['ratio']:6g}{row['lr']:9.4g}{row['seed']:3}{row['steps']:5}"
             f"{row['validation']:9.4f}{row['test']:9.4f}{row['spikes']:4}{row['step_ms']:7.1f} ms",
@@ -226,13 +245,11 @@ class Runs:
 
     def losses(self, method: str, ratio: float) -> dict[float, float]:
         """Validation losses of seed 0 at full length, by rate; infinite where a run diverged."""
-        rows = [
+        return by_rate(
             row
             for row in self.case(method, ratio)
             if row["seed"] == 0 and row["steps"] == self.steps
-        ]
-        values = {row["lr"]: row["validation"] for row in rows}
-        return {lr: x if math.isfinite(x) else math.inf for lr, x in values.items()}
+        )
 
     def guess(self, method: str, ratio: float) -> float:
         """Where the search begins."""

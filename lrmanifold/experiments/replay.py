@@ -17,7 +17,6 @@ A whole loop is in :doc:`/in-practice`.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -139,5 +138,4 @@ def _free_generator(device: torch.device) -> None:
     """A broken capture keeps torch's own generator of the device: give it another state."""
     generator = torch.cuda.default_generators[device.index or 0]
     fresh = torch.Generator(device).manual_seed(generator.initial_seed())
-    with contextlib.suppress(AttributeError):  # torch before 2.5
-        generator.graphsafe_set_state(fresh)
+    generator.graphsafe_set_state(fresh)

@@ -146,15 +146,6 @@ def test_the_search_ends_and_the_table_names_what_was_not_run(monkeypatch, tmp_p
     assert all("+0.0%" in line for line in lines if line.startswith("| LoRA, AdamW"))
     table.write(again)
     assert (tmp_path / "lines.md").exists()
-    halves = [runner.Runs(tmp_path / f"{k}.jsonl") for k in (0, 1)]
-    for k, half in enumerate(halves):
-        runner.everything(half, [16], k, 2)
-    names = [{row["method"] for row in half.rows} for half in halves]
-    assert names[0] | names[1] == {name for name in METHODS if name != FULL}
-    assert not names[0] & names[1]
-    late = runner.Runs(tmp_path / "late.jsonl")
-    runner.everything(late, until=0.0)
-    assert not late.rows
 
 
 def test_the_two_texts_share_an_alphabet():
