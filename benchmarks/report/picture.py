@@ -19,7 +19,8 @@ _KINDS = {
     "finetuned": "truncated",
     "factors": "A Bᵀ",
     "orthogonal": "orthogonal, full rank",
-    "condlr": "penalty without bound",
+    "condlr": "no bound",
+    "fixed_rank": "no bound",
 }
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -90,13 +91,15 @@ def at_once(model: nn.Module) -> int:
     return 256 if next(model.parameters()).device.type == "cpu" else 2048
 
 
-def clean(model: nn.Module, data: Dataset) -> dict[str, float]:
+def clean(model: nn.Module, data: Dataset) -> dict[str, Any]:
     """Accuracy, cross entropy and calibration error on all test images."""
     device = next(model.parameters()).device
     with robustness.evaluation_mode(model), torch.no_grad():
         logits = torch.cat([model(x.to(device)).float().cpu() for x in data.test_x.split(512)])
+    right = logits.argmax(1) == data.test_y
     return {
-        "accuracy": float((logits.argmax(1) == data.test_y).float().mean()),
+        "accuracy": float(right.float().mean()),
+        "right": packed(right),
         "cross_entropy": float(nn.functional.cross_entropy(logits, data.test_y)),
         "ece": calibration(logits, data.test_y),
     }
@@ -127,7 +130,23 @@ def worst_case(
         model, images, eps, norm=norm, steps=asked.steps, queries=asked.queries,
         batch_size=at_once(model), **options,
     )  # fmt: skip
-    return {"accuracy": found.accuracy, "after": found.after, "attacks": list(found.after)}
+    return {
+        "accuracy": found.accuracy,
+        "after": found.after,
+        "attacks": list(found.after),
+        "robust": packed(found.robust),
+    }
+
+
+def packed(mask: Tensor) -> str:
+    """Yes or no for every image, eight to a byte, in hexadecimal."""
+    return np.packbits(mask.numpy()).tobytes().hex()
+
+
+def unpacked(text: str, count: int) -> Any:
+    """What :func:`packed` packed: a Boolean array of `count` images."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))
+    return bits[:count].astype(bool)
 
 
 def everything(

@@ -2,7 +2,7 @@
 
 The grid has no ends of its own: every axis is a geometric ladder that is extended wherever the
 search goes, up to the number of trials. It starts at the announced point, two steps above and two
-below it in the rate. Then the first neighbour of the best point that was not tried yet is tried,
+below it in the rate, and in each other axis that is announced. Then the first neighbour of the best point that was not tried yet is tried,
 axis by axis, until the trials are used up; where the best point has none left, the neighbours of
 the second best follow, and so on. The best point is *interior* if all its neighbours were tried.
 """
@@ -27,11 +27,15 @@ class Axis:
         The smallest value above 0, for axes on which 0 is a value (decay, smoothing).
     below : float
         Values from here on do not exist (label smoothing: 1).
+    announced : bool
+        Two rungs above and below the start are tried before anything is chosen, as of the rate: an
+        axis that is only searched when its turn comes may never be.
     """
 
     factor: float
     first: float | None = None
     below: float = math.inf
+    announced: bool = False
 
     def value(self, start: float, k: int) -> float | None:
         """The value k rungs above `start`; None where the axis has no more."""
@@ -66,9 +70,13 @@ class Ladder:
         return None if None in found.values() else found  # type: ignore[return-value]
 
     def first(self) -> list[Point]:
-        """The announced points: the start, and two rungs up and down in the first axis."""
-        rest = (0,) * (len(self.axes) - 1)
-        return [(k, *rest) for k in (0, 2, -2)]
+        """The announced points: the start, and two rungs up and down in the announced axes."""
+        start = (0,) * len(self.axes)
+        found = [start]
+        for i, axis in enumerate(self.axes.values()):
+            if i == 0 or axis.announced:
+                found += [(*start[:i], k, *start[i + 1 :]) for k in (2, -2)]
+        return [point for point in found if self.values(point) is not None]
 
     def neighbours(self, point: Point) -> list[Point]:
         """The existing points one rung away, axis by axis."""

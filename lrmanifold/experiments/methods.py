@@ -26,7 +26,10 @@ from .training import History, Normalized, Objective, Settings, check_settings, 
 __all__ = ["KINDS", "Method", "Rank", "Trained", "comparison", "train", "two_factors"]
 
 
-KINDS = ("dense", "svd", "finetuned", "factors", "orthogonal", "condlr", "dlrt", "robust_dlrt")
+KINDS = (
+    "dense", "svd", "finetuned", "factors", "orthogonal", "condlr", "fixed_rank", "dlrt",
+    "robust_dlrt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,12 @@ class Method:
         "dense"; "svd", dense, then truncated to the rank; "finetuned", dense for half of the
         epochs, truncated to two factors and trained on for the other half; "factors", two free
         factors A Bᵀ; "orthogonal", all matrices but the last orthogonal, of full rank; "condlr";
-        "dlrt" and "robust_dlrt", which choose ranks as they train.
+        "fixed_rank", the same manifold without a bound, its gradients by probes, which small
+        singular values do not harm; "dlrt" and "robust_dlrt", which choose ranks as they train.
     tau : float or None
-        For "condlr"; None is the fixed-rank manifold without a bound.
+        For "condlr"; None is no bound, with the gradients of the factors.
     penalty : float
-        β of the conditioning penalty R(S), for "condlr" and "robust_dlrt".
+        β of the conditioning penalty R(S), for "condlr", "fixed_rank" and "robust_dlrt".
     tol : float or None
         Tolerance of truncation of the two last kinds; None keeps the rank.
     s_steps : int
