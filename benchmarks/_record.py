@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ def _processor() -> str:
     )
 
 
+@functools.cache  # what runs is the code of the start, whatever is committed meanwhile
 def _commit() -> str | None:
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:

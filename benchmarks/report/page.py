@@ -71,18 +71,26 @@ def _registration(results: Results) -> str:
     plan, first = results.plan, results.groups[0].rows[0]
     commits = {row["plan_commit"] for g in results.groups for row in g.rows}
     where = ", ".join(sorted(f"`{c}`" if c else "none: not registered" for c in commits))
+    made = {row["conditions"]["commit"] for g in results.groups for row in g.rows}
+    code = ", ".join(f"`{c}`" for c in sorted(made - {None}))
     training = ", ".join(f"{k} {v}" for k, v in plan.training.items())
     note = " ".join(plan.note.split())
     how = plan.adversarial
     if how is not None:
         training += f", adversarial: {how.kind}, {how.norm} {how.eps:g}, {how.steps} steps"
     if missing := len(plan.seeds) - len(results.seeds):
-        note = f"**{missing} of the {len(plan.seeds)} planned seeds are not run.** {note}"
+        note = f"**{missing} of the {len(plan.seeds)} planned seeds are not finished.** {note}"
+        families = len(results.groups)
+        for seed, count in results.begun.items():
+            note = (
+                f"Seed {seed} has {count} of {families} rows, in `runs.jsonl` and not here. {note}"
+            )
     if results.missing:
         note = f"**Planned, and not run on the test images: {'; '.join(results.missing)}.** {note}"
     return (
         f"{plan.network.model} on {plan.network.data}, {training}. Accuracy in %. The plan, "
-        f"`plan.toml` ({plan.digest}), was committed before the runs in {where}. "
+        f"`plan.toml` ({plan.digest}), was committed before the runs in {where}; rows were made by "
+        f"the code of {code or 'no commit'}. "
         f"{_machine(results)}{note} {first.get('note') or ''}"
     ).strip()
 
@@ -90,11 +98,15 @@ def _registration(results: Results) -> str:
 def _machine(results: Results) -> str:
     """On which devices, where it was not the CPU alone."""
     rows = [row for group in results.groups for row in group.rows]
-    there = {
-        "the CPU" if row.get("device", "cpu") == "cpu" else str(row["conditions"]["gpu"])
-        for row in rows
-    }
-    return "" if there == {"the CPU"} else f"Run on {', '.join(sorted(there))}. "
+    there: dict[str, list[str]] = {}
+    for row in rows:
+        name = "the CPU" if row.get("device", "cpu") == "cpu" else str(row["conditions"]["gpu"])
+        there.setdefault(name, []).append(f"{row['family']} (seed {row['seed']})")
+    most = max(there, key=lambda name: len(there[name]))
+    if [*there] == ["the CPU"]:
+        return ""
+    others = (f" On {name}: {', '.join(own)}." for name, own in there.items() if name != most)
+    return f"Run on {most}.{''.join(others)} "
 
 
 def _findings(found: Sequence[Finding]) -> str:
@@ -102,15 +114,19 @@ def _findings(found: Sequence[Finding]) -> str:
         [
             f.hypothesis.text,
             f"{f.better} − {f.than}, {f.hypothesis.column}",
+            f"{f.trials[0]} / {f.trials[1]}",
             f"{f.difference:+.1f}" + (f" ({f.low:+.1f} to {f.high:+.1f})" if f.seeds > 1 else ""),
             f"**{f.verdict}**",
         ]
         for f in found
     ]
-    head = ["hypothesis", "compared: best in validation", "points, paired", "holds"]
+    head = ["hypothesis", "compared: best in validation", "trials", "points, paired", "holds"]
+    whole = all(f.over_images for f in found)
+    over = "seeds and test images" if whole else "seeds, on these very test images"
     return (
         table(head, rows)
-        + f"\n\nPaired by seed; the intervals hold together at 95 % (t, Bonferroni); {VERDICTS}."
+        + f"\n\nTrials of either side. Paired intervals over {over}, which hold together at "
+        f"95 % (t, Bonferroni); {VERDICTS}."
     )
 
 
@@ -154,7 +170,7 @@ def _legend(results: Results) -> str:
 def _pairs(results: Results) -> str:
     by_side: dict[str, list[Any]] = {}
     for trial in results.trials:
-        by_side.setdefault(side(results.plan.family(trial["family"])), []).append(trial)
+        by_side.setdefault(side(results, results.plan.family(trial["family"])), []).append(trial)
     ours = [name for name in by_side if name.startswith("CondLR")]
     rows = []
     for name in by_side:
@@ -225,7 +241,7 @@ def _appendix(results: Results) -> list[str]:
         words = "The family of each side that validation scores best; bands: standard deviations."
         parts += ["### PGD", f"![accuracy against the strength of PGD](pgd.png)\n\n{words}"]
         parts += [table(["family", *(f"{e:g}" for e in attack.pgd)], rows)]
-    parts += ["### What each attack left (first seed)", _after(results)]
+    parts += ["### What is left after each attack and all before it (first seed)", _after(results)]
     parts += ["### Size, cost, conditioning", _cost(results)]
     checked = [g for g in results.main() if g.done and g.done[0].get("masking")]
     if checked:
@@ -247,7 +263,7 @@ def _appendix(results: Results) -> list[str]:
 
 def _after(results: Results) -> str:
     groups = [g for g in results.main() if g.done]
-    names = list(groups[0].done[0]["worst"][results.eps]["after"])
+    names = groups[0].done[0]["worst"][results.eps]["attacks"]  # in the order in which they ran
     rows = []
     for group in groups:
         after = group.done[0]["worst"][results.eps]["after"]
@@ -256,13 +272,15 @@ def _after(results: Results) -> str:
 
 
 def _cost(results: Results) -> str:
+    plan = results.plan
     full = max(g.done[0]["multiply_adds"] for g in results.main() if g.done)
     rows = []
     for group in results.main():
         if not group.done:
             continue
         row = group.done[0]
-        conds = [x["cond"] for x in row["layers"].values() if x["cond"] is not None]
+        compared = {n: x["cond"] for n, x in row["layers"].items() if n not in plan.network.exclude}
+        conds = [cond for cond in compared.values() if cond is not None]
         seconds = sum(r["train_cpu_seconds"] for r in group.done) / len(group.done)
         rows.append(
             [
@@ -277,9 +295,9 @@ def _cost(results: Results) -> str:
         )
     head = ["family", "trained", "stored", "multiply-adds", "largest cond", "ECE", "CPU s"]
     return table(head, rows) + (
-        "\n\nLargest cond: of a layer's weight as a matrix, the last layer included. ECE: "
-        "calibration error. "
-        "CPU seconds of one training, on a busy machine."
+        "\n\nLargest cond: of a layer's weight as a matrix, among the layers that are low-rank in "
+        "some family. ECE: calibration error. CPU seconds of one training, on a busy machine; of a "
+        "GPU's host where it ran there."
     )
 
 

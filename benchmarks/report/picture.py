@@ -24,11 +24,16 @@ _KINDS = {
 }
 
 
-def side(family: Family) -> str:
-    """Families of one side have one colour."""
+def side(results: Results, family: Family) -> str:
+    """Families of one side have one colour: one method and, where a plan has several, one size."""
+    name = _KINDS.get(family.method.kind, family.method.kind)
     if family.ours:
-        return "CondLRAdam" if family.optimizer == "adam" else "CondLR"
-    return _KINDS.get(family.method.kind, family.method.kind)
+        name = "CondLRAdam" if family.optimizer == "adam" else "CondLR"
+    several = any(f.ranks is not None for f in results.plan.families)
+    if not several or family.method.kind in ("dense", "orthogonal"):
+        return name
+    group = next(g for g in results.groups if g.family.name == family.name)
+    return f"{name}, {100 * group.done[0]['stored_share']:.0f} %" if group.done else name
 
 
 def frontier(results: Results) -> bytes:
@@ -38,7 +43,7 @@ def frontier(results: Results) -> bytes:
     deviations over the seeds of the test.
     """
     figure, axes = viz.new_figure(2, width=5.6, height=4.8)
-    sides = list(dict.fromkeys(side(f) for f in results.plan.families))
+    sides = list(dict.fromkeys(side(results, f) for f in results.plan.families))
     for i, name in enumerate(sides):
         look: dict[str, Any] = {
             "color": viz.PALETTE[i % len(viz.PALETTE)],
@@ -46,12 +51,12 @@ def frontier(results: Results) -> bytes:
             "capsize": 2,
             "label": name,
         }
-        own = [t for t in results.trials if side(results.plan.family(t["family"])) == name]
+        own = [t for t in results.trials if side(results, results.plan.family(t["family"])) == name]
         best = efficient(own, trial_point)
         bars = [[_error(t[key]) for t in best] for key in ("clean", "worst")]
         x, y = np.array([trial_point(t) for t in best]).T
         _bars(axes[0], x, y, *bars, line="-", **look)
-        groups = [g for g in results.groups if side(g.family) == name]
+        groups = [g for g in results.groups if side(results, g.family) == name]
         paths = [results.column(c) for c in ("clean", "worst")]
         x, y = (np.array([g.mean(*path) for g in groups]) for path in paths)
         _bars(axes[1], x, y, *([g.spread(*p) for g in groups] for p in paths), line="", **look)
@@ -64,7 +69,7 @@ def frontier(results: Results) -> bytes:
         axis.grid(True, color="#DDDDDD", linewidth=0.7)
     tops: dict[str, float] = {}
     for trial in results.trials:
-        name = side(results.plan.family(trial["family"]))
+        name = side(results, results.plan.family(trial["family"]))
         tops[name] = max(tops.get(name, 0.0), 100 * trial_point(trial)[0])
     top = max(tops.values())
     # no side falls out of the picture, however far behind
@@ -77,7 +82,7 @@ def curves(results: Results) -> bytes | None:
     """A PNG: PGD at all strengths against the family of each side that validation scores best."""
     by_side: dict[str, list[str]] = {}
     for family in results.plan.families:
-        by_side.setdefault(side(family), []).append(family.name)
+        by_side.setdefault(side(results, family), []).append(family.name)
     shown: dict[str, dict[float, list[float]]] = {}
     for names in by_side.values():
         group = results.speaks(names)

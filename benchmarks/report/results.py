@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..robustness.measures import unpacked
 from ..robustness.plan import Family, Hypothesis, Plan, load
 from ..robustness.runner import mean, scored
 from ..robustness.search import Ladder
@@ -49,6 +50,16 @@ class Group:
                 found[row["seed"]] = float(value)
         return found
 
+    def images(self, *path: str) -> dict[int, Any]:
+        """By seed, on which images the network is right; only of rows that say so."""
+        found, marked = {}, [row for row in self.rows if _marks(row, path) is not None]
+        for row in marked:
+            found[row["seed"]] = _marks(row, path)
+        if marked:
+            none = np.zeros_like(next(iter(found.values())))
+            found |= {row["seed"]: none for row in self.rows if row.get("diverged")}
+        return found
+
     def mean(self, *path: str) -> float:
         """Over the seeds."""
         return float(np.mean(list(self.values(*path).values())))
@@ -59,6 +70,17 @@ class Group:
         return float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
 
 
+def _marks(row: Row, path: Sequence[str]) -> Any:
+    """Which images stand at ``path``, the place of an accuracy; None in rows of before."""
+    if row.get("diverged"):
+        return None
+    place: Any = row
+    for key in path[:-1]:
+        place = place[key]
+    text = place.get("right", place.get("robust"))
+    return None if text is None else unpacked(text, place.get("images", row["images"]))
+
+
 @dataclass
 class Results:
     """A plan with all lines that belong to it; lines of an earlier plan do not count."""
@@ -67,6 +89,7 @@ class Results:
     trials: Sequence[Row]
     groups: list[Group]
     missing: tuple[str, ...] = ()  # families of the plan without a row on the test images
+    begun: Mapping[int, int] = dataclasses.field(default_factory=dict)  # rows of unfinished seeds
 
     @property
     def seeds(self) -> list[int]:
@@ -129,10 +152,12 @@ def read(folder: Path) -> Results | None:
     missing = tuple(f.name for f in plan.families if f.name not in there)
     plan = dataclasses.replace(plan, families=tuple(f for f in plan.families if f.name in there))
     trials = [row for row in trials if row["family"] in there]
-    whole = set.intersection(*({row["seed"] for row in g.rows} for g in groups.values()))
+    seeds = [{row["seed"] for row in g.rows} for g in groups.values()]
+    whole = set.intersection(*seeds)
+    begun = {s: sum(s in own for own in seeds) for s in sorted(set.union(*seeds) - whole)}
     for group in groups.values():
         group.rows = [row for row in group.rows if row["seed"] in whole]
-    return Results(plan, trials, list(groups.values()), missing) if whole else None
+    return Results(plan, trials, list(groups.values()), missing, begun) if whole else None
 
 
 # --------------------------------------------------------------------------------- hypotheses
@@ -140,7 +165,7 @@ def read(folder: Path) -> Results | None:
 
 @dataclass(frozen=True)
 class Finding:
-    """A hypothesis and what came out: points, with a paired interval."""
+    """A hypothesis and what came out: points, with a paired interval; trials of each side."""
 
     hypothesis: Hypothesis
     better: str
@@ -149,6 +174,8 @@ class Finding:
     low: float
     high: float
     seeds: int
+    trials: tuple[int, int]
+    over_images: bool  # the interval covers other test images too
 
     @property
     def verdict(self) -> str:
@@ -169,21 +196,42 @@ def findings(results: Results) -> list[Finding]:
         ours, theirs = (results.speaks(names) for names in (hypothesis.better, hypothesis.than))
         path = results.column(hypothesis.column)
         one, other = ours.values(*path), theirs.values(*path)
-        d = [100 * (one[s] - other[s]) for s in sorted(one.keys() & other.keys())]
+        seeds = sorted(one.keys() & other.keys())
+        d = np.array([[100 * (one[s] - other[s])] for s in seeds])
+        marks = [group.images(*path) for group in (ours, theirs)]
+        if all(s in by_seed for by_seed in marks for s in seeds):
+            d = 100 * np.array([marks[0][s] * 1.0 - marks[1][s] for s in seeds])
         middle, half = float(np.mean(d)), half_width(d, 0.05 / len(hypotheses))
-        names = (ours.family.name, theirs.family.name)
-        found.append(Finding(hypothesis, *names, middle, middle - half, middle + half, len(d)))
+        mine, rivals = (
+            sum(len(results.of(family)) for family in side)
+            for side in (hypothesis.better, hypothesis.than)
+        )
+        names, ends = (ours.family.name, theirs.family.name), (middle - half, middle + half)
+        over = d.shape[1] > 1
+        found.append(Finding(hypothesis, *names, middle, *ends, len(seeds), (mine, rivals), over))
     return found
 
 
-def half_width(differences: Sequence[float], error: float) -> float:
-    """Of the two-sided t interval of a mean; infinite for one number."""
+def half_width(differences: Any, error: float) -> float:
+    """Of the two-sided t interval of the mean of paired differences (seeds, images).
+
+    Seeds and images are both drawn at random: the variances of their means add up (what is left
+    over counts twice, which only widens the interval), and Satterthwaite gives the degrees of
+    freedom. One column: only the seeds are. Infinite for one seed.
+    """
     from scipy import stats
 
-    n = len(differences)
-    if n < 2:
+    count, images = differences.shape
+    if count < 2:
         return math.inf
-    return float(stats.t.ppf(1 - error / 2, n - 1) * np.std(differences, ddof=1) / math.sqrt(n))
+    parts = [(np.var(differences.mean(1), ddof=1) / count, count - 1)]
+    if images > 1:
+        parts.append((np.var(differences.mean(0), ddof=1) / images, images - 1))
+    whole = sum(v for v, _ in parts)
+    if not whole:
+        return 0.0
+    freedom = whole**2 / sum(v**2 / n for v, n in parts)
+    return float(stats.t.ppf(1 - error / 2, freedom) * math.sqrt(whole))
 
 
 # -------------------------------------------------------------------------------- the frontier

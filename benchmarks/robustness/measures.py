@@ -100,6 +100,7 @@ def clean(model: nn.Module, data: Dataset) -> dict[str, Any]:
     return {
         "accuracy": float(right.float().mean()),
         "right": packed(right),
+        "images": len(right),
         "cross_entropy": float(nn.functional.cross_entropy(logits, data.test_y)),
         "ece": calibration(logits, data.test_y),
     }

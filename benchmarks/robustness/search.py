@@ -2,9 +2,10 @@
 
 The grid has no ends of its own: every axis is a geometric ladder that is extended wherever the
 search goes, up to the number of trials. It starts at the announced point, two steps above and two
-below it in the rate, and in each other axis that is announced. Then the first neighbour of the best point that was not tried yet is tried,
-axis by axis, until the trials are used up; where the best point has none left, the neighbours of
-the second best follow, and so on. The best point is *interior* if all its neighbours were tried.
+below it in the rate, and in each other axis that is announced. Then the first neighbour of the
+best point that was not tried yet is tried, axis by axis, until the trials are used up; where the
+best point has none left, the neighbours of the second best follow, and so on. The best point is
+*interior* if all its neighbours were tried.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
@@ -25,6 +26,7 @@ from benchmarks.report.results import (
     pairs,
     read,
 )
+from benchmarks.robustness.measures import packed, unpacked
 from benchmarks.robustness.plan import parse
 
 SEEDS = [0, 1, 2, 3, 4]
@@ -99,8 +101,49 @@ def test_the_interval_covers_as_often_as_it_says():
     """Monte Carlo: 95 % of intervals of five normal numbers hold the mean."""
     generator = np.random.default_rng(0)
     draws = generator.normal(size=(4000, 5))
-    held = [abs(d.mean()) <= half_width(list(d), 0.05) for d in draws]
+    held = [abs(d.mean()) <= half_width(d[:, None], 0.05) for d in draws]
     assert np.mean(held) == pytest.approx(0.95, abs=0.012)
+
+
+def test_the_interval_covers_other_test_images_too():
+    """Monte Carlo: networks and images drawn anew; seeds alone would promise far too much."""
+    generator = np.random.default_rng(1)
+    held, by_seeds = [], []
+    for _ in range(1000):
+        seeds, images = generator.normal(0, 1, (5, 1)), generator.normal(0, 30, (1, 200))
+        d = seeds + images + generator.normal(0, 20, (5, 200))
+        held.append(abs(d.mean()) <= half_width(d, 0.05))
+        by_seeds.append(abs(d.mean()) <= half_width(d.mean(1, keepdims=True), 0.05))
+    assert 0.94 <= np.mean(held) <= 0.99
+    assert np.mean(by_seeds) < 0.8
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_rows_that_keep_their_images_give_the_wider_interval(marked):
+    """The same accuracies: once as counts alone, once with the images that stand."""
+    generator = np.random.default_rng(2)
+    results = with_difference([3.0, 3.5, 2.5, 3.2, 2.8])
+    for group in results.groups:
+        for row in group.rows:
+            mask = generator.random(100) < row["worst"]["0.06"]["accuracy"]
+            row["worst"]["0.06"]["accuracy"] = float(mask.mean())
+            if marked:
+                row |= {"images": 100}
+                row["worst"]["0.06"]["robust"] = packed(torch.from_numpy(mask))
+    (found,) = findings(results)
+    assert found.over_images == marked
+    ours, dense = (
+        results.speaks([name]).mean("worst", "0.06", "accuracy") for name in ("ours", "dense")
+    )
+    assert found.difference == pytest.approx(100 * (ours - dense))
+    text = page._findings([found])
+    assert "test images" in text
+    assert ("very test images" in text) != marked
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_which_images_stand_is_read_as_it_was_written(mask):
+    assert unpacked(packed(torch.tensor(mask)), len(mask)).tolist() == mask
 
 
 def test_a_diverged_seed_counts_as_zero():
@@ -164,7 +207,7 @@ def folder(tmp_path):
         "plan": None, "plan_commit": "abc1234", "stored_share": 0.4, "trained_share": 0.5,
         "multiply_adds": 10, "train_cpu_seconds": 1.0, "images": 20, "cond": [], "loss": [1.0],
         "layers": {"fc1": {"cond": 1.1}}, "pgd": {"0.06": 0.5}, "fgsm": {"0.06": 0.6},
-        "transfer": {"0.1": 0.7}, "note": "",
+        "transfer": {"0.1": 0.7}, "note": "", "conditions": {"commit": "def5678"},
     }  # fmt: skip
     from benchmarks.robustness.plan import load
 
@@ -192,7 +235,8 @@ def test_the_page_says_everything(folder):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     for word in (
         "# Tiny", "`abc1234`", "Smaller is harder.", "| ours − ", "**yes**", "pgd all fail",
-        "Inside its grid", "0.5 clean + 0.5 worst case", "another start", "3 |",
+        "Inside its grid", "`def5678`", "| 3 / 6 |", "another start",
+        "0.5 clean + 0.5 worst case", "3 |",
     ):  # fmt: skip
         assert word in text, word
     assert "**yes**" in page.index([("tiny", results)])
@@ -215,7 +259,8 @@ def test_seeds_that_not_all_families_have_are_left_out_and_told(folder):
     assert results.seeds == [0, 1, 2]
     assert all([row["seed"] for row in g.rows] == [0, 1, 2] for g in results.groups)
     text = page.write(results, folder).read_text()
-    assert "2 of the 5 planned seeds are not run" in text
+    assert "2 of the 5 planned seeds are not finished" in text
+    assert "Seed 3 has 1 of 4 rows" in text
     assert "no verdict from 3 seeds" in text
     without(folder, lambda row: (row["family"], row["seed"]) == ("dense", 0))
     assert read(folder) is None

@@ -143,6 +143,18 @@ def test_the_search_leaves_its_grid_until_the_best_has_all_its_neighbours(shift,
             assert beside in scores or (axis.first is not None and ladder.values(beside) is None)
 
 
+def test_announced_axes_move_before_anything_is_chosen():
+    """Twelve trials on a slope in the rate alone: without announcing, the others never move."""
+    moved = {}
+    for announced in (False, True):
+        axes = {**AXES, "penalty": Axis(3, announced=announced), "decay": Axis(3, 1.0, 5.0, True)}
+        ladder = Ladder(axes, {**START, "penalty": 0.05, "decay": 0.0})
+        scores = search(ladder, 12, lambda point: point[0])
+        moved[announced] = {ladder.values(p)["penalty"] for p in scores}
+        assert {0.0, 3.0} <= {ladder.values(p)["decay"] for p in scores}  # two below 0: none
+    assert moved == {False: {0.05}, True: {0.05, 0.45, 0.00555556}}
+
+
 def test_too_few_trials_are_told():
     ladder = Ladder(AXES, START)
     scores = search(ladder, 6, lambda point: point[0])
