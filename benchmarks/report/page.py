@@ -10,7 +10,17 @@ from lrmanifold.experiments.runs import write_atomically
 
 from . import conditioning, published
 from .picture import curves, frontier, side
-from .results import LEAST_SEEDS, Finding, Group, Results, efficient, findings, pairs, trial_point
+from .results import (
+    LEAST_SEEDS,
+    Finding,
+    Group,
+    Results,
+    efficient,
+    findings,
+    pairs,
+    strength,
+    trial_point,
+)
 
 VERDICTS = "yes / no only where the whole interval lies on one side, from five seeds or more"
 
@@ -77,7 +87,7 @@ def _registration(results: Results) -> str:
     note = " ".join(plan.note.split())
     how = plan.adversarial
     if how is not None:
-        training += f", adversarial: {how.kind}, {how.norm} {how.eps:g}, {how.steps} steps"
+        training += f", adversarial: {how.kind}, {how.norm} {strength(how.eps)}, {how.steps} steps"
     if missing := len(plan.seeds) - len(results.seeds):
         note = f"**{missing} of the {len(plan.seeds)} planned seeds are not finished.** {note}"
         families = len(results.groups)
@@ -134,11 +144,14 @@ def _accuracy(results: Results, groups: Sequence[Group]) -> str:
     attack, eps = results.plan.attack, results.eps
     columns: list[tuple[str, tuple[str, ...]]] = [
         ("clean", results.column("clean")),
-        *((f"**worst {e:g}**", ("worst", f"{e:g}", "accuracy")) for e in _strengths(results)),
-        *((f"worst ℓ2 {e:g}", ("worst_l2", f"{e:g}", "accuracy")) for e in attack.worst_l2),
-        *((f"PGD {e:g}", ("pgd", f"{e:g}")) for e in attack.pgd if f"{e:g}" == eps),
-        *((f"FGSM {e:g}", ("fgsm", f"{e:g}")) for e in attack.fgsm),
-        *((f"transfer {e:g}", ("transfer", f"{e:g}")) for e in attack.transfer),
+        *(
+            (f"**worst {strength(e)}**", ("worst", f"{e:g}", "accuracy"))
+            for e in _strengths(results)
+        ),
+        *((f"worst ℓ2 {strength(e)}", ("worst_l2", f"{e:g}", "accuracy")) for e in attack.worst_l2),
+        *((f"PGD {strength(e)}", ("pgd", f"{e:g}")) for e in attack.pgd if f"{e:g}" == eps),
+        *((f"FGSM {strength(e)}", ("fgsm", f"{e:g}")) for e in attack.fgsm),
+        *((f"transfer {strength(e)}", ("transfer", f"{e:g}")) for e in attack.transfer),
     ]
     rows = []
     for group in groups:
@@ -158,12 +171,13 @@ def _legend(results: Results) -> str:
     attack = results.plan.attack
     row = next(g.done[0] for g in results.groups if g.done)
     names = ", ".join(row["worst"][results.eps]["attacks"])
+    source = f"Transfer: PGD images of a {results.plan.reference} network of another start. "
+    transfer = source if attack.transfer else ""
     return (
         f"Mean ± standard deviation over the seeds; a diverged seed counts as 0 %. Worst: an image "
         f"counts only if {names} all fail ({attack.steps} steps, {attack.queries} queries), on "
         f"{row['images']} test images drawn at random; PGD: 20 steps, two runs, the first from the "
-        f"image. Transfer: PGD images of a {results.plan.reference} network of another start. "
-        f"Norm {attack.norm}. None of these is a certificate."
+        f"image. {transfer}Norm {attack.norm}. None of these is a certificate."
     )
 
 
@@ -209,9 +223,9 @@ def _search(results: Results) -> str:
             ]
         )
     head = ["family", "setting", "inside its grid", "score", "clean", "worst", "trials"]
-    share = search.robust_share[0]
+    share, plan_eps = search.robust_share[0], results.plan.attack.eps
     return table(head, rows) + (
-        f"\n\nScore: {1 - share:g} clean + {share:g} worst case at {results.eps}, on the "
+        f"\n\nScore: {1 - share:g} clean + {share:g} worst case at {strength(plan_eps)}, on the "
         f"{100 * search.validation:.0f} % of the training images that a trial does not see, "
         "mean over "
         f"{len(search.seeds)} splits. Every family has {search.trials} trials; the grid grows "
@@ -240,7 +254,7 @@ def _appendix(results: Results) -> list[str]:
         ]
         words = "The family of each side that validation scores best; bands: standard deviations."
         parts += ["### PGD", f"![accuracy against the strength of PGD](pgd.png)\n\n{words}"]
-        parts += [table(["family", *(f"{e:g}" for e in attack.pgd)], rows)]
+        parts += [table(["family", *(strength(e) for e in attack.pgd)], rows)]
     parts += ["### What is left after each attack and all before it (first seed)", _after(results)]
     parts += ["### Size, cost, conditioning", _cost(results)]
     checked = [g for g in results.main() if g.done and g.done[0].get("masking")]

@@ -11,7 +11,7 @@ import numpy as np
 from lrmanifold import viz
 
 from ..robustness.plan import Family
-from .results import Results, efficient, trial_point
+from .results import Results, efficient, strength, trial_point
 
 _KINDS = {
     "dense": "dense",
@@ -65,7 +65,9 @@ def frontier(results: Results) -> bytes:
     ):
         axis.set_title(title)
         axis.set_xlabel("clean accuracy (%)")
-        axis.set_ylabel(f"worst case, {results.plan.attack.norm} {results.eps} (%)")
+        axis.set_ylabel(
+            f"worst case, {results.plan.attack.norm} {strength(results.plan.attack.eps)} (%)"
+        )
         axis.grid(True, color="#DDDDDD", linewidth=0.7)
     tops: dict[str, float] = {}
     for trial in results.trials:

@@ -22,6 +22,14 @@ SLACK = 0.001  # of clean accuracy: so much less is "as accurate"
 LEAST_SEEDS = 5  # for a verdict
 
 
+def strength(eps: float) -> str:
+    """For tables: 2/255 where it is a whole number of grey levels and no short decimal."""
+    levels = 255 * eps
+    if abs(levels - round(levels)) < 1e-6 and round(eps, 3) != eps:
+        return f"{round(levels)}/255"
+    return f"{eps:g}"
+
+
 @dataclass
 class Group:
     """The seeds of one chosen setting of a family, on the test images."""

@@ -25,6 +25,7 @@ from benchmarks.report.results import (
     half_width,
     pairs,
     read,
+    strength,
 )
 from benchmarks.robustness.measures import packed, unpacked
 from benchmarks.robustness.plan import parse
@@ -141,6 +142,20 @@ def test_rows_that_keep_their_images_give_the_wider_interval(marked):
     assert ("very test images" in text) != marked
 
 
+@pytest.mark.parametrize(
+    ("eps", "text"),
+    [
+        (2 / 255, "2/255"),
+        (0.00784313725490196, "2/255"),
+        (0.1, "0.1"),
+        (0.2, "0.2"),
+        (0.002, "0.002"),
+    ],
+)
+def test_strengths_are_named_as_people_name_them(eps, text):
+    assert strength(eps) == text
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
 def test_which_images_stand_is_read_as_it_was_written(mask):
     assert unpacked(packed(torch.tensor(mask)), len(mask)).tolist() == mask
@@ -153,6 +168,18 @@ def test_a_diverged_seed_counts_as_zero():
     assert group.mean("worst", "0.06", "accuracy") == pytest.approx(0.4)
     assert len(group.done) == 4
     assert "5 (1 diverged)" in page._accuracy(results, [group])
+
+
+def test_sizes_are_sides_of_their_own():
+    """A rival of another size is no rival: only `ours` has ranks of its own here."""
+    results = made({name: [0.5] * 5 for name in ("dense", "cut", "ours", "wild")})
+    for group in results.groups:
+        for row in group.rows:
+            row["stored_share"] = 0.25 if group.family.name == "ours" else 0.5
+    sides = {f.name: picture.side(results, f) for f in results.plan.families}
+    assert sides == {
+        "dense": "dense", "cut": "truncated, 50 %", "ours": "CondLR, 25 %", "wild": "A Bᵀ, 50 %",
+    }  # fmt: skip
 
 
 def test_validation_decides_which_family_speaks():
