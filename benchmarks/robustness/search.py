@@ -2,10 +2,11 @@
 
 The grid has no ends of its own: every axis is a geometric ladder that is extended wherever the
 search goes, up to the number of trials. It starts at the announced point, two steps above and two
-below it in the rate, and in each other axis that is announced. Then the first neighbour of the
-best point that was not tried yet is tried, axis by axis, until the trials are used up; where the
-best point has none left, the neighbours of the second best follow, and so on. The best point is
-*interior* if all its neighbours were tried.
+below it in the rate, then from the best so far two steps up and down in each other axis that is
+announced. Then the first neighbour of the best point that was not tried yet is tried, axis by axis,
+announced ones first, until the trials are used up; where the best point has none left, the
+neighbours of the second best follow, and so on. The best point is *interior* if all its neighbours
+were tried.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Axis:
     below : float
         Values from here on do not exist (label smoothing: 1).
     announced : bool
-        Two rungs above and below the start are tried before anything is chosen, as of the rate: an
-        axis that is only searched when its turn comes may never be.
+        Two rungs up and down are tried right after the rate: an axis that is only searched when
+        its turn comes may never be.
     """
 
     factor: float
@@ -70,27 +71,31 @@ class Ladder:
         }
         return None if None in found.values() else found  # type: ignore[return-value]
 
-    def first(self) -> list[Point]:
-        """The announced points: the start, and two rungs up and down in the announced axes."""
-        start = (0,) * len(self.axes)
-        found = [start]
-        for i, axis in enumerate(self.axes.values()):
-            if i == 0 or axis.announced:
-                found += [(*start[:i], k, *start[i + 1 :]) for k in (2, -2)]
-        return [point for point in found if self.values(point) is not None]
+    def wide(self) -> list[int]:
+        """The places of the rate and of the announced axes."""
+        return [i for i, axis in enumerate(self.axes.values()) if i == 0 or axis.announced]
+
+    def first(self, scores: Mapping[Point, float]) -> Point | None:
+        """The next of the announced points; None if all are among the scores."""
+        found = [(0,) * len(self.axes)]
+        for i in self.wide():
+            if missing := [point for point in found if point not in scores]:
+                return missing[0]
+            base = ranked({point: scores[point] for point in found})[0]
+            beside = [(*base[:i], base[i] + k, *base[i + 1 :]) for k in (2, -2)]
+            found += [point for point in beside if self.values(point) is not None]
+        return next((point for point in found if point not in scores), None)
 
     def neighbours(self, point: Point) -> list[Point]:
         """The existing points one rung away, axis by axis."""
-        found = [
-            (*point[:i], point[i] + k, *point[i + 1 :]) for i in range(len(point)) for k in (1, -1)
-        ]
+        order = [*self.wide(), *(i for i in range(len(point)) if i not in self.wide())]
+        found = [(*point[:i], point[i] + k, *point[i + 1 :]) for i in order for k in (1, -1)]
         return [p for p in found if self.values(p) is not None]
 
     def next(self, scores: Mapping[Point, float]) -> Point:
         """What to try after these."""
-        for point in self.first():
-            if point not in scores:
-                return point
+        if (announced := self.first(scores)) is not None:
+            return announced
         for best in ranked(scores):
             for point in self.neighbours(best):
                 if point not in scores:

@@ -144,15 +144,19 @@ def test_the_search_leaves_its_grid_until_the_best_has_all_its_neighbours(shift,
 
 
 def test_announced_axes_move_before_anything_is_chosen():
-    """Twelve trials on a slope in the rate alone: without announcing, the others never move."""
-    moved = {}
-    for announced in (False, True):
-        axes = {**AXES, "penalty": Axis(3, announced=announced), "decay": Axis(3, 1.0, 5.0, True)}
-        ladder = Ladder(axes, {**START, "penalty": 0.05, "decay": 0.0})
-        scores = search(ladder, 12, lambda point: point[0])
-        moved[announced] = {ladder.values(p)["penalty"] for p in scores}
-        assert {0.0, 3.0} <= {ladder.values(p)["decay"] for p in scores}  # two below 0: none
-    assert moved == {False: {0.05}, True: {0.05, 0.45, 0.00555556}}
+    """Three trials of the rate, then of the penalty from the best of them, then of the decay."""
+    axes = {**AXES, "penalty": Axis(3, announced=True), "decay": Axis(3, 1.0, 5.0, True)}
+    ladder = Ladder(axes, {**START, "penalty": 0.05, "decay": 0.0})
+    scores = search(ladder, 8, lambda point: point[0] + 3 * point[3])
+    assert list(scores) == [
+        (0, 0, 0, 0, 0), (2, 0, 0, 0, 0), (-2, 0, 0, 0, 0),
+        (2, 0, 0, 2, 0), (2, 0, 0, -2, 0),
+        (2, 0, 0, 2, 2),  # two below a decay of 0: none
+        (3, 0, 0, 2, 0), (4, 0, 0, 2, 0),
+    ]  # fmt: skip
+    quiet = Ladder({**axes, "penalty": Axis(3), "decay": Axis(3, 1.0)}, ladder.start)
+    scores = search(quiet, 12, lambda point: point[0] + 3 * point[3])
+    assert {quiet.values(p)["penalty"] for p in scores} == {0.05}
 
 
 def test_too_few_trials_are_told():
