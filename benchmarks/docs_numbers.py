@@ -1,9 +1,9 @@
 """Numbers of README and docs: measured once, written from one file, checked by a test.
 
-``python -m benchmarks.docs_numbers measure`` runs the demo and README's example with its dense
-twin, and writes ``results/docs_numbers.json`` and the pictures. ``write`` puts the numbers between
-the marks ``<!-- numbers: NAME -->`` and ``<!-- end -->`` of the pages; ``check`` (the default)
-fails where a page says something else.
+``python -m benchmarks.docs_numbers measure`` runs the demo and writes
+``results/docs_numbers.json``; README's example is measured by ``benchmarks.readme_example``.
+``write`` puts the numbers between the marks ``<!-- numbers: NAME -->`` and ``<!-- end -->`` of the
+pages, and draws the picture; ``check`` (the default) fails where a page says something else.
 """
 
 from __future__ import annotations
@@ -23,50 +23,18 @@ from .certified.gpu import TWINS, preferred
 ROOT = FOLDER.parents[1]
 PAGES = ("README.md", "docs/index.md", "docs/how-to-choose.md")
 MARKED = re.compile(r"(<!-- numbers: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SEEDS, STRENGTHS = range(5), ("0.0", "0.05", "0.1")
-
-
-def example() -> str:
-    """README's example."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    if found is None:
-        raise ValueError("README.md has no python block")
-    return found[1]
-
-
-def run_example(code: str) -> dict[str, Any]:
-    """Accuracies of the example by strength, one for each seed, and its number of parameters."""
-    code = code.replace(", summary=print", "").replace("print(lrm.report(model))", "")
-    runs: dict[str, list[float]] = {eps: [] for eps in STRENGTHS}
-    for seed in SEEDS:
-        torch.manual_seed(seed)
-        names: dict[str, Any] = {}
-        exec(compile(code, "README.md", "exec"), names)
-        for eps, accuracy in names["attacked"].items():
-            runs[str(eps)].append(accuracy)
-    size = sum(p.numel() for p in names["model"].parameters())
-    return {"parameters": size, "accuracy": runs}
 
 
 def measure() -> None:
-    """Run the demo and the example; write the results and the pictures of the pages."""
+    """Run the demo; write its results."""
     from lrmanifold.experiments import demo
 
     torch.set_num_threads(1)
-    code = example()
-    dense = re.sub(r"^model = lrm\.factorize.*\n", "", code, flags=re.MULTILINE)
-    if dense == code:
-        raise ValueError("README's example has no line that factorizes")
-    result = demo.run(demo.Demo())
-    found = result.to_dict()
+    found = demo.run(demo.Demo()).to_dict()
     for method in found["methods"]:
         fc2 = method["spectra"].get("fc2", [])
         method["spectra"] = {"fc2": [[round(v, 4) for v in values] for values in fc2]}
-    record(
-        "docs_numbers",
-        {"demo": found, "example": run_example(code), "dense twin": run_example(dense)},
-    )
+    record("docs_numbers", {"demo": found})
 
 
 def results() -> dict[str, Any]:
@@ -127,13 +95,19 @@ def demo_table() -> list[str]:
 
 
 def snippet() -> list[str]:
-    """The example beside its dense twin."""
-    ours, dense = results()["example"], results()["dense twin"]
+    """The example beside its dense twin, from ``results/readme_example.json``."""
+    text = (FOLDER / "readme_example.json").read_text(encoding="utf-8")
+    found = json.loads(text)["results"]
     heads = "| | parameters | clean | PGD 0.05 | PGD 0.1 |"
-    lines = [f"Accuracy in %, {len(SEEDS)} seeds:", "", heads, "|---|---|---|---|---|"]
-    for name, one in (("this example", ours), ("without the line `factorize`: dense", dense)):
-        cells = " | ".join(cell(one["accuracy"][eps]) for eps in STRENGTHS)
-        lines.append(f"| {name} | {one['parameters']:,} | {cells} |")
+    seeds = len(found["example"]["accuracy"]["0.0"])
+    words = f"Accuracy in %, {seeds} seeds, both tuned alike on held-out images:"
+    lines = [words, "", heads, "|---|---|---|---|---|"]
+    for name, side in (
+        ("this example", "example"),
+        ("without the line `factorize`: dense, its own rate and decay", "dense twin"),
+    ):
+        cells = " | ".join(map(cell, found[side]["accuracy"].values()))
+        lines.append(f"| {name} | {found[side]['parameters']:,} | {cells} |")
     return lines
 
 

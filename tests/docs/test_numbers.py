@@ -12,7 +12,7 @@ from doc_code import ROOT
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import docs_numbers
+from benchmarks import docs_numbers, readme_example
 from lrmanifold.experiments.demo import CHOSEN
 
 
@@ -35,6 +35,43 @@ def test_the_demo_uses_the_settings_that_were_chosen(method):
     rates = {t["lr"] for t in tried}
     assert min(rates) < chosen["lr"] < max(rates)
     assert chosen["weight_decay"] < max(t["weight_decay"] for t in tried)
+
+
+def test_the_example_uses_the_settings_that_were_chosen():
+    path = ROOT / "benchmarks" / "results" / "readme_example.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["results"]
+    for side in ("example", "dense twin"):
+        chosen, tried = found[side]["chosen"], found[side]["chosen"]["tries"]
+        assert chosen["score"] == max(t["score"] for t in tried)
+        for name in ("lr", "weight_decay"):
+            values = {t[name] for t in tried}
+            assert min(values) < chosen[name] < max(values)
+    chosen = found["example"]["chosen"]
+    words = f"lr={chosen['lr']:g}, momentum=0.9, weight_decay={chosen['weight_decay']:g})"
+    assert words in readme_example.example()
+
+
+def test_the_twin_of_the_example_differs_by_the_line_that_factorizes():
+    codes = readme_example.sides()
+    ours, dense = (codes[side].splitlines() for side in ("example", "dense twin"))
+    assert [line for line in ours if "factorize" not in line] == dense
+    assert len(ours) == len(dense) + 1
+
+
+def test_no_test_image_takes_part_in_the_choice(monkeypatch):
+    seen, (train, test) = [], readme_example.split()
+
+    def look(code, lr, decay, seed, some, held_out):
+        seen.append((set(some.tolist()), set(held_out.tolist())))
+        return dict.fromkeys(readme_example.STRENGTHS, 0.5), 0
+
+    monkeypatch.setattr(readme_example, "run", look)
+    readme_example.trial("", 0.1, 0.01)
+    for some, held_out in seen:
+        assert not some & held_out
+        assert some | held_out == set(train.tolist())
+        assert not (some | held_out) & set(test.tolist())
+    assert set.union(*(held_out for _, held_out in seen)) == set(train.tolist())
 
 
 def test_the_readme_is_short():
