@@ -15,6 +15,7 @@ from ._loss import ordinary_factor
 
 FOREIGN = ("apgd-ce", "apgd-t", "fab-t", "square")
 LEAST_CLASSES = {"apgd-t": 4}  # the targeted DLR loss divides by a difference of four logits
+Fold = Callable[[Tensor], Tensor]
 _NORMS = {"linf": "Linf", "l2": "L2"}
 _SMALLEST = 5  # Square in l2 tiles an image by fifths of its height
 _log = logging.getLogger("lrmanifold.robustness")
@@ -43,13 +44,18 @@ def run(
     steps: int,
     queries: int,
     seed: int,
+    thorough: bool = False,
 ) -> Tensor:
     """Images of attack `name` on x, each inside the ball and the box, dtype of x.
 
     The package works in float32 on images in [0, 1] of shape (B, C, H, W), H, W >= 5, and seeds
     torch's global generator; here its results are projected, and the generator is given back.
+
+    `thorough` is for Square: the schedule of its sizes is scaled to `queries`, where the package
+    evaluates large squares first and small ones only after 1,000 of 10,000; and its squares reach
+    the last row and column, where the package draws their corners from a range too short by one.
     """
-    fold, unfold = _grid(x)
+    fold, unfold = _wider(*grid(x)) if thorough else grid(x)
     low, high = box
     width = high - low
     with torch.no_grad():
@@ -61,7 +67,9 @@ def run(
             return torch.zeros(0, classes, device=x.device)
         return f((low + width * unfold(u)).to(x.dtype)).float() * scale
 
-    attack = _attack(name, predict, eps / width, norm, x.device, classes, steps, queries, seed)
+    attack = _attack(
+        name, predict, eps / width, norm, x.device, classes, steps, queries, seed, thorough
+    )
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         u = attack(fold(((x.float() - low) / width).clamp(0, 1)), y)
@@ -80,6 +88,7 @@ def _attack(
     steps: int,
     queries: int,
     seed: int,
+    thorough: bool,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
     from pyautoattack.square import SquareAttack
@@ -95,7 +104,7 @@ def _attack(
     elif name == "fab-t":
         attack = _fab()(predict, n_iter=steps, targeted=True, n_target_classes=targets, **common)
     else:
-        attack = SquareAttack(predict, n_queries=queries, resc_schedule=False, **common)
+        attack = SquareAttack(predict, n_queries=queries, resc_schedule=thorough, **common)
     return attack.perturb
 
 
@@ -117,7 +126,7 @@ def _fab() -> Any:
     return FAB
 
 
-def _grid(x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def grid(x: Tensor) -> tuple[Fold, Fold]:
     """x to images (B, C, H, W) that the package takes, and back."""
     if x.ndim == 4 and min(x.shape[2:]) >= _SMALLEST:
         return (lambda z: z), (lambda u: u)
@@ -131,3 +140,13 @@ def _grid(x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Ten
         return torch.cat((flat, rest), 1).view(-1, 1, side, side)
 
     return fold, lambda u: u.flatten(1)[:, :size].reshape(-1, *x.shape[1:])
+
+
+def _wider(fold: Fold, unfold: Fold) -> tuple[Fold, Fold]:
+    """The same with one row and one column more, which the model never sees."""
+
+    def wider(z: Tensor) -> Tensor:
+        return torch.nn.functional.pad(fold(z), (0, 1, 0, 1), value=0.5)
+
+    # contiguous: a model may call view
+    return wider, lambda u: unfold(u[..., :-1, :-1].contiguous())

@@ -222,7 +222,7 @@ def functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str,
             lrm.robustness.check_masking,
             # Labels that the network finds, or there is nothing to attack.
             {"model": (net := Net()), "data": (x, net(x).argmax(-1)), "eps": 0.1, "steps": 2,
-             "queries": 500},
+             "queries": 1000},
             {"model": "function", "eps": ("number", {"bad": (-1.0, 0.0)}), "norm": "name",
              "steps": size, "tolerance": ("number", {"bad": (-1.0,)}),
              "batch_size": size, "device": "device"},
