@@ -325,9 +325,13 @@ def _masking(groups: Sequence[Group]) -> str:
         )
         cells = [f"{100 * m[key]:.1f}" for key in ("one_step", "many_steps", "unlimited")]
         failed = "; ".join(f"not: {name}" for name in m["failed"])
-        alone = f"{100 * m['only_black_box']:.1f}"
-        rows.append([group.family.name, *cells, box, alone, failed or "passes"])
-    head = ["family", "one step", "PGD", "no limit", "Square (queries)", "Square alone", "checks"]
+        alone = [f"{100 * m['only_black_box']:.1f}"]
+        alone.append(f"{100 * m['climbed']:.1f}" if "climbed" in m else "–")
+        rows.append([group.family.name, *cells, box, *alone, failed or "passes"])
+    head = [
+        "family", "one step", "PGD", "no limit", "Square (queries)", "Square alone",
+        "search from PGD's end", "checks",
+    ]  # fmt: skip
     return table(head, rows)
 
 

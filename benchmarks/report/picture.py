@@ -29,6 +29,8 @@ def side(results: Results, family: Family) -> str:
     name = _KINDS.get(family.method.kind, family.method.kind)
     if family.ours:
         name = "CondLRAdam" if family.optimizer == "adam" else "CondLR"
+    elif "penalty" in family.start:
+        name = "penalty"
     several = any(f.ranks is not None for f in results.plan.families)
     if not several or family.method.kind in ("dense", "orthogonal"):
         return name

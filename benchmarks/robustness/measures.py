@@ -203,13 +203,14 @@ def everything(
         found["condition"] = bound.compare(model, data.test_x[: asked.condition_images])
     if once and asked.masking_images and importlib.util.find_spec("pyautoattack"):
         few = (images[0][: asked.masking_images], images[1][: asked.masking_images])
-        check = robustness.check_masking(model, few, asked.eps, norm=norm, queries=2000)
+        check = robustness.check_masking(model, few, asked.eps, norm=norm, queries=4000)
         found["masking"] = {
             "failed": [name for name, passed in check.verdicts.items() if not passed],
             "one_step": check.one_step,
             "many_steps": check.many_steps,
             "black_box": {str(q): a for q, a in check.black_box.items()},
             "only_black_box": check.only_black_box,
+            "climbed": check.climbed,
             "unlimited": check.unlimited,
             "images": check.samples,
         }

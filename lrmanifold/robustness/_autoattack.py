@@ -44,18 +44,17 @@ def run(
     steps: int,
     queries: int,
     seed: int,
-    thorough: bool = False,
 ) -> Tensor:
     """Images of attack `name` on x, each inside the ball and the box, dtype of x.
 
     The package works in float32 on images in [0, 1] of shape (B, C, H, W), H, W >= 5, and seeds
     torch's global generator; here its results are projected, and the generator is given back.
 
-    `thorough` is for Square: the schedule of its sizes is scaled to `queries`, where the package
-    evaluates large squares first and small ones only after 1,000 of 10,000; and its squares reach
-    the last row and column, where the package draws their corners from a range too short by one.
+    Square is stronger here than the package's default: the schedule of its sizes is scaled to
+    `queries`, where the package tries small squares only after 1,000 of 10,000; and its squares
+    reach the last row and column, where the package's corners come from a range too short by one.
     """
-    fold, unfold = _wider(*grid(x)) if thorough else grid(x)
+    fold, unfold = _wider(*grid(x)) if name == "square" else grid(x)
     low, high = box
     width = high - low
     with torch.no_grad():
@@ -67,9 +66,7 @@ def run(
             return torch.zeros(0, classes, device=x.device)
         return f((low + width * unfold(u)).to(x.dtype)).float() * scale
 
-    attack = _attack(
-        name, predict, eps / width, norm, x.device, classes, steps, queries, seed, thorough
-    )
+    attack = _attack(name, predict, eps / width, norm, x.device, classes, steps, queries, seed)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         u = attack(fold(((x.float() - low) / width).clamp(0, 1)), y)
@@ -88,7 +85,6 @@ def _attack(
     steps: int,
     queries: int,
     seed: int,
-    thorough: bool,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
     from pyautoattack.square import SquareAttack
@@ -104,7 +100,7 @@ def _attack(
     elif name == "fab-t":
         attack = _fab()(predict, n_iter=steps, targeted=True, n_target_classes=targets, **common)
     else:
-        attack = SquareAttack(predict, n_queries=queries, resc_schedule=thorough, **common)
+        attack = SquareAttack(predict, n_queries=queries, resc_schedule=True, **common)
     return attack.perturb
 
 

@@ -184,7 +184,7 @@ def check_masking(
                     continue
                 z = _autoattack.run(
                     "square", f, x[tried], y[tried], eps, norm, box, steps=1, queries=budget,
-                    seed=seed + len(black_box), thorough=True,
+                    seed=seed + len(black_box),
                 )  # fmt: skip
                 left[tried] = right(f, z, y[tried])
             black_box[budget] = sum(int(left.sum()) for left in stands) / total
