@@ -92,10 +92,12 @@ def worst_case(
 
     The attacks are our :func:`pgd` on the margin and those of AutoAttack's standard version, from
     the independent package `pyautoattack` (``pip install 'lrmanifold[attacks]'``): APGD on cross
-    entropy, targeted APGD on the DLR loss, targeted FAB, and Square, which uses no gradient. Each
-    runs on what the ones before left. Every image found is projected on the ball and the clip
-    range, and tried on the model here: nothing is believed. Logits whose spread is not ordinary are
-    rescaled by a power of two, as in :func:`margin_loss`; the package's cross entropy saturates.
+    entropy, targeted APGD on the DLR loss, targeted FAB, and Square, which uses no gradient; its
+    sizes are scaled to `queries` and its squares reach every pixel, which makes it stronger than by
+    the package's defaults. Each runs on what the ones before left. Every image found is projected
+    on the ball and the clip range, and tried on the model here: nothing is believed. Logits whose
+    spread is not ordinary are rescaled by a power of two, as in :func:`margin_loss`; the package's
+    cross entropy saturates.
 
     The result is an upper bound of the true robust accuracy, the best known in practice, and no
     proof; a proof is :func:`lrmanifold.certify.verified_accuracy`. Models that draw random numbers
