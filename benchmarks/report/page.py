@@ -60,11 +60,10 @@ def write(results: Results, folder: Path) -> Path:
         "Left: of each side all settings that no other one beats in both, on validation "
         "images, with "
         "standard errors over the seeds of the search. Right: the chosen settings on test "
-        "images, with "
-        "standard deviations over the seeds of the test.",
+        "images, with standard deviations over the seeds of the test that did not diverge.",
         "In how many pairs of settings is one as accurate as the other (at most 0.1 points less), "
-        "and in how many of these harder to fool? On validation images, all trials; in brackets "
-        "the best of each side only.",
+        "and in how many of these harder to fool? On validation images, all trials that did not "
+        "diverge; in brackets the best of each side only.",
         _pairs(results),
         "## How they were chosen",
         _search(results),
@@ -184,6 +183,8 @@ def _legend(results: Results) -> str:
 def _pairs(results: Results) -> str:
     by_side: dict[str, list[Any]] = {}
     for trial in results.trials:
+        if 0.0 in trial["clean"]:
+            continue
         by_side.setdefault(side(results, results.plan.family(trial["family"])), []).append(trial)
     ours = [name for name in by_side if name.startswith("CondLR")]
     rows = []

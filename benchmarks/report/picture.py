@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def frontier(results: Results) -> bytes:
     """A PNG: all settings that no other of its side beats in validation; the chosen ones in test.
 
     Bars on the left are standard errors over the seeds of the search, on the right standard
-    deviations over the seeds of the test.
+    deviations over the seeds of the test that did not diverge.
     """
     figure, axes = viz.new_figure(2, width=5.6, height=4.8)
     sides = list(dict.fromkeys(side(results, f) for f in results.plan.families))
@@ -58,7 +59,14 @@ def frontier(results: Results) -> bytes:
         bars = [[_error(t[key]) for t in best] for key in ("clean", "worst")]
         x, y = np.array([trial_point(t) for t in best]).T
         _bars(axes[0], x, y, *bars, line="-", **look)
-        groups = [g for g in results.groups if side(results, g.family) == name]
+        # a diverged seed, 0 % in the table, would squeeze all others into a corner
+        groups = [
+            replace(g, rows=g.done)
+            for g in results.groups
+            if side(results, g.family) == name and g.done
+        ]
+        if not groups:
+            continue
         paths = [results.column(c) for c in ("clean", "worst")]
         x, y = (np.array([g.mean(*path) for g in groups]) for path in paths)
         _bars(axes[1], x, y, *([g.spread(*p) for g in groups] for p in paths), line="", **look)
