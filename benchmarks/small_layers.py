@@ -5,11 +5,14 @@ low-rank layers (τ = 0.1, momentum 0.9, weight decay) against ``torch.optim.SGD
 Processor time of one thread, both in turn, the median of 25 rounds.
 
     OMP_NUM_THREADS=1 python -m benchmarks.small_layers
+    OMP_NUM_THREADS=1 python -m benchmarks.small_layers AdamW  # README's case by CondLRAdam, AdamW
 """
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -40,13 +43,18 @@ def network(width: int) -> nn.Module:
     )
 
 
-def measure(width: int, rank: int, batch: int) -> dict[str, Any]:
-    """Milliseconds of both, and the ratio within a round."""
+def measure(width: int, rank: int, batch: int, adam: bool = False) -> dict[str, Any]:
+    """Milliseconds of both, and the ratio within a round; by CondLRAdam and AdamW if `adam`."""
     dense, low = network(width), lrm.factorize(network(width), rank=rank, tau=0.1, exclude="4")
-    options: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01}
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.01}
+    usual: Any = torch.optim.AdamW
+    ours: Any = lrm.optim.CondLRAdam
+    if not adam:
+        options["momentum"] = 0.9
+        usual, ours = torch.optim.SGD, lrm.optim.CondLR
     pairs: list[tuple[nn.Module, Any]] = [
-        (dense, torch.optim.SGD(dense.parameters(), **options)),
-        (low, lrm.optim.CondLR(low.parameters(), **options)),
+        (dense, usual(dense.parameters(), **options)),
+        (low, ours(low.parameters(), **options)),
     ]
     x, y = torch.rand(batch, 64), torch.randint(10, (batch,))
     often = max(2, 5000 // width)
@@ -72,14 +80,17 @@ def measure(width: int, rank: int, batch: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(optimizer: str = "SGD") -> None:
     """Measure, print, write."""
     torch.manual_seed(0)
-    rows = [measure(*case) for case in CASES]
+    adam = optimizer == "AdamW"
+    rows = [measure(*case, adam=adam) for case in (CASES[:1] if adam else CASES)]
+    if adam:
+        rows[0]["load"] = os.getloadavg()[0]  # processes that wanted a core, this one among them
     for row in rows:
         print({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()})
-    print(record("small_layers", rows))
+    print(record("small_layers_adamw" if adam else "small_layers", rows))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

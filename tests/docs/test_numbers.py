@@ -38,17 +38,34 @@ def test_the_demo_uses_the_settings_that_were_chosen(method):
 
 
 def test_the_example_uses_the_settings_that_were_chosen():
-    path = ROOT / "benchmarks" / "results" / "readme_example.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["results"]
-    for side in ("example", "dense twin"):
-        chosen, tried = found[side]["chosen"], found[side]["chosen"]["tries"]
-        assert chosen["score"] == max(t["score"] for t in tried)
-        for name in ("lr", "weight_decay"):
-            values = {t[name] for t in tried}
-            assert min(values) < chosen[name] < max(values)
-    chosen = found["example"]["chosen"]
-    words = f"lr={chosen['lr']:g}, momentum=0.9, weight_decay={chosen['weight_decay']:g})"
-    assert words in readme_example.example()
+    found = readme_example.stored()
+    chosen = readme_example.choices(found["trials"])
+    for side in ("example", readme_example.TWIN):
+        assert found[side]["chosen"] == chosen[side]
+    code = readme_example.example()
+    ours = chosen["example"]
+    optimizer = readme_example.OPTIMIZERS[ours["optimizer"]]
+    for name in ("lr", "weight_decay"):
+        optimizer = optimizer.replace(f"{name}=0", f"{name}={ours[name]:g}")
+    assert f"optimizer = lrm.optim.{optimizer}\n" in code
+    assert f"tau={readme_example.TAUS[ours['variant']]}," in code
+
+
+def test_the_best_of_every_variant_lies_inside_its_grid():
+    for tried in readme_example.stored()["trials"].values():
+        for done in tried.values():
+            top = readme_example.best(done)
+            for name in ("lr", "weight_decay"):
+                values = {t[name] for t in done}
+                assert min(values) < top[name] < max(values)
+
+
+def test_the_variants_of_adamw_tried_the_same_settings():
+    grids = [
+        [(t["lr"], t["weight_decay"]) for t in done]
+        for done in readme_example.stored()["trials"]["AdamW"].values()
+    ]
+    assert all(grid == grids[0] for grid in grids)
 
 
 def test_the_twin_of_the_example_differs_by_the_line_that_factorizes():
