@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import json
 import os
 import platform
@@ -28,7 +27,6 @@ def _processor() -> str:
     )
 
 
-@functools.cache  # what runs is the code of the start, whatever is committed meanwhile
 def _commit() -> str | None:
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
@@ -39,11 +37,14 @@ def _commit() -> str | None:
         return None
 
 
+COMMIT = _commit()  # of the code that was imported, whatever is committed while it runs
+
+
 def conditions() -> dict[str, Any]:
     """Machine, versions, date and commit of a run."""
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": COMMIT,
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -144,6 +144,17 @@ def test_a_plateau_of_two_budgets_is_no_convergence(device):
         assert other.verdicts["the black box has converged"] == converged
 
 
+def test_as_many_samples_as_are_tolerated_pass_whatever_their_difference_rounds_to(device):
+    net = network(device)
+    found = check_masking(net, labelled(net, device), 0.02, steps=10, queries=1000)
+    for many in range(10, 100):
+        for lost in (2, 3):
+            other = dataclasses.replace(
+                found, many_steps=many / 100, climbed=(many - lost) / 100, tolerance=0.02
+            )
+            assert other.verdicts["no search improves on many steps"] == (lost == 2)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("shape", [(1, 6, 6), (2, 8, 6), (7,)])
 def test_squares_reach_every_pixel(norm, shape, device):

@@ -187,6 +187,7 @@ class Runner:
             "clean": clean,
             "worst": worst,
             "attacks": attacks,
+            "conditions": conditions(),
             "cpu_seconds": time.process_time() - began,
         }
         row = finite(row)  # as it is read again: the search repeats itself to the point

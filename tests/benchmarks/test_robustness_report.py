@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_plan import START, TINY, changed, write
 
+from benchmarks._record import FOLDER
 from benchmarks.report import page, picture, published
 from benchmarks.report.results import (
     LEAST_SEEDS,
@@ -312,6 +314,26 @@ def test_a_setting_at_an_end_of_its_grid_is_marked(folder):
     results.trials = [*results.trials, *around]
     assert family.start == START
     assert results.interior(family)
+
+
+def test_the_pages_that_are_committed_are_what_the_program_writes(tmp_path, monkeypatch):
+    for drawn in ("frontier", "curves"):
+        monkeypatch.setattr(page, drawn, lambda _: b"")
+    pages = []
+    for plan in sorted((FOLDER / "robustness").glob("*/plan.toml")):
+        results = read(plan.parent)
+        if results is None:
+            continue
+        pages.append((plan.parent.name, results))
+        folder = tmp_path / plan.parent.name
+        folder.mkdir()
+        if (measured := plan.parent / "conditioning.json").is_file():
+            shutil.copy(measured, folder)
+        written = page.write(results, folder).read_text(encoding="utf-8")
+        assert written == (plan.parent / "report.md").read_text(encoding="utf-8")
+    assert len(pages) >= 5
+    index = (FOLDER / "robustness" / "report.md").read_text(encoding="utf-8")
+    assert page.index(pages) == index
 
 
 def test_published_lines_stand_alone():
