@@ -37,14 +37,11 @@ def _commit() -> str | None:
         return None
 
 
-COMMIT = _commit()  # of the code that was imported, whatever is committed while it runs
-
-
 def conditions() -> dict[str, Any]:
     """Machine, versions, date and commit of a run."""
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": COMMIT,
+        "commit": _commit(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -60,10 +60,9 @@ class Group:
 
     def images(self, *path: str) -> dict[int, Any]:
         """By seed, on which images the network is right; only of rows that say so."""
-        found, marked = {}, [row for row in self.rows if _marks(row, path) is not None]
-        for row in marked:
-            found[row["seed"]] = _marks(row, path)
-        if marked:
+        by_seed = {row["seed"]: _marks(row, path) for row in self.rows}
+        found = {seed: marks for seed, marks in by_seed.items() if marks is not None}
+        if found:
             none = np.zeros_like(next(iter(found.values())))
             found |= {row["seed"]: none for row in self.rows if row.get("diverged")}
         return found

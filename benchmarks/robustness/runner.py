@@ -75,6 +75,8 @@ class Runner:
         self._data: dict[Any, Dataset] = {}
         self._there: dict[int, Dataset] = {}
         self._chosen: dict[str, list[tuple[dict[str, float], list[float]]]] = {}
+        # of the code that was imported, whatever is committed while it runs
+        self._conditions = conditions()
         self._deadline = time.monotonic() + 60 * self.minutes
 
     def go(self) -> bool:
@@ -187,7 +189,7 @@ class Runner:
             "clean": clean,
             "worst": worst,
             "attacks": attacks,
-            "conditions": conditions(),
+            "conditions": self._conditions,
             "cpu_seconds": time.process_time() - began,
         }
         row = finite(row)  # as it is read again: the search repeats itself to the point
@@ -214,7 +216,7 @@ class Runner:
             "shares": shares,
             "seed": seed,
             "device": self.device,
-            "conditions": conditions(),
+            "conditions": self._conditions,
         }
         began = time.process_time()
         trained = self._train(family, values, seed, key)
