@@ -48,7 +48,6 @@ REDUCED = {
     "fashion-mnist",
     "mnist",
     "cifar10",
-    "digits-adversarial",
     "mnist-adversarial",
 }
 
