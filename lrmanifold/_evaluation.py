@@ -8,7 +8,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def module_of(model: Any) -> Any:
@@ -23,6 +23,18 @@ def module_of(model: Any) -> Any:
             return inner if isinstance(inner, nn.Module) else model
 
 
+def check_output(logits: Any) -> Tensor:
+    """What a model returned, if it is a tensor; else TypeError that says what to pass."""
+    if not isinstance(logits, Tensor):
+        kind = type(logits).__name__
+        raise TypeError(
+            f"model must return a tensor of logits (B, classes), got an object of class {kind}: "
+            "pass a function that takes the logits out of it, such as lambda x: model(x)[0] or "
+            "lambda x: model(x).logits, and put the model in evaluation mode yourself"
+        )
+    return logits
+
+
 @contextlib.contextmanager
 def evaluation_mode(model: object) -> Iterator[None]:
     """Put every module inside `model` in evaluation mode, then give each its own flag back.
@@ -31,7 +43,8 @@ def evaluation_mode(model: object) -> Iterator[None]:
     """
     # model.train(flag) would also switch on what somebody froze, say one batch norm
     model = module_of(model)
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    found = model.modules() if isinstance(model, nn.Module) else ()
+    modules = [m for m in found if hasattr(m, "training")]  # frozen scripts have none
     flags = [module.training for module in modules]
     try:
         for module in modules:

@@ -57,14 +57,14 @@ def condition_number(
                 "f must map (B, ...) to (B, ...), B >= 1, or batched be False; got "
                 f"{tuple(x.shape)} -> {tuple(fx.shape)}"
             )
-        sizes = [z.detach().flatten(1).double().norm(dim=1) for z in (x, fx)]
+        sizes = [_rows(z.detach()).double().norm(dim=1) for z in (x, fx)]
         for name, size in zip(("x", "f(x)"), sizes, strict=True):
             bad = (~torch.isfinite(size) | (size == 0)).nonzero()[:, 0].tolist()
             if bad:
                 raise ValueError(f"{name} must be finite and not zero, fails in samples {bad[:9]}")
 
         def pulled(u: Tensor) -> Tensor:
-            v = pull(u.view_as(fx))[0].detach().flatten(1)
+            v = _rows(pull(u.view_as(fx))[0].detach())
             if not bool(torch.isfinite(v).all()):
                 raise ValueError("the derivative of f is not finite at x")
             return v
@@ -79,14 +79,34 @@ def condition_number(
 
             def product(v: Tensor, scale: Tensor = scale) -> Tensor:
                 Jv = torch.func.jvp(f, (x,), (v.view_as(x),))[1]
-                return pulled(Jv.flatten(1) / scale) / scale
+                return pulled(_rows(Jv) / scale) / scale
 
             root = _root_of_largest_eigenvalue(product, start / scale, steps, tol)
             runs.append(root * scale[:, 0])
             top = torch.stack(runs).sort(0, descending=True).values[:2]
             if len(runs) > 1 and bool((top[0] - top[1] <= 2 * tol * top[0]).all()):
+                if not bool(top[0].any()):
+                    _check_differentiable(f, x)
                 return (top[0] * sizes[0] / sizes[1]).to(x)
-    raise RuntimeError(f"||J||_2: 4 runs differ by more than tol={tol:g}; is f deterministic?")
+    raise RuntimeError(
+        f"||J||_2: 4 runs differ by more than tol={tol:g}; is f deterministic, and computed in "
+        f"{x.dtype} (no autocast inside)?"
+    )
+
+
+def _rows(z: Tensor) -> Tensor:
+    """One row a sample, also where a sample is one number."""
+    return z.reshape(len(z), -1)
+
+
+def _check_differentiable(f: Model, x: Tensor) -> None:
+    """A derivative of 0 everywhere is an error where autograd does not reach x."""
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        fx = f(x)
+        reached = fx.requires_grad and torch.autograd.grad(fx.sum(), x, allow_unused=True)[0]
+    if not isinstance(reached, Tensor):
+        raise ValueError("f does not depend differentiably on x: does it detach?")
 
 
 def _only_tensors(f: Model) -> Model:

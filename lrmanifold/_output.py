@@ -53,7 +53,8 @@ def accuracy_words(results: dict[str, Any], data: Dataset) -> str:
     attacked = ", ".join(f"{eps}: {100 * a:.2f} %" for eps, a in accuracy["fgsm"].items())
     if "pgd" in accuracy:
         ((where, share),) = accuracy["pgd"].items()
-        attacked += f"; under PGD ({where}) {100 * share:.2f} %"
+        step = accuracy["one_step"][where]
+        attacked += f"; under one step ({where}) {100 * step:.2f} %, PGD {100 * share:.2f} %"
     return (
         f"clean accuracy {100 * accuracy['clean']:.2f} %; under FGSM (linf) {attacked} "
         f"({len(data.test_y):,} test images, one is {100 / len(data.test_y):.2g} points)"

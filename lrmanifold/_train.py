@@ -177,16 +177,22 @@ def _way_out(job: Job, error: BaseException) -> str:
     return f"; the same command goes on after step {step}"
 
 
-def _under_pgd(
+def _as_trained(
     model: torch.nn.Module, test: tuple[torch.Tensor, torch.Tensor], how: Adversarial
-) -> dict[str, float]:
-    """Accuracy under PGD, in the norm and at the radius of the training; starts are seeded."""
-    generator = torch.Generator().manual_seed(0)
-    norm: Any = how.norm
-    found = robustness.accuracy_under_attack(
-        model, test, robustness.pgd, (how.eps,), norm=norm, steps=20, generator=generator
-    )
-    return {f"{how.norm} {how.eps:.4g}": found[how.eps]}
+) -> dict[str, dict[str, float]]:
+    """Accuracy under one step and under PGD, both in the norm and at the radius of the training."""
+    many: dict[str, Any] = {"steps": 20, "generator": torch.Generator().manual_seed(0)}
+    return {
+        name: {
+            f"{how.norm} {how.eps:.4g}": robustness.accuracy_under_attack(
+                model, test, attack, (how.eps,), norm=how.norm, **options
+            )[how.eps]
+        }
+        for name, attack, options in (
+            ("one_step", robustness.fgsm, {}),
+            ("pgd", robustness.pgd, many),
+        )
+    }
 
 
 def _finish(job: Job, trained: Trained, began: float) -> None:
@@ -199,7 +205,7 @@ def _finish(job: Job, trained: Trained, began: float) -> None:
     attacked = {f"{e:.4g}": a for e, a in accuracy.items() if e}
     measured: dict[str, Any] = {"clean": accuracy[0.0], "fgsm": attacked}
     if job.adversarial is not None:
-        measured["pgd"] = _under_pgd(trained.model, test, job.adversarial)
+        measured |= _as_trained(trained.model, test, job.adversarial)
     results: dict[str, Any] = {
         "format": runs.FORMAT,
         **job.expected(),

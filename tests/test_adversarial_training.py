@@ -221,7 +221,9 @@ def test_the_command_trains_against_the_attack_and_measures_it(tmp_path):
     assert results["settings"]["adversarial"]["eps"] == 0.1
     assert list(results["accuracy"]["pgd"]) == ["linf 0.1"]
     assert results["accuracy"]["pgd"]["linf 0.1"] <= results["accuracy"]["fgsm"]["0.1"] + 0.01
-    assert "under PGD (linf 0.1)" in found.output
+    for name in ("pgd", "one_step"):
+        assert 0 < results["accuracy"][name]["linf 0.1"] < results["accuracy"]["clean"]
+    assert "under one step (linf 0.1)" in found.output
     # the same folder, another radius: another run
     again = invoke(*quick, "--adversarial", "linf-single", "--eps", 0.2, "--out", folder)
     assert again.exit_code == 2
@@ -242,3 +244,64 @@ def test_the_command_refuses_what_it_cannot_do(words, message, tmp_path):
     assert found.exit_code == 2
     assert message in found.output
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (lambda x: (x - 0.45) / 0.25, r"floating point images in \[0, 1\].*before normalisation"),
+        (lambda x: 255 * x, r"float32 in \[0\.\d+, 25\d"),
+        (lambda x: (255 * x).byte(), r"torch\.uint8"),
+        (lambda x: x.index_fill(0, torch.tensor([1]), torch.nan), "nan"),
+    ],
+)
+def test_images_that_are_not_in_the_unit_range_are_refused(x, message):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    loss = AdversarialLoss(Adversarial(8 / 255), 10)
+    images = torch.rand(50, 3, 8, 8)
+    y = torch.zeros(50, dtype=torch.int64)
+    assert torch.isfinite(loss(net, images, y, 0))
+    with pytest.raises(ValueError, match=message):
+        loss(net, x(images), y, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: AdversarialLoss(0.1, 10), TypeError, "how must be an Adversarial"),
+        (lambda: AdversarialLoss(Adversarial(0.1), "10"), TypeError, "steps must be an integer"),
+        (lambda: AdversarialLoss(Adversarial(0.1), 0), ValueError, "steps must be"),
+        (lambda: AdversarialLoss(Adversarial(0.1), 9, seed=0.5), TypeError, "seed must be"),
+        (
+            lambda: AdversarialLoss(Adversarial(0.1), 9, label_smoothing=2),
+            ValueError,
+            "label_smoothing must be",
+        ),
+        (lambda: Adversarial(8), ValueError, r"at most 1 \(linf\).*8/255 = 0.03137 meant"),
+    ],
+)
+def test_wrong_arguments_are_named_at_once(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_a_step_before_the_first_and_a_model_that_returns_a_pair_are_named():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    x, y = torch.rand(5, 1, 3, 4), torch.zeros(5, dtype=torch.int64)
+    loss = AdversarialLoss(Adversarial(0.1, kind="trades"), 10)
+    with pytest.raises(ValueError, match="step must be"):
+        loss(net, x, y, -5)
+    with pytest.raises(TypeError, match=r"model must return a tensor of logits.*class tuple"):
+        loss(lambda z: (net(z), z), x, y, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_the_same_in_inference_mode(kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    x, y = torch.rand(5, 1, 3, 4), torch.zeros(5, dtype=torch.int64)
+    loss = AdversarialLoss(Adversarial(0.1, kind=kind), 10)
+    expected = loss(net, x, y, 3).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(loss(net, x.clone(), y.clone(), 3), expected)

@@ -167,3 +167,25 @@ def test_condition_number_refuses_half_precision_and_wrong_counts(device):
         condition_number(lambda z: z, x, iters=0)
     with pytest.raises(ValueError, match="tol must be"):
         condition_number(lambda z: z, x, tol=-1.0)
+
+
+def test_samples_that_are_one_number_and_functions_of_any_shape(device):
+    x = torch.tensor([3.0, 4.0], dtype=torch.float64, device=device)
+
+    def number(f, x):
+        return float(condition_number(f, x, batched=False))
+
+    assert number(lambda q: (q**2).sum(), x) == pytest.approx(2)  # |2x| |x| / |x|^2
+    assert number(lambda q: torch.stack((q, q)), x[0]) == pytest.approx(1)
+    assert number(lambda q: q**3, x[0]) == pytest.approx(3)
+    found = condition_number(lambda q: q.sum(1), torch.stack((x, 2 * x)))
+    assert found.tolist() == pytest.approx([math.sqrt(2) * 5 / 7] * 2)
+    assert condition_number(lambda q: q**2, x).tolist() == pytest.approx([2, 2])
+
+
+def test_a_function_that_autograd_does_not_reach_is_no_constant():
+    x, net = torch.ones(3, 2, dtype=torch.float64), nn.Linear(2, 2).double()
+    for f in (torch.Tensor.detach, lambda z: net(z.detach())):
+        with pytest.raises(ValueError, match="does not depend differentiably on x"):
+            condition_number(f, x)
+    assert condition_number(lambda z: 0 * z + 1, x).tolist() == [0, 0, 0]

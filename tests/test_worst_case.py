@@ -230,3 +230,45 @@ def test_wrong_arguments_are_named(change, kind, message, device):
     arguments = {"model": net, "data": labelled(net, device), "eps": 0.1} | change
     with pytest.raises(kind, match=message):
         worst_case(**arguments)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+        lambda x: x.expand(len(x), -1, -1, -1)[:, :, :, ::1].mT.contiguous().mT,
+    ],
+)
+def test_images_of_every_layout_give_the_same(layout, norm, device):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)).to(device)
+    x = torch.rand(12, 3, 8, 8, device=device)
+    y = net(x).argmax(1)
+    other = layout(x)
+    assert not other.is_contiguous()
+    expected = worst_case(net, (x, y), 0.05, norm=norm, **FAST)
+    assert worst_case(net, (other, y), 0.05, norm=norm, **FAST) == expected
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_torchs_default_dtype_does_not_matter(norm, device):
+    net = network(device)
+    x, y = labelled(net, device)
+    expected = worst_case(net, (x, y), 0.05, norm=norm, **FAST)
+    masking = check_masking(net, (x, y), 0.05, norm=norm, steps=10, queries=1000)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert worst_case(net, (x, y), 0.05, norm=norm, **FAST) == expected
+        found = check_masking(net, (x, y), 0.05, norm=norm, steps=10, queries=1000)
+        assert found.black_box.keys() == masking.black_box.keys()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_packages_messages_point_to_what_is_here(caplog):
+    _autoattack._log.warning("there are 16 points! See flags_doc.md for details.")
+    assert "flags_doc" not in caplog.text
+    assert "See lrmanifold.robustness.check_masking" in caplog.text

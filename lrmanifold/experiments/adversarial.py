@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._arguments import check_choice, check_integer, check_number
-from .._evaluation import evaluation_mode
+from .._arguments import check_choice, check_instance, check_integer, check_number
+from .._evaluation import check_output, evaluation_mode
+from ..precision import compute_dtype, rounded_towards
 
 KINDS = ("pgd", "trades", "single")
 NORMS = ("linf", "l2")
@@ -23,7 +24,7 @@ class Adversarial:
     Attributes
     ----------
     eps : float
-        Radius at the end.
+        Radius at the end; at most 1 in linf, as images are in [0, 1]: 8/255, not 8.
     norm : {"linf", "l2"}
     kind : {"pgd", "trades", "single"}
         "pgd": cross entropy on the images that PGD finds from a random start (Madry et al., ICLR
@@ -62,6 +63,11 @@ class Adversarial:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        if self.norm == "linf" and self.eps > 1:
+            raise ValueError(
+                f"eps must be at most 1 (linf), as images are in [0, 1], got {self.eps:g}: is "
+                f"{self.eps:g}/255 = {self.eps / 255:.4g} meant?"
+            )
 
 
 class AdversarialLoss:
@@ -71,9 +77,9 @@ class AdversarialLoss:
     images of the loss alone; its gradients reach no parameter. Random starts depend on the seed,
     the place in the training and the device only: a run that was cut off goes on alike.
 
-    A call is :meth:`loss` with :meth:`radius` and :meth:`start`. These two change with the step, so
-    a captured step (:mod:`~lrmanifold.experiments.replay`) takes them as arguments and calls
-    :meth:`loss`; `fit` does so.
+    A call checks the images and is :meth:`loss` with :meth:`radius` and :meth:`start`. These two
+    change with the step, so a captured step (:mod:`~lrmanifold.experiments.replay`) takes them as
+    arguments and calls :meth:`loss`; `fit` does so.
 
     Parameters
     ----------
@@ -83,15 +89,33 @@ class AdversarialLoss:
     seed : int
     label_smoothing : float
         Of the cross entropy.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a value of the wrong type or out of range.
     """
 
     def __init__(
         self, how: Adversarial, steps: int, *, seed: int = 0, label_smoothing: float = 0.0
     ) -> None:
-        self.how, self.steps, self.seed, self.smoothing = how, steps, seed, label_smoothing
+        self.how: Adversarial = check_instance("how", how, Adversarial, "an Adversarial")
+        self.steps = check_integer("steps", steps, low=1)
+        self.seed = check_integer("seed", seed)
+        self.smoothing = check_number("label_smoothing", label_smoothing, low=0.0, high=1.0)
+        self._seen = False
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
-        """Mean loss of images (B, C, H, W) after `step` batches."""
+        """Mean loss of images (B, C, H, W) after `step` batches.
+
+        Raises ValueError for images that are no floating point numbers in [0, 1]: give them before
+        normalisation, which belongs into the model. On an accelerator only the first batch is
+        looked at, as the host would wait for each.
+        """
+        check_integer("step", step, low=0)
+        if not (self._seen and x.device.type != "cpu"):
+            _check_images(x)
+            self._seen = True
         return self.loss(model, x, y, self.radius(step), self.start(x, step))
 
     def radius(self, step: int) -> float:
@@ -131,8 +155,8 @@ class AdversarialLoss:
         how = self.how
         z = self.attacked(model, x, y, eps, start)
         if how.kind != "trades":
-            return F.cross_entropy(model(z).float(), y, label_smoothing=self.smoothing)
-        clean, found = model(torch.cat((x, z))).float().chunk(2)
+            return F.cross_entropy(_logits(model, z), y, label_smoothing=self.smoothing)
+        clean, found = _logits(model, torch.cat((x, z))).chunk(2)
         apart = _divergence(found, clean.log_softmax(1))
         return F.cross_entropy(clean, y, label_smoothing=self.smoothing) + how.beta * apart
 
@@ -141,18 +165,24 @@ class AdversarialLoss:
     ) -> Tensor:
         """Images (B, C, H, W) at most `eps` from `x` that the network finds hard, without gradient.
 
-        The attack starts at x + eps `start`; arguments as in :meth:`loss`.
+        The attack starts at x + eps `start`; arguments as in :meth:`loss`. Images in half precision
+        are attacked in float32, and what is found is rounded towards them.
         """
-        how = self.how
+        how, given = self.how, x.dtype
+        x, start = (t.to(compute_dtype(given)) for t in (x, start))
         count = 1 if how.kind == "single" else how.steps
         length = (1.25 if how.kind == "single" else 2.5 / count) * eps
-        with evaluation_mode(model):
-            target = model(x).float().log_softmax(1).detach() if how.kind == "trades" else None
+        with torch.inference_mode(False), evaluation_mode(model):
+            # made in inference mode, they could not be differentiated
+            x, y, start = (t.clone() if t.is_inference() else t for t in (x, y, start))
+            target = None
+            if how.kind == "trades":
+                target = _logits(model, x.to(given)).log_softmax(1).detach()
             z = _project(x, start * eps, eps, how.norm)
             for _ in range(count):
                 with torch.enable_grad():
                     z.requires_grad_()
-                    logits = model(z).float()
+                    logits = _logits(model, z.to(given))
                     # sums: each image's gradient is its own
                     loss = (
                         F.cross_entropy(logits, y, reduction="sum")
@@ -161,7 +191,21 @@ class AdversarialLoss:
                     )
                     (g,) = torch.autograd.grad(loss, z)
                 z = _project(x, z.detach() + length * _direction(g, how.norm) - x, eps, how.norm)
-        return z.detach()
+        return rounded_towards(z.detach(), x, given).to(given)
+
+
+def _check_images(x: Tensor) -> None:
+    check_instance("x", x, Tensor, "a tensor of images")
+    low, high = (float(v) for v in x.aminmax()) if x.numel() else (0.0, 0.0)
+    if not x.is_floating_point() or not (low >= -1e-6 and high <= 1 + 1e-6):
+        raise ValueError(
+            f"x must be floating point images in [0, 1], got {x.dtype} in [{low:g}, {high:g}]: "
+            "give them before normalisation, and put that into the model"
+        )
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    return check_output(model(x)).float()
 
 
 def _divergence(logits: Tensor, target: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 **Units.** `x` is always the image *before* normalisation, `eps` is in its unit, and `mean`, `std`
 per channel are applied inside: the model sees ``(x - mean) / std``. The scaled, unclipped attack
 of the published CIFAR tables, ``x_norm + eps * sign(g) / std`` on normalised input, is
-``clip=None``: it is ``x + eps * sign(g)``, normalised (g has the same sign either way).
+``clip=None`` and ``loss=F.cross_entropy``: it is ``x + eps * sign(g)``, normalised (g has the same
+sign either way).
 
 **Nothing of the model changes.** A module runs in evaluation mode and gets each training flag
 back; so does the module of a bound method such as ``model.forward``. Gradients are taken with

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from .._arguments import check_callable, check_flag, check_integer, check_number
 from .._evaluation import evaluation_mode
+from ..precision import rounded_towards
 from ._common import (
     Clip,
     Loss,
@@ -40,8 +41,10 @@ def fgsm(
 ) -> Tensor:
     """One step of length `eps` up the loss: x + eps sign(g) (linf) or x + eps g / |g|_2 (l2).
 
-    The result has shape and unit of `x`. One forward and one backward pass. A sample with zero
-    gradient comes back as it was. Source: Goodfellow, Shlens, Szegedy, ICLR 2015.
+    The result has shape, unit and dtype of `x`; where that is a half precision, it is computed in
+    float32 and rounded towards `x`, so that it stays inside the ball. One forward and one backward
+    pass. A sample with zero gradient comes back as it was. Source: Goodfellow, Shlens, Szegedy,
+    ICLR 2015.
 
     Parameters
     ----------
@@ -58,8 +61,10 @@ def fgsm(
     eps = check_number("eps", eps, low=0)
     check_callable("loss", loss, "a function (logits, y) -> loss of each sample")
     with torch.inference_mode(False), evaluation_mode(model):
+        given = x.dtype
         x, y, f, box = prepare(model, x, y, norm, clip, mean, std, eps)
-        return (x + eps * steepest(gradient(f, loss, x, y), norm)).clamp(*box) if eps else x
+        z = (x + eps * steepest(gradient(f, loss, x, y), norm)).clamp(*box) if eps else x
+        return rounded_towards(z, x, given).to(given)
 
 
 def pgd(
@@ -111,6 +116,7 @@ def pgd(
     if runs > 1 and not random_start:
         raise ValueError(f"restarts must be 1 with random_start=False, got {restarts}")
     with torch.inference_mode(False), evaluation_mode(model):
+        given = x.dtype
         x, y, f, box = prepare(model, x, y, norm, clip, mean, std, eps)
         worst, score = x.clone(), torch.full((len(x),), -math.inf, device=x.device)
         for run in range(runs if eps else 0):
@@ -118,8 +124,9 @@ def pgd(
             if run:
                 start = (x + eps * _uniform_in_unit_ball(x, norm, generator)).clamp(*box)
             z = ascend(f, loss, start, x, y, eps, norm, box, steps, length)
+            z = rounded_towards(z, x, given)
             if runs == 1:
-                return z
+                return z.to(given)
             with torch.no_grad():
                 logits = checked_logits(f, z, y)
             found = margin(logits, y)
@@ -128,7 +135,7 @@ def pgd(
             found, score = torch.maximum(found, floor.to(found)), score.to(found)
             worst[found > score] = z[found > score]
             score = torch.maximum(found, score)
-        return worst
+        return worst.to(given)
 
 
 def ascend(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,17 @@ Fold = Callable[[Tensor], Tensor]
 _NORMS = {"linf": "Linf", "l2": "L2"}
 _SMALLEST = 5  # Square in l2 tiles an image by fifths of its height
 _log = logging.getLogger("lrmanifold.robustness")
+
+
+def _our_pointer(record: logging.LogRecord) -> bool:
+    """The package's messages name a file of its own repository that nobody has here."""
+    record.msg = str(record.msg).replace(
+        "See flags_doc.md for details", "See lrmanifold.robustness.check_masking"
+    )
+    return True
+
+
+_log.addFilter(_our_pointer)
 
 
 def require() -> None:
@@ -68,11 +80,22 @@ def run(
 
     attack = _attack(name, predict, eps / width, norm, x.device, classes, steps, queries, seed)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), _default_float32():
         u = attack(fold(((x.float() - low) / width).clamp(0, 1)), y)
         z = (low + width * unfold(u)).to(x.dtype)
         z = torch.where(torch.isfinite(z), z, x)
         return (x + project(z - x, eps, norm)).clamp(*box)
+
+
+@contextlib.contextmanager
+def _default_float32() -> Iterator[None]:
+    """The package makes tensors of torch's default dtype and mixes them with those of images."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _attack(
@@ -125,7 +148,7 @@ def _fab() -> Any:
 def grid(x: Tensor) -> tuple[Fold, Fold]:
     """x to images (B, C, H, W) that the package takes, and back."""
     if x.ndim == 4 and min(x.shape[2:]) >= _SMALLEST:
-        return (lambda z: z), (lambda u: u)
+        return Tensor.contiguous, (lambda u: u)  # the package calls view
     size = math.prod(x.shape[1:])
     side = max(_SMALLEST, math.isqrt(size - 1) + 1)
 

@@ -18,8 +18,9 @@ from .._arguments import (
     check_tensor,
     shown,
 )
-from .._evaluation import module_of
+from .._evaluation import check_output, module_of
 from .._stack import stack_level
+from ..precision import compute_dtype
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -41,7 +42,10 @@ def prepare(
 ) -> tuple[Tensor, Tensor, Model, tuple[float, float]]:
     """Checked copies of x and y, the model with the normalisation inside, and the clip range.
 
-    Warns of an `eps` with which every image may become every other.
+    Images in half precision become float32, as a step may be shorter than their spacing; the model
+    still gets them in their own dtype. What is found must be rounded before it counts, by
+    :func:`~lrmanifold.precision.rounded_towards`. Warns of an `eps` with which every image may
+    become every other.
     """
     check_callable("model", model, "a module or a function of images")
     check_choice("norm", norm, ("linf", "l2"))
@@ -54,9 +58,9 @@ def prepare(
         raise ValueError(f"clip must be (low, high) with low < high, got {clip}")
     # an image computed back as x_norm * std + mean may miss the range by some roundings
     slack = 0.0 if clip is None else 4 * torch.finfo(x.dtype).eps * max(abs(low), abs(high))
-    if not bool((torch.isfinite(x) & (x >= low - slack) & (x <= high + slack)).all()):
+    if not bool(((x >= low - slack) & (x <= high + slack)).all()):
         raise ValueError(
-            f"x must be finite and inside clip={clip}, got values in [{x.min().item():g}, "
+            f"x must be inside clip={clip}, got values in [{x.min().item():g}, "
             f"{x.max().item():g}]: give images before normalisation (and mean, std), or clip=None"
         )
     widest = (high - low) * (math.sqrt(x[0].numel()) if norm == "l2" and len(x) else 1.0)
@@ -66,7 +70,10 @@ def prepare(
             f"[{low:g}, {high:g}] (clip). Give eps in that unit, such as {eps:g} / 255",
             stacklevel=stack_level(),
         )
-    return x, y, normalized(model, x, mean, std), (low, high)
+    given, wide = x.dtype, compute_dtype(x.dtype)
+    seen = normalized(model, x, mean, std)
+    f = seen if wide == given else lambda z: seen(z.to(given))
+    return x.to(wide), y, f, (low, high)
 
 
 def check_batch(x: Tensor, y: Tensor) -> None:
@@ -78,6 +85,8 @@ def check_batch(x: Tensor, y: Tensor) -> None:
             "x must be floating point of shape (B, ...) and y hold B integer classes, got "
             f"{x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"
         )
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("x must be finite, got NaN or Inf")
 
 
 def batches(
@@ -105,7 +114,15 @@ def normalized(model: Model, x: Tensor, mean: PerChannel, std: PerChannel) -> Mo
     if mean is None and std is None:
         return model
     given = (math.nan if v is None else v for v in (mean, std))  # one missing fails the test below
-    shift, scale = (torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1) for v in given)
+    try:
+        # cloned: tensors that were made in inference mode
+        shift, scale = (
+            torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1).clone() for v in given
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"mean and std must be numbers, got mean={shown(mean)}, std={shown(std)}"
+        ) from error
     fits = all(len(v) in (1, x.shape[1]) for v in (shift, scale))
     if not fits or not bool(torch.isfinite(shift).all() & (scale > 0).all()):
         raise ValueError(
@@ -119,27 +136,26 @@ def normalized(model: Model, x: Tensor, mean: PerChannel, std: PerChannel) -> Mo
 def gradient(f: Model, loss: Loss, x: Tensor, y: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        value = loss(checked_logits(f, x, y), y).sum()
-        if not value.requires_grad:
-            raise ValueError("the model's output does not depend differentiably on x")
-        (g,) = torch.autograd.grad(value, x)
+        value = loss(checked_logits(f, x, y), y)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"loss must return a tensor (B,) or a scalar one, got {shown(value)}")
+        # unused: the weights have gradients, the images have none
+        g = None
+        if value.requires_grad:
+            (g,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+    if g is None:
+        raise ValueError("the model's output does not depend differentiably on x")
     if not bool(torch.isfinite(g).all()):
         raise ValueError("the gradient of the loss with respect to x is not finite")
     return g
 
 
 def checked_logits(f: Model, x: Tensor, y: Tensor) -> Tensor:
-    logits = f(x)
-    if not isinstance(logits, Tensor):
-        kind = type(logits).__name__
-        raise TypeError(
-            f"model must return a tensor of logits (B, classes), got an object of class {kind}: "
-            "pass a function that takes the logits out of it, such as lambda x: model(x)[0] or "
-            "lambda x: model(x).logits, and put the model in evaluation mode yourself"
-        )
+    logits = check_output(f(x))
     shape = tuple(logits.shape)
     if len(shape) != 2 or shape[0] != len(x) or shape[1] < 2:
-        raise ValueError(f"model must give logits ({len(x)}, classes >= 2), got shape {shape}")
+        one = ": of one logit z make two by cat((-z, z), 1) / 2" if shape == (len(x), 1) else ""
+        raise ValueError(f"model must give logits ({len(x)}, classes >= 2), got shape {shape}{one}")
     if not logits.is_floating_point():
         raise TypeError(f"model must give logits of a floating point dtype, got {logits.dtype}")
     if bool(((y < 0) | (y >= shape[1])).any()):  # on a GPU cross-entropy would kill the process

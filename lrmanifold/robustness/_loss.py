@@ -8,29 +8,33 @@ import torch
 from torch import Tensor
 
 LEAST_SPREAD, LARGEST_SPREAD = 8.0, 64.0  # of ordinary logits, max - min
+_STEEPEST = 1024.0  # gradient that logits get: a model in float16 ends at 65504
 
 
 def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
     """logsumexp_{j != y} z_j - z_y of each sample, shape (B,).
 
-    Its gradient is that of cross entropy divided by 1 - p_y, a positive number for each sample. So
-    steps of :func:`fgsm` and :func:`pgd` are those of cross entropy, except that nothing vanishes
-    where p_y rounds to 1 (in float32 from a margin of 16.6 on, in bfloat16 of 7).
+    Of logits that are spread (max_j z_j - min_j z_j) over 8 to 64 the gradient is that of cross
+    entropy divided by 1 - p_y, a positive number for each sample. So steps of :func:`fgsm` and
+    :func:`pgd` are those of cross entropy, except that nothing vanishes where p_y rounds to 1 (in
+    float32 from a margin of 16.6 on, in bfloat16 of 7).
 
-    Logits that are spread (max_j z_j - min_j z_j) over less than 8 or more than 64 are first
-    multiplied by the power of two that brings the spread into 8..16 or 32..64. Decisions do not
-    change, gradients neither underflow nor overflow in half precision, and outside of that range
-    the loss does not depend on the scale of the logits. float16 and bfloat16 are computed in
-    float32.
+    Others are first multiplied by the power of two that brings the spread into 8..16 or 32..64.
+    Decisions do not change, and steps are the same for the logits times any power of two that keeps
+    them outside of that range: those of cross entropy of the scaled logits, other ones than of the
+    logits as they are. Where that factor is beyond 1024 the loss is divided by the rest, a positive
+    number for each sample, so that gradients do not overflow in a model in half precision. float16
+    and bfloat16 are computed in float32.
 
     Parameters
     ----------
     logits, y : Tensor, shapes (B, classes) and (B,)
     """
     z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    z = z * ordinary_factor(z.detach())[:, None]
-    own = y[:, None]
-    return z.scatter(1, own, -math.inf).logsumexp(1) - z.gather(1, own)[:, 0]
+    factor = ordinary_factor(z.detach())
+    z, own = z * factor[:, None], y[:, None]
+    value = z.scatter(1, own, -math.inf).logsumexp(1) - z.gather(1, own)[:, 0]
+    return value * (_STEEPEST / factor).clamp_max(1)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
