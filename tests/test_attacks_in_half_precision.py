@@ -51,7 +51,7 @@ def linear(device):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("steps", [7, 20, 100, 400])
+@pytest.mark.parametrize("steps", [7, 20, 100])
 @pytest.mark.parametrize("levels", [2, 8])
 def test_more_steps_are_not_weaker_on_a_linear_model(dtype, steps, levels, device):
     """Steps shorter than the spacing of bfloat16 used to be rounded away: one step fools more."""
