@@ -8,7 +8,10 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from ._arguments import shown
 
 
 def module_of(model: Any) -> Any:
@@ -23,16 +26,30 @@ def module_of(model: Any) -> Any:
             return inner if isinstance(inner, nn.Module) else model
 
 
-def check_output(logits: Any) -> Tensor:
-    """What a model returned, if it is a tensor; else TypeError that says what to pass."""
+_FUNCTION = (
+    "pass a function that takes the logits out of it, such as lambda x: model(x)[0] or "
+    "lambda x: model(x).logits, and put the model in evaluation mode yourself"
+)
+
+
+def check_output(logits: Any, *, instead: str = _FUNCTION) -> Tensor:
+    """What a model returned, if it is a tensor; else TypeError that says what to pass `instead`."""
     if not isinstance(logits, Tensor):
         kind = type(logits).__name__
         raise TypeError(
             f"model must return a tensor of logits (B, classes), got an object of class {kind}: "
-            "pass a function that takes the logits out of it, such as lambda x: model(x)[0] or "
-            "lambda x: model(x).logits, and put the model in evaluation mode yourself"
+            + instead
         )
     return logits
+
+
+def check_attacked(z: Any, x: Tensor) -> Tensor:
+    """What an attack on the images x returned, if it is images."""
+    if not isinstance(z, Tensor) or z.shape != x.shape:
+        raise TypeError(f"attack must return images of shape {tuple(x.shape)}, got {shown(z)}")
+    if not bool(torch.isfinite(z).all()):
+        raise ValueError("attack must return finite images, got NaN or Inf")
+    return z
 
 
 @contextlib.contextmanager

@@ -48,7 +48,8 @@ def condition_number(
     check_flag("batched", batched)
     if not batched:
         with evaluation_mode(f):
-            return condition_number(lambda z: f(z[0])[None], x[None], iters=iters, tol=tol)[0]
+            one = _only_tensors(f)
+            return condition_number(lambda z: one(z[0])[None], x[None], iters=iters, tol=tol)[0]
     with torch.inference_mode(False), evaluation_mode(f):
         x = x.detach().clone()
         fx, pull = torch.func.vjp(_only_tensors(f), x)[:2]

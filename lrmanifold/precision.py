@@ -21,22 +21,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALF else dtype
 
 
-def rounded_towards(z: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`z` in a half precision `dtype`, each entry rounded towards that of `x`; others unchanged.
-
-    For points of a ball about `x`: to the nearest number rounding may leave it. `x` must hold
-    numbers of `dtype`; both tensors, and the result, have the same shape and a wider dtype.
-    """
-    if dtype not in _HALF:
-        return z
-    near = z.to(dtype)
-    past = (near.to(x) - x).abs() > (z - x).abs()
-    # sign and magnitude: the next number away from 0 is one bit more, whatever the sign
-    outward = (x - near.to(x)) * near.to(x) >= 0
-    bits = near.view(torch.int16) + torch.where(past, torch.where(outward, 1, -1), 0).short()
-    return bits.view(dtype).to(x)
-
-
 # How far from its manifold a stored point may be: rounding of storage, with room for a long run.
 _TOLERANCE = {
     torch.float64: 1e-6,

@@ -15,6 +15,7 @@ from lrmanifold.experiments.adversarial import KINDS, NORMS, Adversarial, Advers
 from lrmanifold.experiments.data import Dataset
 from lrmanifold.experiments.methods import Method, train
 from lrmanifold.experiments.models import mlp, plain
+from lrmanifold.experiments.stream import crop_and_flip
 from lrmanifold.experiments.training import Normalized, Settings
 from lrmanifold.robustness import accuracy_under_attack, pgd
 
@@ -249,9 +250,8 @@ def test_the_command_refuses_what_it_cannot_do(words, message, tmp_path):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (lambda x: (x - 0.45) / 0.25, r"floating point images in \[0, 1\].*before normalisation"),
-        (lambda x: 255 * x, r"float32 in \[0\.\d+, 25\d"),
-        (lambda x: (255 * x).byte(), r"torch\.uint8"),
+        (lambda x: (x - 0.45) / 0.25, r"images in \[0, 1\].*before normalisation"),
+        (lambda x: 255 * x, r"numbers in \[0\.\d+, 25\d"),
         (lambda x: x.index_fill(0, torch.tensor([1]), torch.nan), "nan"),
     ],
 )
@@ -286,14 +286,27 @@ def test_wrong_arguments_are_named_at_once(call, kind, message):
         call()
 
 
+class Pair(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x), x
+
+
 def test_a_step_before_the_first_and_a_model_that_returns_a_pair_are_named():
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     x, y = torch.rand(5, 1, 3, 4), torch.zeros(5, dtype=torch.int64)
     loss = AdversarialLoss(Adversarial(0.1, kind="trades"), 10)
     with pytest.raises(ValueError, match="step must be"):
         loss(net, x, y, -5)
-    with pytest.raises(TypeError, match=r"model must return a tensor of logits.*class tuple"):
-        loss(lambda z: (net(z), z), x, y, 0)
+    with pytest.raises(TypeError, match=r"model must be a module, got.*evaluation mode"):
+        loss(lambda z: net(z), x, y, 0)
+    with pytest.raises(TypeError, match="x must be a real floating point tensor"):
+        loss(net, (255 * x).byte(), y, 0)
+    with pytest.raises(TypeError, match=r"got an object of class tuple: wrap it in an nn\.Module"):
+        loss(Pair(net), x, y, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -305,3 +318,20 @@ def test_the_loss_is_the_same_in_inference_mode(kind):
     expected = loss(net, x, y, 3).detach()
     with torch.inference_mode():
         torch.testing.assert_close(loss(net, x.clone(), y.clone(), 3), expected)
+
+
+def test_random_starts_and_crops_do_not_depend_on_torchs_default_dtype():
+    x = torch.rand(6, 1, 5, 5)
+    loss = AdversarialLoss(Adversarial(0.1, "l2"), 10)
+
+    def drawn():
+        return loss.start(x, 3), crop_and_flip(x, torch.Generator().manual_seed(0))
+
+    expected = drawn()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = drawn()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)

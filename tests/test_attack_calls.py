@@ -43,6 +43,8 @@ def test_an_attack_of_ones_own_must_return_images(device):
     for wrong in (lambda *_: None, lambda _, x, y, eps: x[:1]):
         with pytest.raises(TypeError, match="attack must return images of shape"):
             accuracy_under_attack(net, data, wrong, [0.1])
+    with pytest.raises(ValueError, match="attack must return finite images"):
+        accuracy_under_attack(net, data, lambda _, x, y, eps: x * math.nan, [0.1])
     x, y = data
     x = x.index_fill(0, torch.tensor([0], device=device), math.nan)
     with pytest.raises(ValueError, match="x must be finite, got NaN"):

@@ -112,6 +112,14 @@ def test_equal_logits_have_a_finite_loss_and_gradient(device):
     torch.testing.assert_close(g[0].cpu(), torch.tensor([-1.0, 1 / 3, 1 / 3, 1 / 3]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_almost_equal_logits_have_a_gradient_that_float16_holds(dtype, device):
+    """Divided for that sample alone: the gradients of the others must not underflow for it."""
+    z = torch.tensor([[0.0, 2.0**-20], [0.0, 4.0]], dtype=dtype, device=device, requires_grad=True)
+    (g,) = torch.autograd.grad(margin_loss(z, torch.tensor([1, 1], device=device)).sum(), z)
+    assert g.abs().amax(1).tolist() == [1024, 2]
+
+
 # ---------------------------------------------------------------------- models of other kinds
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import check_callable, check_integer, check_module, check_number, shown
-from ..robustness import evaluation_mode
+from .._evaluation import check_attacked, evaluation_mode
 from ._trace import Recorder
 from .bounds import CertificationError
 from .lipschitz import LipschitzReport, digest, lipschitz, repeated
@@ -281,7 +281,7 @@ def _attacked(
     options: dict[str, Any],
 ) -> Tensor:
     """Which samples have another class, in float64, at what the attack found within eps."""
-    found = attack(model, x, y, eps, **options) if eps else x
+    found = check_attacked(attack(model, x, y, eps, **options), x) if eps else x
     # an attack may leave the ball by a rounding of float32; that would be no counterexample
     change = found.detach().double() - x.double()
     length = change.flatten(1).norm(dim=1).clamp_min(1e-300)

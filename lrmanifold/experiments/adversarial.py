@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._arguments import check_choice, check_instance, check_integer, check_number
-from .._evaluation import check_output, evaluation_mode
-from ..precision import compute_dtype, rounded_towards
+from .._arguments import (
+    check_choice,
+    check_instance,
+    check_integer,
+    check_number,
+    check_tensor,
+    shown,
+)
+from .._evaluation import check_output, evaluation_mode, module_of
+from ..precision import compute_dtype
 
 KINDS = ("pgd", "trades", "single")
 NORMS = ("linf", "l2")
@@ -108,11 +115,16 @@ class AdversarialLoss:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
         """Mean loss of images (B, C, H, W) after `step` batches.
 
-        Raises ValueError for images that are no floating point numbers in [0, 1]: give them before
-        normalisation, which belongs into the model. On an accelerator only the first batch is
-        looked at, as the host would wait for each.
+        Raises TypeError for a model that is no module and for images of integers, and ValueError
+        for images outside [0, 1]: give them before normalisation, which belongs into the model. On
+        an accelerator only the first batch is looked at, as the host would wait for each.
         """
         check_integer("step", step, low=0)
+        if not isinstance(module_of(model), nn.Module):
+            raise TypeError(
+                f"model must be a module, got {shown(model)}: the attack runs it in evaluation "
+                "mode, which a function does not have"
+            )
         if not (self._seen and x.device.type != "cpu"):
             _check_images(x)
             self._seen = True
@@ -166,7 +178,7 @@ class AdversarialLoss:
         """Images (B, C, H, W) at most `eps` from `x` that the network finds hard, without gradient.
 
         The attack starts at x + eps `start`; arguments as in :meth:`loss`. Images in half precision
-        are attacked in float32, and what is found is rounded towards them.
+        are attacked in float32, and what is found is rounded.
         """
         how, given = self.how, x.dtype
         x, start = (t.to(compute_dtype(given)) for t in (x, start))
@@ -191,21 +203,22 @@ class AdversarialLoss:
                     )
                     (g,) = torch.autograd.grad(loss, z)
                 z = _project(x, z.detach() + length * _direction(g, how.norm) - x, eps, how.norm)
-        return rounded_towards(z.detach(), x, given).to(given)
+        return z.detach().to(given)
 
 
 def _check_images(x: Tensor) -> None:
-    check_instance("x", x, Tensor, "a tensor of images")
+    check_tensor("x", x)
     low, high = (float(v) for v in x.aminmax()) if x.numel() else (0.0, 0.0)
-    if not x.is_floating_point() or not (low >= -1e-6 and high <= 1 + 1e-6):
+    if not (low >= -1e-6 and high <= 1 + 1e-6):
         raise ValueError(
-            f"x must be floating point images in [0, 1], got {x.dtype} in [{low:g}, {high:g}]: "
-            "give them before normalisation, and put that into the model"
+            f"x must be images in [0, 1], got numbers in [{low:g}, {high:g}]: give them before "
+            "normalisation, and put that into the model"
         )
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    return check_output(model(x)).float()
+    instead = "wrap it in an nn.Module that returns the logits alone"
+    return check_output(model(x), instead=instead).float()
 
 
 def _divergence(logits: Tensor, target: Tensor) -> Tensor:
@@ -219,7 +232,11 @@ def _flat(x: Tensor) -> Tensor:
 
 def _start(x: Tensor, norm: str, generator: torch.Generator) -> Tensor:
     """Uniform in the unit ball; for l2 a uniform direction at a uniform distance."""
-    drawn: dict[str, Any] = {"generator": generator, "device": x.device}
+    drawn: dict[str, Any] = {
+        "generator": generator,
+        "device": x.device,
+        "dtype": torch.float32,  # whatever torch's default is
+    }
     if norm == "linf":
         return (2 * torch.rand(x.shape, **drawn) - 1).to(x)
     draw = torch.randn(x.shape, **drawn)

@@ -80,7 +80,7 @@ def crop_and_flip(x: Tensor, generator: torch.Generator, pad: int = 2) -> Tensor
     """
     count, _, height, width = x.shape
     shifts = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator).to(x.device)
-    flip = (torch.rand(count, 1, generator=generator) < 0.5).to(x.device)
+    flip = (torch.rand(count, 1, dtype=torch.float32, generator=generator) < 0.5).to(x.device)
     rows = shifts[0] + torch.arange(height, device=x.device)
     columns = torch.arange(width, device=x.device).expand(count, -1)
     columns = shifts[1] + torch.where(flip, width - 1 - columns, columns)

@@ -16,7 +16,7 @@ from .._arguments import (
     check_number,
     shown,
 )
-from .._evaluation import evaluation_mode
+from .._evaluation import check_attacked, evaluation_mode
 from ._common import Data, Model, PerChannel, batches, normalized, right
 
 
@@ -62,15 +62,9 @@ def accuracy_under_attack(
         for x, y in batches(data, size, model, device):
             f = normalized(model, x, mean, std)
             for eps in found:
-                z = _checked(attack(model, x, y, eps, **options), x) if eps else x
+                z = check_attacked(attack(model, x, y, eps, **options), x) if eps else x
                 found[eps] += int(right(f, z, y).sum())
             total += len(y)
     if not total or not found:
         raise ValueError(f"nothing to measure: {total} samples, {len(found)} strengths")
     return {eps: count / total for eps, count in found.items()}
-
-
-def _checked(z: Any, x: Tensor) -> Tensor:
-    if not isinstance(z, Tensor) or z.shape != x.shape:
-        raise TypeError(f"attack must return images of shape {tuple(x.shape)}, got {shown(z)}")
-    return z

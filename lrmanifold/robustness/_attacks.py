@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from .._arguments import check_callable, check_flag, check_integer, check_number
 from .._evaluation import evaluation_mode
-from ..precision import rounded_towards
 from ._common import (
     Clip,
     Loss,
@@ -41,10 +40,10 @@ def fgsm(
 ) -> Tensor:
     """One step of length `eps` up the loss: x + eps sign(g) (linf) or x + eps g / |g|_2 (l2).
 
-    The result has shape, unit and dtype of `x`; where that is a half precision, it is computed in
-    float32 and rounded towards `x`, so that it stays inside the ball. One forward and one backward
-    pass. A sample with zero gradient comes back as it was. Source: Goodfellow, Shlens, Szegedy,
-    ICLR 2015.
+    The result has shape, unit and dtype of `x`. Half precision: the attack computes in float32 and
+    stays inside the ball there, the model sees its images rounded to their dtype, and so is the
+    result, each entry at most half a spacing further away. One forward and one backward pass. A
+    sample with zero gradient comes back as it was. Source: Goodfellow, Shlens, Szegedy, ICLR 2015.
 
     Parameters
     ----------
@@ -64,7 +63,7 @@ def fgsm(
         given = x.dtype
         x, y, f, box = prepare(model, x, y, norm, clip, mean, std, eps)
         z = (x + eps * steepest(gradient(f, loss, x, y), norm)).clamp(*box) if eps else x
-        return rounded_towards(z, x, given).to(given)
+        return z.to(given)
 
 
 def pgd(
@@ -124,7 +123,6 @@ def pgd(
             if run:
                 start = (x + eps * _uniform_in_unit_ball(x, norm, generator)).clamp(*box)
             z = ascend(f, loss, start, x, y, eps, norm, box, steps, length)
-            z = rounded_towards(z, x, given)
             if runs == 1:
                 return z.to(given)
             with torch.no_grad():

@@ -69,6 +69,7 @@ def run(
     fold, unfold = _wider(*grid(x)) if name == "square" else grid(x)
     low, high = box
     width = high - low
+    users = torch.get_default_dtype()
     with torch.no_grad():
         scale = ordinary_factor(f(x)).median()
         classes = f(x[:1]).shape[1]
@@ -76,11 +77,12 @@ def run(
     def predict(u: Tensor) -> Tensor:
         if not len(u):  # Square asks for none where a first margin is exactly 0
             return torch.zeros(0, classes, device=x.device)
-        return f((low + width * unfold(u)).to(x.dtype)).float() * scale
+        with default_dtype(users):
+            return f((low + width * unfold(u)).to(x.dtype)).float() * scale
 
     attack = _attack(name, predict, eps / width, norm, x.device, classes, steps, queries, seed)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), _default_float32():
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), default_dtype(torch.float32):
         u = attack(fold(((x.float() - low) / width).clamp(0, 1)), y)
         z = (low + width * unfold(u)).to(x.dtype)
         z = torch.where(torch.isfinite(z), z, x)
@@ -88,14 +90,14 @@ def run(
 
 
 @contextlib.contextmanager
-def _default_float32() -> Iterator[None]:
-    """The package makes tensors of torch's default dtype and mixes them with those of images."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The package makes tensors of torch's default dtype and mixes them with float32 images."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(default)
+        torch.set_default_dtype(before)
 
 
 def _attack(

@@ -46,7 +46,7 @@ def climb(
                 for size in (height, width)
             )
             place = (..., slice(top, top + side), slice(left, left + side))
-            draw = torch.rand(channels + 1, 1, 1, generator=generator).to(z)
+            draw = torch.rand(channels + 1, 1, 1, dtype=torch.float32, generator=generator).to(z)
             signs = torch.where(draw[1:] < 0.5, -1.0, 1.0).to(z)
             origin = base[open_]
             change = z[open_] - origin

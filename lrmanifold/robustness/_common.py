@@ -43,9 +43,8 @@ def prepare(
     """Checked copies of x and y, the model with the normalisation inside, and the clip range.
 
     Images in half precision become float32, as a step may be shorter than their spacing; the model
-    still gets them in their own dtype. What is found must be rounded before it counts, by
-    :func:`~lrmanifold.precision.rounded_towards`. Warns of an `eps` with which every image may
-    become every other.
+    gets them rounded to their own dtype. Warns of an `eps` with which every image may become every
+    other.
     """
     check_callable("model", model, "a module or a function of images")
     check_choice("norm", norm, ("linf", "l2"))
@@ -126,28 +125,31 @@ def normalized(model: Model, x: Tensor, mean: PerChannel, std: PerChannel) -> Mo
     fits = all(len(v) in (1, x.shape[1]) for v in (shift, scale))
     if not fits or not bool(torch.isfinite(shift).all() & (scale > 0).all()):
         raise ValueError(
-            f"mean and std go together, finite, std positive, 1 or {x.shape[1]} numbers each (x "
-            f"has shape {tuple(x.shape)}, channels second), got mean={mean}, std={std}"
+            f"mean and std go together, finite, std positive in {x.dtype}, 1 or {x.shape[1]} "
+            f"numbers each (x has shape {tuple(x.shape)}, channels second), got mean={mean}, "
+            f"std={std}"
         )
     shift, scale = (v.view(-1, *[1] * (x.ndim - 2)) for v in (shift, scale))
     return lambda z: model((z - shift) / scale)
 
 
 def gradient(f: Model, loss: Loss, x: Tensor, y: Tensor) -> Tensor:
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        value = loss(checked_logits(f, x, y), y)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"loss must return a tensor (B,) or a scalar one, got {shown(value)}")
-        # unused: the weights have gradients, the images have none
-        g = None
-        if value.requires_grad:
-            (g,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
-    if g is None:
-        raise ValueError("the model's output does not depend differentiably on x")
-    if not bool(torch.isfinite(g).all()):
-        raise ValueError("the gradient of the loss with respect to x is not finite")
-    return g
+    """Of the loss of each sample, up to a positive factor that all share."""
+    for factor in (1.0, 2.0**-12):  # inside a model in float16 the first may overflow
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = loss(checked_logits(f, x, y), y)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"loss must return a tensor (B,) or a scalar, got {shown(value)}")
+            # unused: the weights have gradients, the images have none
+            g = None
+            if value.requires_grad:
+                (g,) = torch.autograd.grad(factor * value.sum(), x, allow_unused=True)
+        if g is None:
+            raise ValueError("the model's output does not depend differentiably on x")
+        if bool(torch.isfinite(g).all()):
+            return g
+    raise ValueError("the gradient of the loss with respect to x is not finite")
 
 
 def checked_logits(f: Model, x: Tensor, y: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
     float32 from a margin of 16.6 on, in bfloat16 of 7).
 
     Others are first multiplied by the power of two that brings the spread into 8..16 or 32..64.
-    Decisions do not change, and steps are the same for the logits times any power of two that keeps
-    them outside of that range: those of cross entropy of the scaled logits, other ones than of the
+    Decisions do not change, and steps are the same for all scales by powers of two on one side of
+    that range: those of cross entropy of the scaled logits, other ones than of the
     logits as they are. Where that factor is beyond 1024 the loss is divided by the rest, a positive
     number for each sample, so that gradients do not overflow in a model in half precision. float16
     and bfloat16 are computed in float32.
@@ -44,7 +44,8 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def ordinary_factor(z: Tensor) -> Tensor:
-    """The power of two of each sample that makes its spread ordinary; 1 where it is."""
+    """The power of two of each sample that makes its spread ordinary; 1 where it is. In float32."""
+    z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z  # 2^16 and more overflow
     spread = z.amax(1) - z.amin(1)
     # equal logits have no scale; +-100 keeps the factor inside float32
     exponent = torch.where(spread > 0, spread, 1.0).log2().floor().clamp(-100, 100)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .._arguments import check_callable, check_choice, check_device, check_integer, check_number
 from .._evaluation import evaluation_mode
-from ..precision import rounded_towards
 from . import _autoattack
 from ._attacks import ascend, fgsm, pgd
 from ._climb import climb
@@ -158,7 +157,6 @@ def check_masking(
     with torch.inference_mode(False), evaluation_mode(model):
         path = torch.zeros(steps + 1, dtype=torch.float64)
         for batch in batches(data, size, model, device):
-            given = batch[0].dtype
             x, y, f, box = prepare(model, *batch, norm, clip, mean, std, eps)
             width = box[1] - box[0]
             whole = width if norm == "linf" else width * math.sqrt(math.prod(x.shape[1:]))
@@ -170,23 +168,23 @@ def check_masking(
                 continue
             sums["right"] += len(x)
             sums["zero"] += int((gradient(f, margin_loss, x, y).flatten(1) == 0).all(1).sum())
-            sums["one"] += int(right(f, fgsm(f, x.to(given), y, eps, **options), y).sum())
+            sums["one"] += int(right(f, fgsm(f, x, y, eps, **options), y).sum())
             path += _path(f, x, y, eps, norm, box, steps)
             options |= {"steps": steps, "generator": generator}
-            end = pgd(f, x.to(given), y, eps, **options).to(x)
+            end = pgd(f, x, y, eps, **options)
             safe = right(f, end, y)
             sums["many"] += int(safe.sum())
-            far = pgd(f, x.to(given), y, whole, **options)
+            far = pgd(f, x, y, whole, **options)
             sums["unlimited"] += int(right(f, far, y).sum())
-            ends.append((f, x, y, box, end, safe, given))
+            ends.append((f, x, y, box, end, safe))
         total = sums["samples"]
         if not sums["right"]:
             raise ValueError(f"nothing to measure: {total} samples, none classified rightly")
         black_box: dict[int, float] = {}
-        stands = [torch.ones_like(safe) for *_, safe, _ in ends]
+        stands = [torch.ones_like(safe) for *_, safe in ends]
         budget = 250
         while True:
-            for (f, x, y, box, *_, given), left in zip(ends, stands, strict=True):
+            for (f, x, y, box, *_), left in zip(ends, stands, strict=True):
                 tried = left.nonzero()[:, 0]
                 if not len(tried):
                     continue
@@ -194,7 +192,7 @@ def check_masking(
                     "square", f, x[tried], y[tried], eps, norm, box, steps=1, queries=budget,
                     seed=seed + len(black_box),
                 )  # fmt: skip
-                left[tried] = right(f, rounded_towards(z, x[tried], given), y[tried])
+                left[tried] = right(f, z, y[tried])
             black_box[budget] = sum(int(left.sum()) for left in stands) / total
             last = list(black_box.values())[-3:]
             # one doubling without a change may be chance
@@ -204,12 +202,12 @@ def check_masking(
                 break
             budget *= 2
         only, climbed = 0, 0
-        for (f, x, y, box, end, safe, given), left in zip(ends, stands, strict=True):
+        for (f, x, y, box, end, safe), left in zip(ends, stands, strict=True):
             only += int((safe & ~left).sum())
             if safe.any():
                 pair = (x[safe], y[safe])
                 z = climb(f, end[safe], *pair, eps, norm, box, budget, generator)
-                climbed += int(right(f, rounded_towards(z, pair[0], given), pair[1]).sum())
+                climbed += int(right(f, z, pair[1]).sum())
     shares = {name: count / total for name, count in sums.items()}
     return Masking(
         total, eps, norm, tolerance, tuple((path / sums["right"]).tolist()), shares["zero"],

@@ -19,7 +19,6 @@ from .._arguments import (
     shown,
 )
 from .._evaluation import evaluation_mode
-from ..precision import rounded_towards
 from . import _autoattack
 from ._attacks import pgd
 from ._common import Clip, Data, Model, Norm, PerChannel, batches, prepare, right
@@ -102,8 +101,8 @@ def worst_case(
 
     The result is an upper bound of the true robust accuracy, the best known in practice, and no
     proof; a proof is :func:`lrmanifold.certify.verified_accuracy`. Models that draw random numbers
-    need attacks on their expectation, which are not here. The package attacks in float32; what is
-    found is rounded to the dtype of the images, towards them. Cost for
+    need attacks on their expectation, which are not here. The package attacks in float32; images in
+    half precision are changed in float32 too, and the model sees them rounded. Cost for
     ten classes: about 21 `steps` forward and backward passes and `queries` forward passes of the
     samples that stand. Source: Croce, Hein, ICML 2020.
 
@@ -153,7 +152,6 @@ def worst_case(
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), evaluation_mode(model):
         for batch in batches(data, size, model, device):
-            given = batch[0].dtype
             x, y, f, box = prepare(model, *batch, norm, clip, mean, std, eps)
             with torch.no_grad():
                 classes = logits_of(f, x, y).shape[1]
@@ -171,14 +169,13 @@ def worst_case(
                 part, its = x[tried], y[tried]
                 if name == "pgd":
                     z = pgd(
-                        f, part.to(given), its, eps, steps=steps, restarts=restarts, norm=norm,
-                        clip=clip, generator=generator,
+                        f, part, its, eps, steps=steps, restarts=restarts, norm=norm, clip=clip,
+                        generator=generator,
                     )  # fmt: skip
                 else:
                     z = _autoattack.run(
                         name, f, part, its, eps, norm, box, steps=steps, queries=queries, seed=seed
                     )
-                    z = rounded_towards(z, part, given)
                 fooled = tried[~right(f, z, its)]
                 alone[name] += len(fooled)
                 for index in fooled.tolist():
