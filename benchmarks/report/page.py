@@ -86,7 +86,8 @@ def _registration(results: Results) -> str:
     note = " ".join(plan.note.split())
     how = plan.adversarial
     if how is not None:
-        training += f", adversarial: {how.kind}, {how.norm} {strength(how.eps)}, {how.steps} steps"
+        many = "" if how.kind == "single" else f", {how.steps} steps"
+        training += f", adversarial: {how.kind}, {how.norm} {strength(how.eps)}{many}"
     if missing := len(plan.seeds) - len(results.seeds):
         note = f"**{missing} of the {len(plan.seeds)} planned seeds are not finished.** {note}"
         families = len(results.groups)

@@ -15,6 +15,10 @@ mode pass a plain function that calls it.
 saturate: a network and the same network with its logits times 1000 are fooled alike. Cross entropy
 saturates in float32, and the network looks robust.
 
+**Half precision.** Images in float16 or bfloat16 are changed in float32, as many steps are shorter
+than their spacing; the model sees them rounded to their own dtype, and what rounding does counts
+as the model's.
+
 **Which to use.** :func:`fgsm` is one step and the weakest. :func:`pgd` serves for curves and for
 choosing settings. :func:`worst_case` is the number to publish. :func:`check_masking` asks whether
 gradients mislead the attacks. None of them proves anything: that is :mod:`lrmanifold.certify`.
