@@ -72,7 +72,7 @@ class Adversarial:
             object.__setattr__(self, name, value)
         if self.norm == "linf" and self.eps > 1:
             raise ValueError(
-                f"eps must be at most 1 (linf), as images are in [0, 1], got {self.eps:g}: is "
+                f"eps must be at most 1 (linf), as pixels are in 0..1, got {self.eps:g}: is "
                 f"{self.eps:g}/255 = {self.eps / 255:.4g} meant?"
             )
 

@@ -60,10 +60,10 @@ def fgsm(
     eps = check_number("eps", eps, low=0)
     check_callable("loss", loss, "a function (logits, y) -> loss of each sample")
     with torch.inference_mode(False), evaluation_mode(model):
-        given = x.dtype
+        images = x
         x, y, f, box = prepare(model, x, y, norm, clip, mean, std, eps)
         z = (x + eps * steepest(gradient(f, loss, x, y), norm)).clamp(*box) if eps else x
-        return z.to(given)
+        return z.to(images.dtype)
 
 
 def pgd(
@@ -115,7 +115,7 @@ def pgd(
     if runs > 1 and not random_start:
         raise ValueError(f"restarts must be 1 with random_start=False, got {restarts}")
     with torch.inference_mode(False), evaluation_mode(model):
-        given = x.dtype
+        images = x
         x, y, f, box = prepare(model, x, y, norm, clip, mean, std, eps)
         worst, score = x.clone(), torch.full((len(x),), -math.inf, device=x.device)
         for run in range(runs if eps else 0):
@@ -124,7 +124,7 @@ def pgd(
                 start = (x + eps * _uniform_in_unit_ball(x, norm, generator)).clamp(*box)
             z = ascend(f, loss, start, x, y, eps, norm, box, steps, length)
             if runs == 1:
-                return z.to(given)
+                return z.to(images.dtype)
             with torch.no_grad():
                 logits = checked_logits(f, z, y)
             found = margin(logits, y)
@@ -133,7 +133,7 @@ def pgd(
             found, score = torch.maximum(found, floor.to(found)), score.to(found)
             worst[found > score] = z[found > score]
             score = torch.maximum(found, score)
-        return worst.to(given)
+        return worst.to(images.dtype)
 
 
 def ascend(
