@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..precision import compute_dtype
+
 LEAST_SPREAD, LARGEST_SPREAD = 8.0, 64.0  # of ordinary logits, max - min
 _STEEPEST = 1024.0  # gradient that logits get: a model in float16 ends at 65504
 
@@ -21,16 +23,16 @@ def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
 
     Others are first multiplied by the power of two that brings the spread into 8..16 or 32..64.
     Decisions do not change, and steps are the same for all scales by powers of two on one side of
-    that range: those of cross entropy of the scaled logits, other ones than of the
-    logits as they are. Where that factor is beyond 1024 the loss is divided by the rest, a positive
-    number for each sample, so that gradients do not overflow in a model in half precision. float16
-    and bfloat16 are computed in float32.
+    that range: those of cross entropy of the scaled logits, other ones than of the logits as they
+    are. Where that factor is beyond 1024 the loss is divided by the rest, a positive number for
+    each sample, so that gradients do not overflow in a model in half precision. float16 and
+    bfloat16 are computed in float32.
 
     Parameters
     ----------
     logits, y : Tensor, shapes (B, classes) and (B,)
     """
-    z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    z = logits.to(compute_dtype(logits.dtype))
     factor = ordinary_factor(z.detach())
     z, own = z * factor[:, None], y[:, None]
     value = z.scatter(1, own, -math.inf).logsumexp(1) - z.gather(1, own)[:, 0]
@@ -39,13 +41,13 @@ def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """max_{j != y} z_j - z_y of each sample, at least float32: positive where fooled."""
-    z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    z = logits.to(compute_dtype(logits.dtype))
     return z.scatter(1, y[:, None], -math.inf).amax(1) - z.gather(1, y[:, None])[:, 0]
 
 
 def ordinary_factor(z: Tensor) -> Tensor:
     """The power of two of each sample that makes its spread ordinary; 1 where it is. In float32."""
-    z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z  # 2^16 and more overflow
+    z = z.to(compute_dtype(z.dtype))  # the factor itself may be beyond float16
     spread = z.amax(1) - z.amin(1)
     # equal logits have no scale; +-100 keeps the factor inside float32
     exponent = torch.where(spread > 0, spread, 1.0).log2().floor().clamp(-100, 100)
