@@ -1,9 +1,9 @@
 """Networks for images, plain torch modules that ``factorize`` converts.
 
 For 32 x 32 images VGG16 with batch norm, WideResNet-16-4 and a small vision transformer; for small
-ones the two convolutions that are usual in adversarial training. The smaller ones of
-:mod:`lrmanifold.experiments.models` are built by :func:`build` too. They take normalised images
-(N, C, H, W) and give logits (N, classes).
+ones the two convolutions that are usual in adversarial training, and ``plain`` without its batch
+norms. The smaller ones of :mod:`lrmanifold.experiments.models` are built by :func:`build` too.
+They take normalised images (N, C, H, W) and give logits (N, classes).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lrmanifold.experiments import models as small
 from lrmanifold.experiments.data import Dataset
 
-NAMES = (*small.NAMES, "two-conv", "vgg16", "wrn16_4", "vit")
+NAMES = (*small.NAMES, "two-conv", "plain-no-norm", "vgg16", "wrn16_4", "vit")
 _VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
 
@@ -36,6 +36,20 @@ def two_conv(in_channels: int = 1, classes: int = 10, image_size: int = 28) -> n
             fc2=nn.Linear(100, classes),
         )
     )
+
+
+def plain_no_norm(in_channels: int = 3, classes: int = 10) -> nn.Sequential:
+    """The network ``plain`` with a bias in every convolution in place of the batch norm behind it.
+
+    What a bound on a kernel does where nothing rescales its channels afterwards.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, layer in small.plain(in_channels, classes).named_children():
+        if isinstance(layer, nn.Conv2d):
+            layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
+        if not isinstance(layer, nn.BatchNorm2d):
+            layers[name] = layer
+    return nn.Sequential(layers)
 
 
 def vgg16(in_channels: int = 3, classes: int = 10) -> nn.Sequential:
@@ -175,6 +189,8 @@ def build(name: str, dataset: Dataset) -> nn.Module:
         return two_conv(channels, dataset.classes, height)
     if (height, width) != (32, 32):
         raise ValueError(f"{name} needs 32 x 32 images, got {height} x {width}")
+    if name == "plain-no-norm":
+        return plain_no_norm(channels, dataset.classes)
     if name == "vgg16":
         return vgg16(channels, dataset.classes)
     if name == "wrn16_4":

@@ -47,10 +47,9 @@ def section(results: Results, folder: Path) -> list[str]:
                 *("| " + " | ".join(row) + " |" for row in rows),
             ]
         ),
-        "Geometric means over the convolutions with a batch norm behind them, also those that stay "
-        "dense in every family; means over seeds. "
-        "Kernel: as a matrix; "
-        "folded: rows scaled by the batch norm; map: of the convolution on a torus of the image's "
+        "Geometric means over the convolutions, also those that stay dense in every family; means "
+        "over seeds. Kernel: as a matrix; folded: rows scaled by the batch norm, where one "
+        "follows; map: of the convolution on a torus of the image's "
         "size, as many singular values a frequency as the kernel's rank; network: ‖J(x)‖ ‖x‖ / "
         f"‖f(x)‖, median of {found['images']} training images. Rank correlation: Spearman's, over "
         f"{len(values)} networks.",

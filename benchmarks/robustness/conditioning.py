@@ -44,15 +44,15 @@ def kernel_of(layer: Any) -> tuple[Tensor, int] | None:
     return None
 
 
-def folded_scale(children: list[Any], place: int) -> Tensor | None:
-    """Scale of the batch norm behind a child, pooling aside; None where there is none."""
+def folded_scale(children: list[Any], place: int, channels: int) -> Tensor:
+    """Scale of the batch norm behind a child, pooling aside; ones where there is none."""
     for child in children[place + 1 :]:
         if isinstance(child, nn.BatchNorm2d):
             norm: Any = child
             return (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().double()
         if not isinstance(child, (nn.MaxPool2d, nn.AvgPool2d)):
-            return None
-    return None
+            break
+    return torch.ones(channels, dtype=torch.float64)
 
 
 def map_values(kernel: Tensor, side: int, rank: int) -> Tensor:
@@ -71,17 +71,17 @@ def spread(s: Tensor) -> dict[str, float]:
 
 
 def layers(model: Any, x: Tensor) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
-    """Of every convolution with a batch norm behind it, the four measures."""
+    """Of every convolution the four measures."""
     children = dict(model.network.named_children())
     z = (x - model.mean) / model.std
     for place, (name, child) in enumerate(children.items()):
         side, found = z.shape[-1], kernel_of(child)
         with torch.no_grad():
             z = child(z)
-        scale = folded_scale(list(children.values()), place)
-        if found is None or scale is None:
+        if found is None:
             continue
         kernel, rank = found
+        scale = folded_scale(list(children.values()), place, len(kernel))
         folded = kernel * scale[:, None, None, None]
         yield (
             name,

@@ -11,6 +11,7 @@ pytest.importorskip("sklearn")
 from tiny_plan import TINY, write
 from torch import nn
 
+from benchmarks.models import plain_no_norm
 from benchmarks.report import conditioning as page
 from benchmarks.report.results import Group, Results
 from benchmarks.robustness import conditioning
@@ -34,9 +35,12 @@ def network(change=lambda network: network, seed=0):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.1, 2.0)
             nn.init.uniform_(module.running_var, 0.1, 2.0)
+    return Normalized(model, data()).eval()
+
+
+def data():
     y = torch.arange(4) % 10
-    data = Dataset("c", images(), y, images(), y, 10, tuple("0123456789"), (0.5,) * 3, (0.5,) * 3)
-    return Normalized(model, data).eval()
+    return Dataset("c", images(), y, images(), y, 10, tuple("0123456789"), (0.5,) * 3, (0.5,) * 3)
 
 
 def test_the_values_of_the_map_are_those_of_the_convolution_with_all_pixels_in_a_row():
@@ -85,15 +89,26 @@ def test_a_bounded_kernel_need_not_stay_bounded_behind_its_norm():
     assert found["conv1a"]["folded kernel"]["cond"] == pytest.approx(float(s[0] / s[2]), rel=1e-4)
 
 
+def test_without_batch_norm_nothing_is_folded_in():
+    torch.manual_seed(0)
+    bare = plain_no_norm()
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in bare.modules())
+    normed = {name: m for name, m in plain().named_children() if not name.startswith("norm")}
+    assert [name for name, _ in bare.named_children()] == list(normed)
+    assert all(m.bias is not None for m in bare.modules() if isinstance(m, nn.Conv2d))
+    bounded = factorize(bare, rank={"conv*": 3}, tau=0.0, exclude=("stem", "head"))
+    found = dict(conditioning.layers(Normalized(bounded, data()).eval(), images(2)))
+    assert len(found) == 7
+    for name, measures in found.items():
+        assert measures["kernel"] == measures["folded kernel"], name
+        assert measures["map"] == measures["folded map"], name
+
+
 def test_networks_of_other_plans_and_those_that_are_gone_are_left_out(tmp_path, monkeypatch):
     folder = tmp_path / "tiny"
     digest = load(write(folder, TINY)).digest
     model = network()
-    data = Dataset(
-        "c", images(), torch.zeros(4).long(), images(), torch.zeros(4).long(), 10,
-        tuple("0123456789"), (0.5,) * 3, (0.5,) * 3,
-    )  # fmt: skip
-    monkeypatch.setattr("benchmarks._shared.load", lambda name, root: data)
+    monkeypatch.setattr("benchmarks._shared.load", lambda name, root: data())
     rows = [("a", digest, 0), ("b", "other", 1), ("gone", digest, 2)]
     with open(folder / "runs.jsonl", "w") as file:
         for key, plan, seed in rows:
