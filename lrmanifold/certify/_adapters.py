@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..nn import AdaptedLayer, LowRankAdapter, LowRankLayer, LowRankLinear, bases
+from ._sizes import UP, frobenius
 from .bounds import BoundError, Context, find_bound, no_bound_words
 
 ADAPTERS = (LowRankAdapter, AdaptedLayer)
-UP = 1.0 + 1e-14  # covers the few roundings of a scalar formula in float64
 
 
 def bare(module: Any) -> Any:
@@ -19,11 +18,6 @@ def bare(module: Any) -> Any:
     while isinstance(module, AdaptedLayer) and (module.active is None or module.merged):
         module = module.base_layer
     return module
-
-
-def frobenius(x: Tensor | None) -> float:
-    """Upper bound of ‖x‖ in float64; 0 for None."""
-    return 0.0 if x is None else float(torch.linalg.vector_norm(x.detach().double())) * UP
 
 
 def check_adapter(module: Any, context: Context) -> None:

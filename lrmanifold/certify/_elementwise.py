@@ -56,8 +56,15 @@ def _clipped(module: nn.Module, context: Context) -> Bound:
     return Bound(1.0, _SLOPE, slope=0.0)
 
 
-@bounded(nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink, nn.CELU)
+@bounded(nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink)
 def _one(module: nn.Module, context: Context) -> Bound:
+    return Bound(1.0, _SLOPE, offset=_offset(context))
+
+
+@bounded(nn.CELU)
+def _celu(module: Any, context: Context) -> Bound:
+    if not module.alpha > 0:
+        raise BoundError(f"{context.name} (CELU): alpha must be positive, got {module.alpha}")
     return Bound(1.0, _SLOPE, offset=_offset(context))
 
 
@@ -131,12 +138,17 @@ def _gelu(module: Any, context: Context) -> Bound:
 def _softplus(module: Any, context: Context) -> Bound:
     if not module.beta > 0:
         raise BoundError(f"{context.name} (Softplus): beta must be positive, got {module.beta}")
-    # torch switches to x above the threshold, a jump: counted as an error of the value
-    jump = math.log1p(math.exp(-module.threshold)) / module.beta if module.threshold > -700 else 0
-    if context.exact and context.input_shape is None and jump > 1e-6:
-        context.need_shape("its jump at the threshold is counted by entry")
+    # torch switches to x above the threshold, by a jump
+    jump = math.log1p(math.exp(-abs(module.threshold))) + max(-module.threshold, 0.0)
+    jump /= module.beta
+    if jump > 1e-6:
+        raise BoundError(
+            f"{context.name} (Softplus): jumps by {jump:.1e} at its threshold, so no constant "
+            f"exists: use a larger one than {module.threshold:g}, such as 20"
+        )
+    # what is left, 2e-9 by default, counts as an error of the value in every radius
     size = 16.0 + 1.01 * jump * 2.0**53
-    return Bound(1.0, _SLOPE, offset=_offset(context, size))
+    return Bound(1.0, f"largest slope, but for a jump of {jump:.0e}", offset=_offset(context, size))
 
 
 @bounded(nn.Softmax, nn.Softmin)

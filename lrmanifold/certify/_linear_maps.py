@@ -22,8 +22,8 @@ from ..nn import (
     LowRankTransposedLinear,
 )
 from ._adapters import ADAPTERS, adapter_weight, bare, check_adapter, size_and_inner
-from ._adapters import UP as _UP
-from ._adapters import frobenius as _size
+from ._sizes import UP as _UP
+from ._sizes import frobenius as _size
 from .bounds import Bound, BoundError, Context, bounded, find_bound, no_bound_words
 
 _SCALED_UP = 1.0 + 1e-11  # entries multiplied by a batch norm's scale: 8 u |K|, of the map |K|
@@ -107,12 +107,17 @@ def _dense(module: Any, context: Context, scale: Tensor | None) -> Bound:
         parts *= max(1.0, float(scale.detach().abs().amax()))
     error = linalg.rounding_of_products(inner) * parts + 16.0 * 2.0**-53 * _size(W)
     norm = float(linalg.spectral_norm_bound(W)) + error
-    s = linalg.svdvals(W.detach().double())
-    cond = float(s[0] / s[-1]) if float(s[-1]) > 0 else math.inf
+    cond = _row_space_cond(linalg.svdvals(W.detach().double()), max(W.shape))
     size = max(_size(W), parts)
     return Bound(
         norm * _UP, words, cond, **_rounding(context, W.shape[1] + inner, size, module.bias)
     )
+
+
+def _row_space_cond(s: Tensor, size: int) -> float:
+    """Largest over smallest singular value that is more than rounding of the largest."""
+    kept = s[s > 4.0 * size * 2.0**-53 * s[0]]
+    return float(kept[0] / kept[-1]) if len(kept) else math.inf
 
 
 def _power_iteration(W: Tensor, context: Context, steps: int = 3) -> Tensor:
@@ -197,7 +202,10 @@ def _map_cond(kernel: Tensor, geometry: dict[str, Any]) -> float | None:
     found = linalg.convolution_singular_range(kernel, **geometry)
     if found is None:
         return None
-    return found[1] / found[0] if found[0] > 0 else math.inf
+    least, largest = found
+    # zero where the map loses more of the row space than its shape requires, but for rounding
+    lost = least <= 4.0 * max(len(kernel), kernel[0].numel()) * 2.0**-53 * largest
+    return math.inf if lost else largest / least
 
 
 def _map_words(kernel_size: Any, geometry: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ._sizes import SMALLEST
 from .bounds import Bound, BoundError, Context, module_bound
 
 # A live value depends on the input; everything else is a constant of the forward.
@@ -96,6 +97,7 @@ _SUB = {operator.sub, operator.isub, torch.sub, "sub", "sub_"}
 _MUL = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _DIV = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"}
 _NEGATE = {operator.neg, torch.neg, "neg"}
+SUMS = _ADD | _SUB
 
 
 def shape_nodes(graph: fx.GraphModule) -> set[str]:
@@ -116,7 +118,9 @@ def shape_nodes(graph: fx.GraphModule) -> set[str]:
 
 def rearranges(node: fx.Node) -> bool:
     """Whether a node is a reshape of some kind."""
-    return node.op in ("call_function", "call_method") and node.target in _REARRANGE
+    # view(dtype) reads the same bits as other numbers
+    bits = any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
+    return node.op in ("call_function", "call_method") and node.target in _REARRANGE and not bits
 
 
 def operation(
@@ -146,7 +150,7 @@ def operation(
                 "training=self.training"
             )
         return Bound(1.0, "the identity in evaluation mode", slope=0.0), "chain"
-    if target in _REARRANGE and number == 1:
+    if rearranges(node) and number == 1:
         if context.input_shape is None and not _keeps_batch(node):
             context.need_shape("whether this rearrangement keeps samples apart depends on sizes")
         return Bound(1.0, "rearranges entries", slope=0.0), "chain"
@@ -214,21 +218,28 @@ def _arithmetic(
             "constant; register_bound a module of its own if its factors are bounded"
         )
     other = constants(b if live(a) else a)
-    if not isinstance(other, (int, float, Tensor)) or isinstance(other, bool):
+    complex_tensor = isinstance(other, Tensor) and other.is_complex()
+    if not isinstance(other, (int, float, Tensor)) or isinstance(other, bool) or complex_tensor:
         raise _unknown(node, context)
-    value = torch.as_tensor(other)
+    # float64 before anything else: torch takes a Python number to float32, |-128| to an int8
+    value = torch.as_tensor(other, dtype=torch.float64)
     if value.numel() > 1:
         shape = context.need_shape("whether a constant broadcasts depends on sizes")
         if tuple(torch.broadcast_shapes((1, *shape), value.shape)) != (1, *shape):
             raise BoundError(f"{context.name}: a constant of shape {tuple(value.shape)} repeats x")
     if target in _ADD | _SUB:
         pixels = math.prod(context.output_shape or (1,))
-        size = float(value.detach().double().abs().amax()) * math.sqrt(pixels)
+        size = float(value.detach().abs().amax()) * math.sqrt(pixels)
         return Bound(1.0, "shift", slope=2.0, offset=2.0 * size), "chain"
     if target in _DIV:
         if not live(a):
             raise BoundError(f"{context.name}: a quotient by the input has no global constant")
         value = 1.0 / value
     norm = value.abs().amax()
-    up = 1.0 + 1e-15 if context.exact else 1.0
-    return Bound(norm * up, "scale", slope=4.0 * float(norm.detach())), "chain"
+    slope = 4.0 * float(norm.detach())
+    if context.exact:
+        # the reciprocal may be denormal, then rounded by more than its last place
+        return Bound(max(float(norm) * (1.0 + 1e-15), SMALLEST), "scale", slope=slope), "chain"
+    if isinstance(other, Tensor) and other.is_floating_point():
+        return Bound(norm.to(other.dtype), "scale", slope=slope), "chain"  # it may be learned
+    return Bound(float(norm), "scale", slope=slope), "chain"

@@ -15,11 +15,14 @@ _UP = 1.0 + 1e-14
 
 
 def _tuple(value: Any, d: int) -> tuple[int, ...]:
-    return (value,) * d if isinstance(value, int) else tuple(value)
+    several = (value,) if isinstance(value, int) else tuple(value)
+    return several * d if len(several) == 1 else several
 
 
 def _dims(module: nn.Module) -> int:
-    return int(type(module).__name__[-2])
+    # of torch's own class: a subclass may have any name
+    named = next(c for c in type(module).__mro__ if c.__module__ == "torch.nn.modules.pooling")
+    return int(named.__name__[-2])
 
 
 @bounded(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
@@ -49,9 +52,12 @@ def _avg_pool(module: Any, context: Context) -> Bound:
             "is known here; use ceil_mode=False"
         )
     square = 1.0
-    for n, s, p in zip(k, stride, pad, strict=True):
-        # without the padding in the count, a window at the edge divides by what is left of it
-        fewest = n if module.count_include_pad else max(1, n - p)
+    sizes = (0,) * d if context.input_shape is None else context.input_shape[-d:]
+    for n, s, p, size in zip(k, stride, pad, sizes, strict=True):
+        fewest = n
+        if not module.count_include_pad:
+            # a window divides by the pixels in it: beyond one edge of the image, or beyond both
+            fewest = max(1, min(n - p, size or n - 2 * p))
         square *= math.ceil(n / s) / fewest
     if getattr(module, "divisor_override", None):
         square *= (math.prod(k) / module.divisor_override) ** 2

@@ -142,6 +142,8 @@ _HARMLESS = {
     "__copy__",
     "__reduce_ex__",
     "__reduce__",
+    "__annotate__",
+    "__annotate_func__",
     "__getstate__",
     "__setstate__",
     "extra_repr",
@@ -154,9 +156,9 @@ def _changed_method(module: nn.Module, base: type[nn.Module]) -> str | None:
     for cls in type(module).__mro__:
         if cls is base:
             break
-        for name, value in vars(cls).items():
-            replaces = callable(value) and callable(getattr(base, name, None))
-            if replaces and name not in _HARMLESS and not isinstance(value, type):
+        for name in vars(cls):
+            # whatever stands there now, also what cannot be called itself (partialmethod)
+            if callable(getattr(base, name, None)) and name not in _HARMLESS:
                 return f"{cls.__name__}.{name}"
     for name, value in vars(module).items():
         if callable(value) and callable(getattr(base, name, None)):

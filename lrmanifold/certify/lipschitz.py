@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from .._arguments import shown
 from ..robustness import evaluation_mode
 from . import _elementwise, _pooling  # noqa: F401  (their bounds enter the registry)
 from ._linear_maps import HEADS, NORMS, can_scale, dense_head, head_error, linear_bound, norm_scale
-from ._operations import operation, rearranges, shape_nodes, writes_in_place
-from ._trace import Trial, float64_copy, live_nodes, no_bound, trace
+from ._operations import SUMS, operation, rearranges, shape_nodes, writes_in_place
+from ._sizes import SMALLEST, lengths
+from ._trace import HOOKS, Trial, float64_copy, live_nodes, no_bound, refuse_hooks, trace
 from .bounds import Bound, BoundError, Context, find_bound, module_bound
 
 _UP = 1.0 + 1e-14
@@ -147,11 +148,20 @@ class LipschitzBound:
             if used and not rearranges(node):
                 raise BoundError(f"{context.name}: computes with the shape of its input")
             bound, join = operation(node, self._is_live, self._constant, context)
-        total = self._total(bound, join, [found.total[n.name] for n in repeated(node, sources)])
+        if exact:
+            # a float: a number in float32 would round the whole product to itself
+            bound = replace(bound, norm=_number(bound.norm))
+            if not 0.0 <= float(bound.norm) < math.inf:
+                raise BoundError(f"{context.name}: its bound must be finite, got {bound.norm}")
+        pairs = zip(repeated(node, sources), self.stretches(node, sources), strict=True)
+        totals = [found.total[n.name] * stretch for n, stretch in pairs]
+        total = self._total(bound, join, totals)
         if isinstance(module, NORMS):
             total = self._folded(node, sources[0], found, context, total)
         if exact:
             total = float(total) * _UP
+            if bound.norm > 0 and any(t > 0 for t in totals):
+                total = max(total, SMALLEST)  # a product below it would be rounded down, or to 0
         self._refuse_in_place(node, module)
         found.total[node.name], found.local[node.name] = total, bound
         if not exact:
@@ -183,6 +193,23 @@ class LipschitzBound:
                 return
             # a view, or a module that may have returned one, shares its memory
             source = source.all_input_nodes[0]
+
+    def stretches(self, node: fx.Node, sources: list[fx.Node]) -> list[float]:
+        """Of each live argument: √ of the number of copies that broadcasting makes of it."""
+        found = []
+        out = self.shapes.get(node.name)
+        for source in repeated(node, sources):
+            own = self.shapes.get(source.name)
+            if node.target not in SUMS or own is None or out is None or own == out:
+                found.append(1.0)
+                continue
+            if len(own) != len(out):
+                raise BoundError(
+                    f"{node.name}: adds shapes {own} and {out}, without the batch: the shorter one "
+                    "would meet the batch; give it as many dimensions"
+                )
+            found.append(math.sqrt(math.prod(out) / math.prod(own)) * _UP)
+        return found
 
     def _total(self, bound: Bound, join: str, totals: list[Any]) -> Any:
         if join == "sum":
@@ -253,8 +280,14 @@ def _number(value: Any) -> float:
     return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def digest(model: nn.Module) -> str:
-    """A fingerprint of all numbers of a model, by which a stale report is noticed."""
+    """A fingerprint by which a stale report is noticed: tensors, plain attributes, hooks."""
     found = hashlib.blake2b(repr(model).encode(), digest_size=16)
     loose = [
         (f"{name}.{key}", value)
@@ -262,6 +295,10 @@ def digest(model: nn.Module) -> str:
         for key, value in vars(module).items()
         if isinstance(value, Tensor)
     ]
+    for name, module in model.named_modules():
+        plain = {k: v for k, v in vars(module).items() if _is_plain(v) and k != "training"}
+        changed = [k for k in ("forward", *HOOKS) if vars(module).get(k)]
+        found.update(f"{name} {sorted(plain.items())} {changed}".encode())
     for name, value in [*model.named_parameters(), *model.named_buffers(), *loose]:
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         raw = value.detach().as_subclass(Tensor).cpu().contiguous().flatten().view(torch.uint8)
@@ -295,7 +332,7 @@ class LipschitzReport:
             return None
         with torch.no_grad():
             W, error = dense_head(self.head).double(), head_error(self.head)
-            gaps = torch.stack([(W - row).norm(dim=1) for row in W])
+            gaps = torch.stack([lengths(W - row) for row in W])
             return gaps * (1.0 + 4.0 * (W.shape[1] + 8) * 2.0**-53) + 2.0 * error
 
     def to_dict(self) -> dict[str, Any]:
@@ -369,6 +406,8 @@ def lipschitz(
             "input_shape must be the shape of one sample, without the batch, such as (3, 32, 32), "
             f"got {shown(input_shape)}"
         )
+    if isinstance(model, nn.Module):
+        refuse_hooks(model)
     twin = float64_copy(model) if isinstance(model, nn.Module) else model
     network = LipschitzBound(twin, input_shape)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._arguments import check_callable, check_integer, check_module, check_number, shown
 from .._evaluation import check_attacked, evaluation_mode
+from ._sizes import SMALLEST
 from ._trace import Recorder
 from .bounds import CertificationError
 from .lipschitz import LipschitzReport, digest, lipschitz, repeated
@@ -97,7 +98,10 @@ def _radii(report: LipschitzReport, x: Tensor, y: Tensor | None) -> Tensor:
     slopes = math.sqrt(2.0) * report.total * (1.0 + 1e-14) * torch.ones_like(z)
     gaps = report.head_gaps()
     if gaps is not None:
-        slopes = torch.minimum(slopes, report.body * (1.0 + 1e-14) * gaps.to(device)[label])
+        steep = report.body * (1.0 + 1e-14) * gaps.to(device)[label]
+        if report.body > 0:
+            steep = torch.where(gaps.to(device)[label] > 0, steep.clamp_min(SMALLEST), steep)
+        slopes = torch.minimum(slopes, steep)
 
     def closest(margins: Tensor) -> Tensor:
         distance = torch.where(margins > 0, margins / slopes, 0.0)
@@ -123,12 +127,13 @@ def _forward_error(report: LipschitzReport, recorder: Recorder, size: Tensor) ->
         elif node.name in walked.local:
             bound = walked.local[node.name]
             sources = repeated(node, [n for n in node.all_input_nodes if n.name in errors])
-            e = torch.stack([errors[n.name] for n in sources]).sum(0)
-            length = torch.zeros_like(size)
-            for n in sources:
+            e, length = torch.zeros_like(size), torch.zeros_like(size)
+            live = [n for n in node.all_input_nodes if n.name in errors]
+            for n, stretch in zip(sources, network.stretches(node, live), strict=True):
                 # of the computed value anywhere in the ball
                 here = recorder.norms[n.name] * (1.0 + 1e-9)
-                length = length + here + walked.total[n.name] * size + 2.0 * errors[n.name]
+                here = here + walked.total[n.name] * size + 2.0 * errors[n.name]
+                e, length = e + stretch * errors[n.name], length + stretch * here
             norm = float(bound.norm)
             local = _UNIT * (bound.slope * length + bound.offset)
             errors[node.name] = (norm * e + local) * (1.0 + 1e-9)

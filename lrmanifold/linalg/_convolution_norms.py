@@ -133,8 +133,8 @@ def convolution_singular_range(
 
     That is where the map is a whole circulant, padded circularly with an output of the size of the
     input over the stride, or acts on patches that do not overlap. The smallest one is taken over
-    the first min(out, in) of each frequency: zero if the map loses more of the row space than
-    its shape requires. A measurement in float64, not a proved bound.
+    the first min(out, in, entries of a filter) of each frequency: zero if the map loses more of
+    the row space than its shape requires. A measurement in float64, not a proved bound.
 
     Returns
     -------
@@ -147,7 +147,9 @@ def convolution_singular_range(
     if not form.exact:
         return None
     s = torch.linalg.svdvals(_transfer(form.kernel, form.grid))
-    return float(s[..., -1].min()), float(s[..., 0].max())
+    # a stride beyond the kernel leaves pixels out: so many directions of a patch are seen
+    seen = min(s.shape[-1], kernel.shape[0] // groups, kernel[0].numel())
+    return float(s[..., seen - 1].min()), float(s[..., 0].max())
 
 
 # ------------------------------------------------------------------------------------ the form

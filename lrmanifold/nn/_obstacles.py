@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -200,7 +203,7 @@ def _compiled(model: nn.Module) -> Iterator[int]:
 
 
 def _held_elsewhere(model: nn.Module) -> Iterator[tuple[int, str]]:
-    """Modules in lists, tuples or dicts of a module: those references would keep the old layer."""
+    """Modules that a module holds in containers or functions: they would keep the old layer."""
     for name, parent in model.named_modules():
         for key, value in vars(parent).items():
             if key in _TORCHS or key.endswith("_hooks"):
@@ -219,3 +222,12 @@ def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
     elif depth and isinstance(value, Mapping):
         for item in value.values():
             yield from _modules_in(item, depth - 1)
+    elif depth and isinstance(value, functools.partial):
+        yield from _modules_in((value.func, *value.args, *value.keywords.values()), depth)
+    elif depth and isinstance(value, types.MethodType):
+        yield from _modules_in(value.__self__, depth - 1)
+    elif depth and isinstance(value, types.FunctionType):
+        cells = inspect.getclosurevars(value).nonlocals
+        yield from _modules_in((*cells.values(), *(value.__defaults__ or ())), depth)
+    elif depth and isinstance(value, types.SimpleNamespace):
+        yield from _modules_in(vars(value), depth)

@@ -110,7 +110,11 @@ class LowRankLayer(WholeWeight):
 
     @property
     def factors(self) -> Factors:
-        """Views U (..., m, r), S (..., r, r), V (..., n, r) of the weight, with gradients."""
+        """Views U (..., m, r), S (..., r, r), V (..., n, r) of the weight, with gradients.
+
+        A layer with ``gradient="probe"`` expects other gradients of U and V than these views give:
+        there a loss of the factors must go through :meth:`dense_weight`, or through S alone.
+        """
         return self.manifold.unpack(self.weight)
 
     @property
@@ -354,7 +358,11 @@ class LowRankLayer(WholeWeight):
                 error_msgs.append(f"{key}{self._mismatch(value, reason)}")
                 return
             if after != before:
-                replace_data(self.weight, self.weight.data.new_empty(value.shape))
+                try:
+                    replace_data(self.weight, self.weight.data.new_empty(value.shape))
+                except RuntimeError:
+                    self.manifold.set_rank_(before)  # refused: the layer stays as it was
+                    raise
         self._load_without_hooks(state_dict, *rest)
         # torch swaps instead of setting, or not, by a global switch.
         self._adopt(self._parameters["weight"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -119,13 +121,23 @@ def mark(p: Tensor) -> tuple:
     """What changes when somebody writes to `p`; an accelerator is not waited for.
 
     torch counts ``p.copy_``, but neither ``p.data = x`` (another storage) nor ``p.data.copy_``: on
-    the CPU the sum of the entries tells that one.
+    the CPU a number tells that one, in which every entry has a weight of its own.
     """
     storage: Any = p.untyped_storage()
     total = 0.0
     if p.device.type == "cpu":
-        total = float(p.detach().sum(dtype=compute_dtype(p.dtype)))
+        rows = p.detach().reshape(-1, p.shape[-1] if p.ndim else 1).to(compute_dtype(p.dtype))
+        left, right = (_weights(n, rows.dtype) for n in rows.shape)
+        total = float(left @ (rows @ right))
     return p._version, storage._cdata, p.storage_offset(), tuple(p.shape), p.stride(), total
+
+
+@functools.lru_cache(maxsize=256)
+def _weights(n: int, dtype: torch.dtype) -> Tensor:
+    """n different numbers between 1 and 2: multiples of the golden ratio, without what is whole."""
+    ratio = (math.sqrt(5.0) - 1.0) / 2.0
+    k = torch.arange(1, n + 1, dtype=torch.float64, device="cpu")
+    return (1.0 + (ratio * k).remainder(1.0)).to(dtype)
 
 
 def content_mark(X: Tensor) -> tuple:

@@ -15,11 +15,12 @@ from ..parameter import manifold_of
 def param_groups(
     model: nn.Module, *, lr: float | None = None, weight_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """Named groups for an optimizer: low-rank, decayed, not decayed.
+    """Named groups for an optimizer: low-rank, adapters, decayed, not decayed.
 
     Matrices and larger tensors are decayed; biases, norms and scalars (fewer than 2 dimensions) are
     not, nor are parameters on manifolds without a core, such as Stiefel. Decay on a low-rank weight
-    acts on its core alone.
+    acts on its core alone. Updates of adapters are never decayed: what they add to a frozen layer
+    is the difference to where they started, which decay would not bring back to zero.
 
     Parameters
     ----------
@@ -31,8 +32,8 @@ def param_groups(
     Returns
     -------
     list of dict
-        Keys ``name`` ("manifold", "decay" or "no_decay") and ``params`` as (name, parameter) pairs.
-        Groups without parameters are left out.
+        Keys ``name`` ("manifold", "adapter", "decay" or "no_decay") and ``params`` as (name,
+        parameter) pairs. Groups without parameters are left out.
 
     Raises
     ------
@@ -53,19 +54,22 @@ def param_groups(
             raise GeometryError(
                 f"{name}.weight (shape {tuple(weight.shape)}) has lost its manifold {owned.name}"
             )
-    buckets: dict[str, list] = {"manifold": [], "decay": [], "no_decay": []}
+    held: list[Any] = [m for m in model.modules() if hasattr(m, "change_scale")]
+    changes = {id(change.update.weight) for change in held}
+    buckets: dict[str, list] = {"manifold": [], "adapter": [], "decay": [], "no_decay": []}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         manifold = manifold_of(p)
         if isinstance(manifold, FixedRank):
-            kind = "manifold"
+            kind = "adapter" if id(p) in changes else "manifold"
         else:
             kind = "decay" if manifold is None and p.ndim >= 2 else "no_decay"
         buckets[kind].append((name, p))
     groups = []
     for kind, params in buckets.items():
-        options = {"lr": lr, "weight_decay": 0.0 if kind == "no_decay" else weight_decay}
+        decay = 0.0 if kind in ("adapter", "no_decay") else weight_decay
+        options = {"lr": lr, "weight_decay": decay}
         given = {key: value for key, value in options.items() if value is not None}
         groups.append({"name": kind, "params": params, **given})
     return [group for group in groups if group["params"]]

@@ -33,6 +33,12 @@ def brought_over(state_dict: Any) -> dict[str, Any]:
                 f"state_dict must hold a {kind.__name__.lower()} under {key!r}, as "
                 f"optimizer.state_dict() returns it, got {shown(state_dict.get(key))}"
             )
+    for i, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(
+                f"param_groups of state_dict must be dicts with a list under 'params', number {i} "
+                f"is {shown(group)}"
+            )
     groups = [
         {k: v for k, v in g.items() if k not in _OLD_OPTIONS} for g in state_dict["param_groups"]
     ]

@@ -206,7 +206,8 @@ class GeometricOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step from the gradients present; parameters without a gradient stay as they are.
 
-        On the CPU it is made whole or not at all. A point is measured at its first step and after
+        On the CPU it is made whole or not at all, but for parameters whose gradient holds NaN or
+        Inf: those alone are left out. A point is measured at its first step and after
         somebody else wrote to it; on an accelerator only then does the host wait for the device.
         There, a write through ``p.data`` that keeps the storage goes unseen; on the CPU none does.
 
@@ -265,6 +266,13 @@ class GeometricOptimizer(torch.optim.Optimizer):
             if p.grad.is_sparse:
                 raise RuntimeError(f"sparse gradients are not supported, got one for {label}")
             state = self._state_of(p)
+            for key in self.rule.vectors:
+                if key in state and state[key].shape != p.shape:
+                    raise ValueError(
+                        f"{key} of {label} has shape {tuple(state[key].shape)}, the parameter "
+                        f"{tuple(p.shape)}: it became one of another rank, as a state dict makes "
+                        "it. Load the optimizer's state too, or build a new optimizer"
+                    )
             yield Item(group, p, p.detach(), p.grad.detach(), manifold, label, state)
 
     def _ensure(self, item: Item) -> None:

@@ -24,7 +24,7 @@ class OptionScheduler:
     Raises
     ------
     ValueError
-        If a group has no such option.
+        If a group has no such option, or the optimizer refuses a value; no group has changed then.
 
     Examples
     --------
@@ -50,8 +50,16 @@ class OptionScheduler:
         self._apply()
 
     def _apply(self) -> None:
-        for group, value in zip(self.optimizer.param_groups, self.initial, strict=True):
-            group[self.option] = value * self.function(self.count)
+        groups = self.optimizer.param_groups
+        # a group that was added later starts from what it has
+        self.initial += [g[self.option] for g in groups[len(self.initial) :]]
+        values = [value * self.function(self.count) for value in self.initial]
+        pairs = list(zip(groups, values, strict=False))
+        check = getattr(self.optimizer, "_check_options", None)
+        for group, value in pairs if check is not None else []:
+            check({**group, self.option: value})  # type: ignore[misc]
+        for group, value in pairs:
+            group[self.option] = value
 
     def step(self) -> None:
         """Advance by one and set the option."""

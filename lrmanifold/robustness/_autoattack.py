@@ -71,8 +71,8 @@ def run(
     width = high - low
     users = torch.get_default_dtype()
     with torch.no_grad():
-        scale = ordinary_factor(f(x)).median()
-        classes = f(x[:1]).shape[1]
+        scale = ordinary_factor(f(x.clone())).median()
+        classes = f(x[:1].clone()).shape[1]
 
     def predict(u: Tensor) -> Tensor:
         if not len(u):  # Square asks for none where a first margin is exactly 0

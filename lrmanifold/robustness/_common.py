@@ -153,7 +153,7 @@ def gradient(f: Model, loss: Loss, x: Tensor, y: Tensor) -> Tensor:
 
 
 def checked_logits(f: Model, x: Tensor, y: Tensor) -> Tensor:
-    logits = check_output(f(x))
+    logits = check_output(f(x.clone()))  # a model may write into what it is given
     shape = tuple(logits.shape)
     if len(shape) != 2 or shape[0] != len(x) or shape[1] < 2:
         one = ": of one logit z make two by cat((-z, z), 1) / 2" if shape == (len(x), 1) else ""

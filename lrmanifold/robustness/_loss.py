@@ -31,7 +31,17 @@ def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
     Parameters
     ----------
     logits, y : Tensor, shapes (B, classes) and (B,)
+
+    Raises
+    ------
+    ValueError
+        If y does not hold one class for each row of the logits.
     """
+    if logits.ndim != 2 or y.shape != logits.shape[:1]:
+        raise ValueError(
+            "logits must have shape (B, classes) and y shape (B,), got "
+            f"{tuple(logits.shape)} and {tuple(y.shape)}"
+        )
     z = logits.to(compute_dtype(logits.dtype))
     factor = ordinary_factor(z.detach())
     z, own = z * factor[:, None], y[:, None]

@@ -433,18 +433,26 @@ def test_maximum_pooling_counts_overlaps(pool):
 
 
 def test_a_jump_of_softplus_is_counted():
-    # torch's Softplus is x above its threshold: here it falls by .31 there
-    act, head = nn.Softplus(threshold=1.0), nn.Linear(1, 2)
+    # torch's Softplus is x above its threshold: at 14 it falls by 8e-7
+    act, head = nn.Softplus(threshold=14.0).double(), nn.Linear(1, 2, dtype=torch.float64)
+    between = 14.0 + 4e-7
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[1.0], [-1.0]]))
-        head.bias.copy_(torch.tensor([-1.2, 1.2]))
+        head.bias.copy_(torch.tensor([-between, between], dtype=torch.float64))
     model = nn.Sequential(act, head)
-    x = torch.tensor([[1.0 - 1e-6], [3.0]])
+    x = torch.tensor([[14.0 - 1e-9], [16.0]], dtype=torch.float64)
     assert model(x)[0].argmax() == 0
-    assert model(x + 2e-6)[0].argmax() == 1
+    assert model(x + 2e-9)[0].argmax() == 1
     r = certify.radius(model, x)
     assert float(r[0]) == 0.0
-    assert 0.5 < float(r[1]) < 1.8
+    assert 0.5 < float(r[1]) < 2.0
+    assert "jump" in certify.lipschitz(model, (1,)).rows[0].how
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.0, -800.0])
+def test_softplus_with_a_jump_that_can_be_seen_is_refused(threshold):
+    with pytest.raises(certify.BoundError, match="jumps by"):
+        certify.lipschitz(nn.Sequential(nn.Softplus(threshold=threshold)), (1,))
 
 
 def test_rounding_of_the_forward_is_subtracted():

@@ -1,0 +1,50 @@
+"""A layer that a function or container holds as well stays dense: the new one would not be used."""
+
+from __future__ import annotations
+
+import functools
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import lrmanifold as lrm
+
+
+class Holder(nn.Module):
+    def __init__(self, hold):
+        super().__init__()
+        self.lin, self.out = nn.Linear(12, 12), nn.Linear(12, 3)
+        self.held = hold(self.lin)
+
+    def forward(self, x):
+        return self.out(self.lin(x))
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda lin: lambda x: torch.relu(lin(x)),
+        lambda lin: lambda x, lin=lin: lin(x),
+        lambda lin: lin.forward,
+        lambda lin: functools.partial(lin),
+        lambda lin: functools.partial(nn.functional.relu, input=lin),
+        lambda lin: types.SimpleNamespace(layer=lin),
+        lambda lin: [lin],
+    ],
+    ids=["closure", "default", "method", "partial", "keyword", "namespace", "list"],
+)
+def test_a_layer_that_something_else_holds_stays_dense(hold):
+    model = lrm.factorize(Holder(hold), rank=3, exclude="out")
+    assert type(model.lin) is nn.Linear
+
+
+def test_other_functions_do_not_matter():
+    model = lrm.factorize(Holder(lambda lin: torch.relu), rank=3, exclude="out")
+    assert isinstance(model.lin, lrm.nn.LowRankLinear)
+
+
+def test_a_compression_that_no_layer_is_chosen_for_says_why():
+    with pytest.raises(ValueError, match="no layer is chosen"):
+        lrm.factorize(nn.Sequential(nn.Linear(64, 32)), compression=0.5)

@@ -1,0 +1,89 @@
+"""State that no longer fits its parameter, and writes that keep a sum, are noticed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lrmanifold as lrm
+from lrmanifold.optim import CondLR, CondLRAdam, OptionScheduler, param_groups
+
+
+def net(rank):
+    return torch.nn.Sequential(lrm.nn.LowRankLinear(12, 16, rank))
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    x = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("make", [lambda p: CondLR(p, lr=0.1, momentum=0.9), CondLRAdam])
+@pytest.mark.parametrize("ranks", [(4, 2), (1, 3)])
+def test_momentum_of_another_rank_is_refused(make, ranks):
+    model = net(ranks[0])
+    optimizer = make(model.parameters())
+    step(model, optimizer)
+    model.load_state_dict(net(ranks[1]).state_dict())
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="of another rank"):
+        step(model, optimizer)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_rows_that_change_places_behind_the_optimizers_back_are_noticed():
+    torch.manual_seed(0)
+    layer = lrm.nn.LowRankLinear(16, 16, 8)
+    model = torch.nn.Sequential(layer)
+    optimizer = CondLR(model.parameters(), lr=1e-4)
+    x = torch.randn(5, 16)
+
+    def go():
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    go()
+    good = layer.weight.detach().clone()
+    for _ in range(10):
+        layer.weight.data.copy_(good[torch.randperm(40)])
+        with pytest.raises(lrm.GeometryError):
+            go()
+        layer.weight.data.copy_(good)
+        go()
+        good = layer.weight.detach().clone()
+
+
+def test_a_scheduled_option_is_checked_and_later_groups_take_part():
+    layer = lrm.nn.LowRankLinear(8, 8, 2)
+    optimizer = CondLR([layer.weight], lr=0.1, penalty=0.1)
+    with pytest.raises(ValueError, match="penalty"):
+        OptionScheduler(optimizer, "penalty", lambda k: -1.0)
+    assert optimizer.param_groups[0]["penalty"] == 0.1
+    schedule = OptionScheduler(optimizer, "penalty", lambda k: 1.0 / (1 + k))
+    optimizer.add_param_group({"params": [lrm.nn.LowRankLinear(8, 8, 2).weight], "penalty": 0.4})
+    schedule.step()
+    assert [g["penalty"] for g in optimizer.param_groups] == [0.05, 0.2]
+
+
+def test_a_state_dict_with_groups_of_nothing_is_refused():
+    optimizer = CondLR(net(2).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="'params'"):
+        optimizer.load_state_dict({"state": {}, "param_groups": [{}]})
+
+
+def test_adapters_are_not_decayed():
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    x = torch.randn(8, 32)
+    want = model(x).detach()
+    lrm.nn.adapt(model, rank=4)
+    groups = param_groups(model, weight_decay=0.1)
+    assert [(g["name"], g["weight_decay"]) for g in groups] == [("adapter", 0.0)]
+    optimizer = CondLRAdam(groups, lr=0.01)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (model(x) * 0).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(model(x), want, atol=1e-4, rtol=1e-4)
