@@ -266,7 +266,8 @@ class GeometricOptimizer(torch.optim.Optimizer):
             if p.grad.is_sparse:
                 raise RuntimeError(f"sparse gradients are not supported, got one for {label}")
             state = self._state_of(p)
-            for key in self.rule.vectors:
+            fits = tuple(p.shape[-2:]) == getattr(manifold, "point_shape", tuple(p.shape[-2:]))
+            for key in self.rule.vectors if fits else ():
                 if key in state and state[key].shape != p.shape:
                     raise ValueError(
                         f"{key} of {label} has shape {tuple(state[key].shape)}, the parameter "

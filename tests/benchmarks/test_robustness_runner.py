@@ -45,7 +45,9 @@ def finished(tmp_path_factory):
 REDUCED = {
     "cifar10-adversarial",
     "cifar10-longer",
+    "cifar10-no-norm",
     "fashion-mnist",
+    "fashion-mnist-adversarial",
     "mnist",
     "cifar10",
     "mnist-adversarial",

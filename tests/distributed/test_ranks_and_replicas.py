@@ -92,6 +92,8 @@ def scheduler_worker(rank, world, folder):
     state["module.3.weight"] = narrow.as_subclass(torch.Tensor)
     with pytest.raises(RuntimeError, match=r"within\s+DistributedDataParallel"):
         model.load_state_dict(state)
+    assert M.point_shape == tuple(model.module[3].weight.shape)  # refused: as it was
+    closure()
 
 
 def test_ranks_under_ddp_are_refused_by_name(tmp_path):
