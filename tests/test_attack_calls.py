@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_nets import convnet, images
 
-from lrmanifold.robustness import accuracy_under_attack, fgsm
+from lrmanifold.robustness import accuracy_under_attack, fgsm, margin_loss, worst_case
 
 MEAN, STD = (0.4, 0.6), (0.2, 0.5)
 
@@ -58,3 +58,26 @@ def test_normalisation_may_be_made_in_inference_mode(device):
         mean, std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
     expected = fgsm(net, x, y, 0.1, mean=MEAN, std=STD)
     torch.testing.assert_close(fgsm(net, x, y, 0.1, mean=mean, std=std), expected)
+
+
+def test_a_model_that_writes_into_its_input_does_not_change_the_images(device):
+    torch.manual_seed(0)
+    inner = torch.nn.Linear(16, 5).to(device)
+
+    def model(z):
+        z.sub_(0.5).mul_(4)
+        return inner(z.flatten(1))
+
+    x = torch.rand(40, 1, 4, 4).to(device)
+    y = model(x.clone()).argmax(1)
+    keep = x.clone()
+    assert accuracy_under_attack(model, (x, y), fgsm, [0.0, 0.01])[0.0] == 1.0
+    found = worst_case(model, (x, y), 1e-6, attacks=("pgd", "square"), queries=20, steps=2)
+    assert found.clean == 1.0
+    assert torch.equal(x, keep)
+
+
+def test_the_margin_loss_wants_a_class_for_each_row(device):
+    z = torch.zeros(3, 4, device=device)
+    with pytest.raises(ValueError, match="y shape"):
+        margin_loss(z, torch.tensor([1], device=device))

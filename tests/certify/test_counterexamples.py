@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
@@ -153,6 +153,9 @@ def test_the_dimension_of_a_pooling_is_not_read_from_its_name():
     st.integers(1, 5), st.integers(1, 5), st.integers(0, 2), st.integers(1, 9), st.integers(1, 9),
     st.booleans(), st.booleans(),
 )  # fmt: skip
+@example(3, 3, 1, 1, 9, False, True)
+@example(3, 3, 1, 1, 1, False, False)
+@example(5, 5, 2, 1, 2, False, True)
 @settings(max_examples=60, deadline=None)
 def test_average_pooling_at_the_edges(kernel, stride, pad, height, width, counted, shaped):
     pad = min(pad, kernel // 2)
