@@ -184,7 +184,10 @@ def test_the_wheel_works_in_an_empty_environment(wheel, tmp_path):
     modules = (
         "import pkgutil, importlib, lrmanifold\n"
         "for m in pkgutil.walk_packages(lrmanifold.__path__, 'lrmanifold.'):\n"
-        "    importlib.import_module(m.name)\n"
+        "    try:\n"
+        "        importlib.import_module(m.name)\n"
+        "    except ModuleNotFoundError as error:  # of an extra that is not installed\n"
+        "        if m.name != 'lrmanifold.interop.peft' or error.name != 'peft': raise\n"
     )
     run(python, "-c", modules, **options)
     trained = run(command, "train", "--epochs", 1, "--out", "run", **options)
