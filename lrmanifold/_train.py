@@ -12,7 +12,7 @@ import torch
 import typer
 
 from . import _certify, robustness, viz
-from ._failures import claim_folder, one_line_errors, write_somewhere
+from ._failures import claim_folder, fail, one_line_errors, write_somewhere
 from ._output import accuracy_words, describe, progress_bar
 from .checkpoint import CheckpointError
 from .experiments import models, runs
@@ -111,6 +111,12 @@ def run(job: Job, *, force: bool = False) -> None:
                 "again"
             )
             return
+        if state == "unfinished" and not job.save_every:
+            fail(
+                f"{job.checkpoint} is of a run that was cut off, and without checkpoints it would "
+                "be lost unread: leave --save-every 0 out to go on, choose another folder by "
+                "--out, or start anew by --force"
+            )
         if job.images.note:
             typer.echo(f"note: {job.images.note}")
         began = time.perf_counter()
@@ -171,7 +177,9 @@ def _way_out(job: Job, error: BaseException) -> str:
         return ""
     if isinstance(error, CheckpointError):
         return " (--out DIR, or --force to start anew)"
-    step = steps_done(job.checkpoint) if job.save_every else None
+    if not job.save_every:
+        return "; nothing was saved, as --save-every is 0: the same command starts anew"
+    step = steps_done(job.checkpoint)
     if step is None:
         return "; nothing was saved yet: the same command starts anew"
     return f"; the same command goes on after step {step}"

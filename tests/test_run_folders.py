@@ -228,11 +228,11 @@ def test_ctrl_c_before_the_first_checkpoint_says_that_nothing_was_saved(tmp_path
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lrmanifold._train.train", interrupted)
-    for every in (5, 0):
+    for every, words in ((5, " yet"), (0, ", as --save-every is 0")):
         result = train(tmp_path / "run", "--save-every", every)
         assert result.exit_code == 130
         assert result.stderr.splitlines()[-1] == (
-            f"stopped at step 1 of {STEPS}; nothing was saved yet: the same command starts anew"
+            f"stopped at step 1 of {STEPS}; nothing was saved{words}: the same command starts anew"
         )
         assert not names(tmp_path)
 
@@ -269,6 +269,18 @@ def test_a_checkpoint_of_other_settings_is_named_with_what_differs(tmp_path, mon
         assert wanted in instead[2]
     assert contents(tmp_path) == before
     assert train(tmp_path, "--lr", 0.05, "--force").exit_code == 0
+
+
+def test_without_checkpoints_that_of_a_run_that_was_cut_off_is_not_lost(tmp_path, monkeypatch):
+    cut_off(tmp_path, monkeypatch)
+    monkeypatch.setattr("lrmanifold._commands.load", lambda name, root: few_digits())
+    before = contents(tmp_path)
+    for options in ((), ("--lr", 0.05)):
+        result = train(tmp_path, "--save-every", 0, *options)
+        assert_refused(result, "checkpoint.pt", "--save-every 0", "--out", "--force")
+    assert contents(tmp_path) == before
+    assert train(tmp_path, "--save-every", 0, "--force").exit_code == 0
+    assert "checkpoint.pt" not in names(tmp_path)
 
 
 def test_other_images_of_the_same_number_are_another_run(tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ._sizes import SMALLEST
 from .bounds import Bound, BoundError, Context, module_bound
 
 # A live value depends on the input; everything else is a constant of the forward.
@@ -237,9 +236,6 @@ def _arithmetic(
         value = 1.0 / value
     norm = value.abs().amax()
     slope = 4.0 * float(norm.detach())
-    if context.exact:
-        # the reciprocal may be denormal, then rounded by more than its last place
-        return Bound(max(float(norm) * (1.0 + 1e-15), SMALLEST), "scale", slope=slope), "chain"
-    if isinstance(other, Tensor) and other.is_floating_point():
+    if not context.exact and isinstance(other, Tensor) and other.is_floating_point():
         return Bound(norm.to(other.dtype), "scale", slope=slope), "chain"  # it may be learned
-    return Bound(float(norm), "scale", slope=slope), "chain"
+    return Bound(float(norm) * (1.0 + 1e-15), "scale", slope=slope), "chain"

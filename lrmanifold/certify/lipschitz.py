@@ -198,9 +198,10 @@ class LipschitzBound:
         """Of each live argument: √ of the number of copies that broadcasting makes of it."""
         found = []
         out = self.shapes.get(node.name)
+        adds = node.op != "call_module" and node.target in SUMS  # a module may be named "add"
         for source in repeated(node, sources):
             own = self.shapes.get(source.name)
-            if node.target not in SUMS or own is None or out is None or own == out:
+            if not adds or own is None or out is None or own == out:
                 found.append(1.0)
                 continue
             if len(own) != len(out):
@@ -407,7 +408,7 @@ def lipschitz(
             f"got {shown(input_shape)}"
         )
     if isinstance(model, nn.Module):
-        refuse_hooks(model)
+        refuse_hooks(model)  # of pruned layers no copy can be made
     twin = float64_copy(model) if isinstance(model, nn.Module) else model
     network = LipschitzBound(twin, input_shape)
     with torch.no_grad():

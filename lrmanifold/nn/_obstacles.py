@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import inspect
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -227,7 +227,15 @@ def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
     elif depth and isinstance(value, types.MethodType):
         yield from _modules_in(value.__self__, depth - 1)
     elif depth and isinstance(value, types.FunctionType):
-        cells = inspect.getclosurevars(value).nonlocals
-        yield from _modules_in((*cells.values(), *(value.__defaults__ or ())), depth)
+        yield from _modules_in(tuple(_captured(value)), depth)
     elif depth and isinstance(value, types.SimpleNamespace):
         yield from _modules_in(vars(value), depth)
+
+
+def _captured(function: types.FunctionType) -> Iterator[Any]:
+    """What a function keeps: its defaults, and the variables around it that have a value."""
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):
+            yield cell.cell_contents
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()

@@ -351,8 +351,8 @@ def _plan_for_compression(target: float, plan_with: Callable[..., Plan]) -> Plan
     smallest = at(0.0)
     if smallest.compression < target:
         if not any(decision.rank for decision in smallest.decisions):
-            kept = "; ".join(f"{d.name}: {d.reason}" for d in smallest.decisions) or "there is none"
-            raise ValueError(f"compression={target} cannot be reached: no layer is chosen ({kept})")
+            why = "; ".join(dict.fromkeys(d.reason for d in smallest.decisions)) or "there is none"
+            raise ValueError(f"compression={target} cannot be reached: no layer is chosen ({why})")
         raise ValueError(
             f"compression={target} cannot be reached: with every chosen layer at rank 1, "
             f"{smallest.compression:.1%} of the parameters are removed"

@@ -125,7 +125,7 @@ def mark(p: Tensor) -> tuple:
     """
     storage: Any = p.untyped_storage()
     total = 0.0
-    if p.device.type == "cpu":
+    if p.device.type == "cpu" and p.numel():
         rows = p.detach().reshape(-1, p.shape[-1] if p.ndim else 1).to(compute_dtype(p.dtype))
         left, right = (_weights(n, rows.dtype) for n in rows.shape)
         total = float(left @ (rows @ right))

@@ -54,6 +54,7 @@ def param_groups(
             raise GeometryError(
                 f"{name}.weight (shape {tuple(weight.shape)}) has lost its manifold {owned.name}"
             )
+    # by what they have: optimizers import no layers
     held: list[Any] = [m for m in model.modules() if hasattr(m, "change_scale")]
     changes = {id(change.update.weight) for change in held}
     buckets: dict[str, list] = {"manifold": [], "adapter": [], "decay": [], "no_decay": []}

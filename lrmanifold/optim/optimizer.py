@@ -209,7 +209,8 @@ class GeometricOptimizer(torch.optim.Optimizer):
         On the CPU it is made whole or not at all, but for parameters whose gradient holds NaN or
         Inf: those alone are left out. A point is measured at its first step and after
         somebody else wrote to it; on an accelerator only then does the host wait for the device.
-        There, a write through ``p.data`` that keeps the storage goes unseen; on the CPU none does.
+        There, a write through ``p.data`` that keeps the storage goes unseen; on the CPU a weighted
+        sum of the entries tells it.
 
         Parameters
         ----------
@@ -266,6 +267,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
             if p.grad.is_sparse:
                 raise RuntimeError(f"sparse gradients are not supported, got one for {label}")
             state = self._state_of(p)
+            # of a shape that is off the manifold the geometry speaks, below
             fits = tuple(p.shape[-2:]) == getattr(manifold, "point_shape", tuple(p.shape[-2:]))
             for key in self.rule.vectors if fits else ():
                 if key in state and state[key].shape != p.shape:

@@ -54,10 +54,10 @@ class OptionScheduler:
         # a group that was added later starts from what it has
         self.initial += [g[self.option] for g in groups[len(self.initial) :]]
         values = [value * self.function(self.count) for value in self.initial]
-        pairs = list(zip(groups, values, strict=False))
-        check = getattr(self.optimizer, "_check_options", None)
-        for group, value in pairs if check is not None else []:
-            check({**group, self.option: value})  # type: ignore[misc]
+        pairs = list(zip(groups, values, strict=True))
+        if check := getattr(self.optimizer, "_check_options", None):
+            for group, value in pairs:
+                check({**group, self.option: value})
         for group, value in pairs:
             group[self.option] = value
 

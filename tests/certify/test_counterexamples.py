@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -70,6 +71,17 @@ def test_a_sum_with_fewer_dimensions_is_refused():
 
     with pytest.raises(certify.BoundError, match="dimension"):
         certify.lipschitz(Vector(), (2, 2, 2))
+
+
+@pytest.mark.parametrize("name", ["add", "sub_"])
+def test_a_layer_may_be_named_like_a_sum(name):
+    layer = nn.Linear(8, 2, bias=False, dtype=D)
+    found = certify.lipschitz(nn.Sequential(OrderedDict({name: layer})), (8,)).total
+    assert found >= float(torch.linalg.matrix_norm(layer.weight.detach(), 2))
+
+
+def test_a_factor_of_zero_leaves_nothing():
+    assert certify.lipschitz(Times(0.0), (2,)).total == 0.0
 
 
 class Times(nn.Module):
