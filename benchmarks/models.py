@@ -2,7 +2,7 @@
 
 For 32 x 32 images VGG16 with batch norm, WideResNet-16-4 and a small vision transformer; for small
 ones the two convolutions that are usual in adversarial training, and ``plain`` without its batch
-norms. The smaller ones of :mod:`lrmanifold.experiments.models` are built by :func:`build` too.
+norms, or with norms that only take the mean away. The smaller ones of :mod:`lrmanifold.experiments.models` are built by :func:`build` too.
 They take normalised images (N, C, H, W) and give logits (N, classes).
 """
 
@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from lrmanifold.experiments import models as small
 from lrmanifold.experiments.data import Dataset
+from lrmanifold.nn import MeanOnlyBatchNorm
 
-NAMES = (*small.NAMES, "two-conv", "plain-no-norm", "vgg16", "wrn16_4", "vit")
+NAMES = (*small.NAMES, "two-conv", "plain-no-norm", "plain-mean-norm", "vgg16", "wrn16_4", "vit")
 _VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
 
@@ -50,6 +51,14 @@ def plain_no_norm(in_channels: int = 3, classes: int = 10) -> nn.Sequential:
         if not isinstance(layer, nn.BatchNorm2d):
             layers[name] = layer
     return nn.Sequential(layers)
+
+
+def plain_mean_norm(in_channels: int = 3, classes: int = 10) -> nn.Module:
+    """The network ``plain`` with norms that take the mean of each channel away and scale nothing.
+
+    The bound on a kernel is one on the layer with its norm here.
+    """
+    return MeanOnlyBatchNorm.convert(small.plain(in_channels, classes))
 
 
 def vgg16(in_channels: int = 3, classes: int = 10) -> nn.Sequential:
@@ -191,6 +200,8 @@ def build(name: str, dataset: Dataset) -> nn.Module:
         raise ValueError(f"{name} needs 32 x 32 images, got {height} x {width}")
     if name == "plain-no-norm":
         return plain_no_norm(channels, dataset.classes)
+    if name == "plain-mean-norm":
+        return plain_mean_norm(channels, dataset.classes)
     if name == "vgg16":
         return vgg16(channels, dataset.classes)
     if name == "wrn16_4":

@@ -108,12 +108,13 @@ class Attack:
 @dataclass(frozen=True)
 class Family:
     """``[[family]]``: a method with everything but the axes of its search; `start` places it on
-    them, and `ranks` stand in place of the network's."""
+    them, and `ranks` and `model` stand in place of the network's."""
 
     method: Method
     optimizer: str
     start: Mapping[str, float]
     ranks: Mapping[str, float] | None = None
+    model: str | None = None
 
     @property
     def name(self) -> str:
@@ -222,13 +223,14 @@ def parse(raw: Mapping[str, Any], name: str) -> Plan:
 def _family(entry: Mapping[str, Any], axes: Mapping[str, Axis]) -> Family:
     entry = dict(entry)
     start = dict(entry.pop("start"))
-    optimizer, ranks = entry.pop("optimizer", "sgd"), entry.pop("ranks", None)
+    optimizer = entry.pop("optimizer", "sgd")
+    own = {key: entry.pop(key, None) for key in ("ranks", "model")}
     method = _make(Method, entry)
     if method.kind not in KINDS:
         raise PlanError(f"{method.name}: kind must be one of {KINDS}, got {method.kind!r}")
     if not {*COMMON} <= start.keys() <= {*COMMON, *OWN} or not start.keys() <= axes.keys():
         raise PlanError(f"{method.name}: start must name {COMMON}, maybe {OWN}, got {[*start]}")
-    return Family(method, optimizer, start, ranks)
+    return Family(method, optimizer, start, **own)
 
 
 def _hypothesis(entry: Mapping[str, Any]) -> Hypothesis:

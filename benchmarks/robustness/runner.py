@@ -261,7 +261,7 @@ class Runner:
         try:
             trained: Trained | None = train(
                 method,
-                lambda: models.build(network.model, data),
+                lambda: models.build(family.model or network.model, data),
                 self._resident(data),
                 dict(family.ranks or network.ranks),
                 settings,

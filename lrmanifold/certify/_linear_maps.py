@@ -20,6 +20,7 @@ from ..nn import (
     LowRankLayer,
     LowRankLinear,
     LowRankTransposedLinear,
+    MeanOnlyBatchNorm,
 )
 from ._adapters import ADAPTERS, adapter_weight, bare, check_adapter, size_and_inner
 from ._sizes import UP as _UP
@@ -345,6 +346,15 @@ def _batch_norm(module: Any, context: Context) -> Bound:
         slope=16.0 * float(norm),
         offset=16.0 * shift * math.sqrt(pixels),
     )
+
+
+@bounded(MeanOnlyBatchNorm)
+def _shift(module: Any, context: Context) -> Bound:
+    if not context.exact:
+        return Bound(1.0, "shift")
+    pixels = math.prod(context.output_shape or (module.num_features,)) / module.num_features
+    shift = _size(module.running_mean) + _size(module.bias)
+    return Bound(1.0, "shift, running mean", slope=16.0, offset=16.0 * shift * math.sqrt(pixels))
 
 
 _MONOTONE = (nn.ReLU, nn.ReLU6, nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Hardtanh)

@@ -19,6 +19,7 @@ from .fold import fold
 from .inventory import Other
 from .layer import LowRankLayer
 from .linear import LowRankLinear
+from .norm import MeanOnlyBatchNorm
 from .plan import Decision, Plan
 from .structure import restructure, structure
 from .transposed import LowRankTransposedLinear
@@ -41,6 +42,7 @@ __all__ = [
     "LowRankMultiheadAttention",
     "LowRankTransposedLinear",
     "MaxMin",
+    "MeanOnlyBatchNorm",
     "Other",
     "Patchify",
     "Plan",

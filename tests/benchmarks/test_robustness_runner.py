@@ -45,6 +45,7 @@ def finished(tmp_path_factory):
 REDUCED = {
     "cifar10-adversarial",
     "cifar10-longer",
+    "cifar10-mean-norm",
     "cifar10-no-norm",
     "fashion-mnist",
     "fashion-mnist-adversarial",
