@@ -2,7 +2,8 @@
 
 For 32 x 32 images VGG16 with batch norm, WideResNet-16-4 and a small vision transformer; for small
 ones the two convolutions that are usual in adversarial training, and ``plain`` without its batch
-norms, or with norms that only take the mean away. The smaller ones of :mod:`lrmanifold.experiments.models` are built by :func:`build` too.
+norms or with norms that only take the mean away. The smaller ones of
+:mod:`lrmanifold.experiments.models` are built by :func:`build` too.
 They take normalised images (N, C, H, W) and give logits (N, classes).
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -126,9 +128,10 @@ class MeanOnlyBatchNorm(nn.Module):
         TypeError
             If `model` is no module, or has a kind of batch norm whose forward is not torch's.
         ValueError
-            If the model is wrapped for many processes already, or a norm cannot be replaced without changing what it was set or trained to do: scales
-            or running statistics that are not those of a new one, ``track_running_stats=False``,
-            ``momentum=None``, hooks. Nothing is changed then.
+            If the model is wrapped for many processes already, or a norm cannot be replaced without
+            changing what it was set or trained to do: scales or running statistics that are not
+            those of a new one, ``track_running_stats=False``, ``momentum=None``, hooks. Nothing is
+            changed then.
         """
         check_model("model", model)
         new: dict[int, nn.Module] = {}
@@ -144,33 +147,36 @@ class MeanOnlyBatchNorm(nn.Module):
         return model
 
     @classmethod
-    def _in_place_of(cls, name: str, old: nn.modules.batchnorm._BatchNorm) -> MeanOnlyBatchNorm:
+    def _in_place_of(cls, name: str, old: Any) -> MeanOnlyBatchNorm:
         if type(old) not in _BATCH_NORMS:
             raise TypeError(
                 f"model: {name} is a {type(old).__name__}, which may do more than torch's batch "
                 "norm: replace it by hand"
             )
-        reason = None
-        if old.running_mean is None or old.running_var is None:
-            reason = "has track_running_stats=False"
-        elif old.momentum is None or not 0.0 < old.momentum <= 1.0:
-            reason = f"has momentum={old.momentum}"
-        elif has_hooks(old):
-            reason = "has hooks"
-        elif not _all(old.running_var, 1.0) or not _all(old.running_mean, 0.0):
-            reason = "has running statistics of a training"
-        elif old.weight is not None and not _all(old.weight, 1.0):
-            reason = "has scales other than 1"
-        if reason is not None:
+        if lost := _lost(old):
             raise ValueError(
-                f"model: {name} ({type(old).__name__}) {reason}, which a norm without scale would "
-                "lose: convert a new, untrained model"
+                f"model: {name} ({type(old).__name__}) has {lost}, which a norm without scale "
+                "would lose: convert a new, untrained model"
             )
-        like = old.running_mean
-        assert like is not None and old.momentum is not None
-        norm = cls(old.num_features, old.momentum, bias=False, device=like.device, dtype=like.dtype)
+        like = {"device": old.running_mean.device, "dtype": old.running_mean.dtype}
+        norm = cls(old.num_features, old.momentum, bias=False, **like)
         norm._parameters["bias"] = old._parameters["bias"]
         return norm.train(old.training)
+
+
+def _lost(old: Any) -> str:
+    """What the conversion of a batch norm would lose; or ""."""
+    if old.running_mean is None:
+        return "track_running_stats=False"
+    if old.momentum is None or not 0.0 < old.momentum <= 1.0:
+        return f"momentum={old.momentum}"
+    if has_hooks(old):
+        return "hooks"
+    if not _all(old.running_var, 1.0) or not _all(old.running_mean, 0.0):
+        return "running statistics of a training"
+    if old.weight is not None and not _all(old.weight, 1.0):
+        return "scales other than 1"
+    return ""
 
 
 def _all(t: Tensor, value: float) -> bool:

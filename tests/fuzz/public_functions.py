@@ -296,6 +296,11 @@ def functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str,
             {"function": "function", "module_type": ("optimizer", {"bad": (None,)})},
         ),
         "MaxMin": (lrm.nn.MaxMin, {}, {"dim": ("integer", {"bad": (0,)})}),
+        "MeanOnlyBatchNorm": (
+            lrm.nn.MeanOnlyBatchNorm, {"num_features": 3},
+            {"num_features": size, "momentum": ("number", {"bad": (0.0, -0.1, 2.0)}),
+             "bias": "flag", "dtype": "dtype", "device": "device"},
+        ),
         "Patchify": (lrm.nn.Patchify, {"size": 2}, {"size": size}),
         "Residual": (lambda blocks: lrm.nn.Residual(blocks), {}, {"blocks": "module"}),
         "ConvexPotential": (
