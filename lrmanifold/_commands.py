@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -267,20 +269,17 @@ def run_demo(plan: demos.Demo, images: Dataset, out: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     figures = demos.pictures(result)
-    names = ["results.json", *figures, *(["model.pt"] if result.example is not None else [])]
     results = {"format": runs.DEMO_FORMAT, "versions": runs.versions(), **result.to_dict()}
-
-    def write(folder: Path) -> None:
-        for name, figure in figures.items():
-            runs.write_figure(folder / name, figure)
-        if result.example is not None:
-            how = Method("CondLR tau=0.1", "condlr", 0.1)
-            model = result.example.model
-            runs.save_model(folder / "model.pt", model, architecture="mlp", method=how, data=images)
-        runs.write_results(folder / "results.json", results)
-
+    files: dict[str, Callable[[Path], object]] = {
+        name: partial(runs.write_figure, figure=figure) for name, figure in figures.items()
+    }
+    if result.example is not None:
+        how = Method("CondLR tau=0.1", "condlr", 0.1)
+        recipe: dict[str, Any] = {"architecture": "mlp", "method": how, "data": images}
+        files["model.pt"] = partial(runs.save_model, model=result.example.model, **recipe)
+    files["results.json"] = partial(runs.write_results, value=results)
     try:
-        write_somewhere(out, write)
+        write_somewhere(out, files)
     finally:
         print_demo(result)
-    typer.echo(f"written to {out}: {', '.join(names)} (model.pt: tau = 0.1)")
+    typer.echo(f"written to {out}: {', '.join(sorted(files))} (model.pt: tau = 0.1)")

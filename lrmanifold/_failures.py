@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,18 @@ from .experiments.folder import State, claimed
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+OUT = "choose another folder by --out"
 
 
-def explained(error: BaseException) -> str:
-    """An error in one line, with a way out where the system's words have none."""
+def explained(error: BaseException, elsewhere: str = "") -> str:
+    """An error in one line, with a way out where the system's words have none.
+
+    Parameters
+    ----------
+    error : exception
+    elsewhere : str
+        How to write to another place, if this was about writing.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         return f"the device has too little memory ({text.split('.')[0]}): lower --batch-size"
@@ -28,15 +37,19 @@ def explained(error: BaseException) -> str:
         return text
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in _FULL:
-        return f"no space left{where}: free some, or choose another folder by --out"
+        return f"no space left{where}: free some{f', or {elsewhere}' if elsewhere else ''}"
+    if error.errno in _CLOSED and elsewhere:
+        return f"no permission to write{where}: {elsewhere}"
     if error.errno in _CLOSED:
-        return f"no permission to write{where}: choose another folder by --out"
+        return f"no permission{where}"
     return f"{error.strerror}{where}"
 
 
 @contextlib.contextmanager
 def one_line_errors(
-    *kinds: type[Exception], way_out: Callable[[Exception], str] = lambda error: ""
+    *kinds: type[Exception],
+    way_out: Callable[[Exception], str] = lambda error: "",
+    elsewhere: str = "",
 ) -> Iterator[None]:
     """What a user got wrong is one line and exit code 2; by default for the checks of arguments.
 
@@ -47,6 +60,8 @@ def one_line_errors(
     *kinds : exception classes
     way_out : callable
         From the error to what ends the line.
+    elsewhere : str
+        As in :func:`explained`.
     """
     wrong = kinds or (ValueError, TypeError, OSError, ImportError, LockedError)
     try:
@@ -54,7 +69,7 @@ def one_line_errors(
     except BrokenPipeError:
         raise  # nobody reads any more
     except wrong as error:
-        fail(f"{explained(error)}{way_out(error)}")
+        fail(f"{explained(error, elsewhere)}{way_out(error)}")
 
 
 def fail(line: str) -> None:
@@ -69,29 +84,52 @@ def claim_folder(
 ) -> Iterator[State]:
     """:func:`~lrmanifold.experiments.folder.claimed`, with refusals in one line."""
     with contextlib.ExitStack() as stack:
-        with one_line_errors():
+        with one_line_errors(elsewhere=OUT):
             claim = claimed(folder, files, expected, what=what, force=force)
             state = stack.enter_context(claim)
         yield state
 
 
-def write_somewhere(folder: Path, write: Callable[[Path], object]) -> None:
-    """Write to a folder; if that fails, to a new temporary one, and say so with exit code 2.
+def write_somewhere(
+    folder: Path, files: Mapping[str, Callable[[Path], object]], *, elsewhere: str = OUT
+) -> None:
+    """Write files to a folder; if that fails, to a new temporary one, and say so with exit code 2.
 
-    What took hours to compute is not lost to a full disk.
+    What took hours to compute is not lost to a full disk or a folder that has gone.
+
+    Parameters
+    ----------
+    folder : path
+    files : dict
+        By name, in the order of writing: what writes the file to a path, whole or not at all.
+    elsewhere : str
+        As in :func:`explained`.
     """
-    before = set(folder.iterdir())
+    if not os.path.lexists(folder):
+        typer.echo(f"warning: {folder} was removed in the meantime: it is made again", err=True)
     try:
-        write(folder)
+        _write_all(folder, files)
         return
     except OSError as error:
-        cause = explained(error)
-    for part in set(folder.iterdir()) - before:  # half of the results would look like a run
-        with contextlib.suppress(OSError):
-            part.unlink()
+        cause = explained(error, elsewhere)
     try:
         other = Path(tempfile.mkdtemp(prefix="lrmanifold-"))
-        write(other)
+        _write_all(other, files)
     except OSError as error:
         fail(f"{cause}; nor could the results be written elsewhere: {explained(error)}")
     fail(f"{cause}; the results are in {other} instead: move them before it is emptied")
+
+
+def _write_all(folder: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
+    """All of them, or no new file: half of the results would look like a run."""
+    new = []
+    try:
+        for name, write in files.items():
+            replaced = os.path.lexists(folder / name)
+            write(folder / name)
+            new += [] if replaced else [folder / name]
+    except BaseException:
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise

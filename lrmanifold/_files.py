@@ -44,7 +44,10 @@ def write_atomically(path: str | os.PathLike[str], data: Bytes) -> None:
 
 
 def _write(path: Path, data: Bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # which would be said of the file that is not there
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
     if path.is_dir() and not path.is_symlink():
         raise IsADirectoryError(errno.EISDIR, "Is a directory")
     temporary, descriptor = _new_file(path)

@@ -53,7 +53,10 @@ def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
         yield
     finally:
         if os.name == "posix":  # while locked: afterwards it may be another's
-            path.unlink(missing_ok=True)
+            # by now the folder may be gone or read-only, or another's lock may have this name
+            with contextlib.suppress(OSError):
+                if is_at(descriptor, path):
+                    path.unlink()
             os.close(descriptor)
         else:
             os.close(descriptor)  # Windows deletes no open file

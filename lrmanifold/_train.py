@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 import typer
 
 from . import _certify, robustness, viz
-from ._failures import claim_folder, fail, one_line_errors, write_somewhere
+from ._failures import OUT, claim_folder, fail, one_line_errors, write_somewhere
 from ._output import accuracy_words, describe, progress_bar
 from .checkpoint import CheckpointError
 from .experiments import models, runs
@@ -80,6 +83,11 @@ class Job:
         """The file from which a run that was cut off goes on."""
         return self.folder / "checkpoint.pt"
 
+    def remove_checkpoint(self) -> None:
+        """Where that fails it stays: nothing reads it beside results, and nothing else is lost."""
+        with contextlib.suppress(OSError):
+            self.checkpoint.unlink()
+
     def expected(self) -> dict[str, Any]:
         """The parts of ``results.json`` that are known beforehand."""
         return {
@@ -105,7 +113,7 @@ def run(job: Job, *, force: bool = False) -> None:
     what = f"lrmanifold train, {job.method.name} on {job.images.name}"
     with claim_folder(job.folder, RUN_FILES, job.expected(), what=what, force=force) as state:
         if state == "finished":
-            job.checkpoint.unlink(missing_ok=True)
+            job.remove_checkpoint()
             typer.echo(
                 f"finished already: {job.folder} has the results of these settings; --force trains "
                 "again"
@@ -136,7 +144,7 @@ def _train(job: Job) -> Trained:
         # outside: the line comes after the bar
         with (
             warnings.catch_warnings(record=True) as said,
-            one_line_errors(*_WRONG, way_out=lambda error: _way_out(job, error)),
+            one_line_errors(*_WRONG, way_out=lambda error: _way_out(job, error), elsewhere=OUT),
             progress_bar(job.method.name, job.steps) as (_, advance),
         ):
 
@@ -173,7 +181,7 @@ def _train(job: Job) -> Trained:
 def _way_out(job: Job, error: BaseException) -> str:
     """What to do now."""
     if isinstance(error, FloatingPointError):
-        job.checkpoint.unlink(missing_ok=True)  # to go on from it would end the same way
+        job.remove_checkpoint()  # to go on from it would end the same way
         return ""
     if isinstance(error, CheckpointError):
         return " (--out DIR, or --force to start anew)"
@@ -238,20 +246,18 @@ def _finish(job: Job, trained: Trained, began: float) -> None:
         figures["certificate.png"] = _certify.figure(found, job.images.name)
         proof = f"{certified}\n{_certify.table(found)}"
 
-    def write(folder: Path) -> None:
-        for name, figure in figures.items():
-            runs.write_figure(folder / name, figure)
-        recipe: dict[str, Any] = {"architecture": job.model, "method": job.method}
-        runs.save_model(folder / "model.pt", trained.model, **recipe, data=job.images)
-        runs.write_results(folder / "results.json", results)
-
+    recipe: dict[str, Any] = {"architecture": job.model, "method": job.method, "data": job.images}
+    files: dict[str, Callable[[Path], object]] = {
+        **{name: partial(runs.write_figure, figure=f) for name, f in figures.items()},
+        "model.pt": partial(runs.save_model, model=trained.model, **recipe),
+        "results.json": partial(runs.write_results, value=results),
+    }
     try:
-        write_somewhere(job.folder, write)
+        write_somewhere(job.folder, files)
     finally:
         typer.echo(str(summary))
         typer.echo(accuracy_words(results, job.images))
         if proof:
             typer.echo(proof)
-    job.checkpoint.unlink(missing_ok=True)
-    names = sorted([*figures, "model.pt", "results.json"])
-    typer.echo(f"written: {', '.join(names)} in {job.folder}")
+    job.remove_checkpoint()
+    typer.echo(f"written: {', '.join(sorted(files))} in {job.folder}")

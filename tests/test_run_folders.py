@@ -417,12 +417,14 @@ def test_a_new_folder_that_stays_empty_is_removed(tmp_path):
 
 def test_system_errors_are_said_in_one_line_with_a_way_out():
     for code, words in (
-        (errno.ENOSPC, "no space left (f): free some, or choose another folder by --out"),
+        (errno.ENOSPC, "no space left (f): free some, or go away"),
         (errno.EDQUOT, "no space left (f)"),
-        (errno.EROFS, "no permission to write (f): choose another folder by --out"),
+        (errno.EROFS, "no permission to write (f): go away"),
         (errno.ENOTDIR, "Not a directory (f)"),
     ):
-        assert words in explained(OSError(code, os.strerror(code), "f"))
+        assert words in explained(OSError(code, os.strerror(code), "f"), "go away")
+    assert explained(OSError(errno.EACCES, "", "f")) == "no permission (f)"
+    assert explained(OSError(errno.ENOSPC, "", "f")) == "no space left (f): free some"
     assert "lower --batch-size" in explained(torch.OutOfMemoryError("CUDA out of memory. Tried"))
 
 

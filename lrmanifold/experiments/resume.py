@@ -147,7 +147,7 @@ def steps_done(path: Path) -> int | None:
     try:
         extra = checkpoint.peek(path)
         return int(extra["schedule"]["last_epoch"])
-    except (CheckpointError, TypeError, KeyError, ValueError):
+    except (CheckpointError, OSError, TypeError, KeyError, ValueError):
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -253,7 +254,7 @@ def fit(
     CheckpointError
         If `checkpoint` is damaged or belongs to another run.
     OSError
-        If it cannot be written.
+        If it cannot be written before the training has ended; at the end that is a warning.
     ValueError
         If a step is to be captured and a rate of the optimizer is no tensor on the device.
     CaptureError
@@ -379,6 +380,11 @@ def _save(keeper: Keeper, at: Position, history: History, settings: Settings) ->
         raise FloatingPointError(
             f"{error}: lower lr = {settings.lr}, to {settings.lr / 10:g} for example"
         ) from error
+    except OSError as error:
+        if at.epoch < settings.epochs:
+            raise
+        # the training has ended: what it found is worth more than the file to go on from
+        warnings.warn(f"the last checkpoint could not be written: {error}", stacklevel=3)
 
 
 def _check_loss(at: Position, epoch: int, settings: Settings) -> None:

@@ -1,0 +1,42 @@
+"""The commands in this process, on a part of the digits."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from lrmanifold._commands import app
+from lrmanifold.experiments import data
+
+OPTIONS = ("--epochs", 2, "--batch-size", 64, "--rank", 5)
+STEPS = 20
+
+
+def few_digits() -> data.Dataset:
+    whole = data.load("digits")
+    part = {"train_x": whole.train_x[:640], "train_y": whole.train_y[:640]}
+    part |= {"test_x": whole.test_x[:50], "test_y": whole.test_y[:50]}
+    return dataclasses.replace(whole, **part)
+
+
+def invoke(*args: object):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def train(folder: Path, *args: object):
+    return invoke("train", *OPTIONS, *args, "--out", folder)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def assert_refused(result, *words: str) -> None:
+    lines = result.stderr.splitlines()
+    assert result.exit_code == 2, result.output
+    assert lines[-1].startswith("error: ")
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in lines[-1]

@@ -1,0 +1,186 @@
+"""A folder that goes away, or can no longer be written, while the commands work for it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from command_line import STEPS, assert_refused, few_digits, invoke, names, train
+
+from lrmanifold import _commands, _lock, _train
+from lrmanifold.experiments import demo as demos
+from lrmanifold.experiments import runs
+
+FILES = ["accuracy.png", "model.pt", "results.json", "spectra.png"]
+DEMO = ("demo", "--epochs", 1, "--seeds", 1, "--rank", 8)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Where temporary folders are made; the images are few."""
+    images, folder = few_digits(), tmp_path / "elsewhere"
+    monkeypatch.setattr(_commands, "load", lambda name, root: images)
+    monkeypatch.setattr(demos, "load", lambda name: images)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def after(monkeypatch, module, name: str, happens) -> None:
+    """Let something happen when a function of the library has done its work."""
+    real = getattr(module, name)
+
+    def function(*args, **options):
+        result = real(*args, **options)
+        happens()
+        return result
+
+    monkeypatch.setattr(module, name, function)
+
+
+def read_only(monkeypatch, folder: Path) -> None:
+    """As a file system that was mounted anew: nothing is made or removed there."""
+    real_open, real_unlink = os.open, os.unlink
+
+    def refuse(path) -> None:
+        if Path(path).parent == folder:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def opened(path, flags, *args, **options):
+        if flags & os.O_CREAT:
+            refuse(path)
+        return real_open(path, flags, *args, **options)
+
+    def unlinked(path, **options):
+        refuse(path)
+        real_unlink(path, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "unlink", unlinked)
+
+
+@pytest.mark.parametrize("save_every", [0, 100])
+def test_the_folder_of_a_training_that_was_removed_is_made_again(tmp_path, monkeypatch, save_every):
+    folder = tmp_path / "run"
+    after(monkeypatch, _train, "train", lambda: shutil.rmtree(folder))
+    result = train(folder, "--save-every", save_every)
+    assert result.exit_code == 0, result.output
+    assert f"warning: {folder} was removed in the meantime: it is made again" in result.stderr
+    assert names(folder) == FILES
+    assert runs.load_results(folder)["settings"]["rank"] == 5
+
+
+def test_the_folder_of_a_demo_that_was_removed_is_made_again(tmp_path, monkeypatch):
+    folder = tmp_path / "demo"
+    after(monkeypatch, demos, "run", lambda: shutil.rmtree(folder))
+    result = invoke(*DEMO, "--out", folder)
+    assert result.exit_code == 0, result.output
+    assert "was removed in the meantime" in result.stderr
+    assert names(folder) == FILES
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_results_go_elsewhere_when_a_file_is_in_the_place_of_the_folder(
+    tmp_path, monkeypatch, command, elsewhere
+):
+    folder = tmp_path / "run"
+
+    def replaced() -> None:
+        shutil.rmtree(folder)
+        folder.write_text("mine")
+
+    after(monkeypatch, *((_train, "train") if command == "train" else (demos, "run")), replaced)
+    result = train(folder) if command == "train" else invoke(*DEMO, "--out", folder)
+    (rescued,) = elsewhere.iterdir()
+    assert_refused(result, "Not a directory", f"the results are in {rescued} instead")
+    assert names(rescued) == FILES
+    assert folder.read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_results_go_elsewhere_when_the_folder_has_become_read_only(
+    tmp_path, monkeypatch, command, elsewhere
+):
+    folder = tmp_path / "run"
+    where = (_train, "train") if command == "train" else (demos, "run")
+    after(monkeypatch, *where, lambda: read_only(monkeypatch, folder))
+    result = train(folder) if command == "train" else invoke(*DEMO, "--out", folder)
+    (rescued,) = elsewhere.iterdir()
+    assert_refused(result, "no permission to write", f"the results are in {rescued} instead")
+    assert names(rescued) == FILES
+
+
+def test_a_training_that_has_ended_is_not_lost_to_its_last_checkpoint(
+    tmp_path, monkeypatch, elsewhere
+):
+    folder, real, made = tmp_path / "run", _train.progress_bar, []
+
+    class Bar:
+        """The folder becomes read-only in the last step but one."""
+
+        def __init__(self, *args) -> None:
+            self.bar = real(*args)
+
+        def __enter__(self):
+            say, advance = self.bar.__enter__()
+
+            def counted() -> None:
+                made.append(advance())
+                if len(made) == STEPS - 1:
+                    read_only(monkeypatch, folder)
+
+            return say, counted
+
+        def __exit__(self, *args):
+            return self.bar.__exit__(*args)
+
+    monkeypatch.setattr(_train, "progress_bar", Bar)
+    result = train(folder)
+    (rescued,) = elsewhere.iterdir()
+    assert_refused(result, f"the results are in {rescued} instead")
+    assert "warning: the last checkpoint could not be written: " in result.stderr
+    assert len(runs.load_results(rescued)["history"]["loss"]) == 2
+
+
+def test_divergence_in_a_read_only_folder_is_one_line(tmp_path, monkeypatch):
+    def diverges(*_, checkpoint, **__):
+        checkpoint.write_bytes(b"")
+        read_only(monkeypatch, tmp_path / "run")
+        raise FloatingPointError("lower lr")
+
+    monkeypatch.setattr(_train, "train", diverges)
+    assert_refused(train(tmp_path / "run"), "lower lr")
+
+
+def test_files_of_others_stay_when_the_results_cannot_be_written(tmp_path, monkeypatch):
+    """What came into the folder in the meantime is not taken for half of the results."""
+
+    def full(path, **_):
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(runs, "save_model", full)
+    result = train(tmp_path / "run", "--save-every", 0)
+    assert_refused(result, "no space left")
+    assert names(tmp_path / "run") == ["notes.txt"]
+
+
+def test_a_lock_that_another_has_taken_in_a_new_folder_stays(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with _lock.locked(folder, "first"):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        second = _lock.locked(folder, "second")
+        second.__enter__()
+    assert names(folder) == [_lock.NAME]
+    second.__exit__(None, None, None)
+    assert not names(folder)
