@@ -17,24 +17,14 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 
-from typer.testing import CliRunner
+from command_line import OPTIONS, STEPS, assert_refused, few_digits, invoke, names, train
 
 from lrmanifold import _lock, _train, checkpoint
-from lrmanifold._commands import app
 from lrmanifold._failures import explained
-from lrmanifold.experiments import data, runs
 from lrmanifold.experiments import demo as demos
+from lrmanifold.experiments import runs
 
 FILES = ["accuracy.png", "model.pt", "results.json", "spectra.png"]
-OPTIONS = ("--epochs", 2, "--batch-size", 64, "--rank", 5)
-STEPS = 20
-
-
-def few_digits() -> data.Dataset:
-    whole = data.load("digits")
-    part = {"train_x": whole.train_x[:640], "train_y": whole.train_y[:640]}
-    part |= {"test_x": whole.test_x[:50], "test_y": whole.test_y[:50]}
-    return dataclasses.replace(whole, **part)
 
 
 @pytest.fixture(autouse=True)
@@ -44,33 +34,12 @@ def _few_images(monkeypatch):
     monkeypatch.setattr(demos, "load", lambda name: images)
 
 
-def invoke(*args: object):
-    return CliRunner().invoke(app, [str(a) for a in args])
-
-
-def train(folder: Path, *args: object):
-    return invoke("train", *OPTIONS, *args, "--out", folder)
-
-
 def train_dense(folder: Path, *args: object):
     return invoke("train", *OPTIONS[:-2], "--method", "dense", *args, "--out", folder)
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-
-
-def assert_refused(result, *words: str) -> None:
-    lines = result.stderr.splitlines()
-    assert result.exit_code == 2, result.output
-    assert lines[-1].startswith("error: ")
-    assert "Traceback" not in result.output
-    for word in words:
-        assert word in lines[-1]
 
 
 @pytest.fixture(scope="module")

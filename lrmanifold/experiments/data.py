@@ -41,6 +41,7 @@ from ._bounded import MOST_IMAGES, Column, DataError, decoded, read_idx, read_np
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
+    "NAMES",
     "DataError",
     "Dataset",
     "batches",
@@ -319,6 +320,7 @@ _LOADERS: dict[str, Callable[[str, str | os.PathLike[str] | None], Dataset]] = {
     "fashion-mnist": _load_idx,
     "cifar10": _load_cifar10,
 }
+NAMES = tuple(_LOADERS)
 _FOLDERS = {
     "mnist": ("mnist", "MNIST/raw", "."),
     "fashion-mnist": ("fashion-mnist", "FashionMNIST/raw", "."),

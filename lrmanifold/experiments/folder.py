@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from .._files import remove_leftovers
 from .._lock import locked
+from .data import NAMES
 from .resume import differing
 from .runs import RunError, load_results
 
@@ -22,10 +23,19 @@ RUN_FILES = (
     "accuracy.png",
     "spectra.png",
     "certificate.png",
-    "certificate.json",
     "checkpoint.pt",
 )
 DEMO_FILES = RUN_FILES[:4]
+
+
+def certificate_files(data: str | None = None) -> tuple[str, str]:
+    """The names that ``lrmanifold certify`` writes, for a run's own data or for others."""
+    stem = "certificate" if data is None else f"certificate-{data}"
+    return f"{stem}.json", f"{stem}.png"
+
+
+# They say something of one network, and go with it.
+CERTIFICATES = tuple(name for data in (None, *NAMES) for name in certificate_files(data))
 
 
 class FolderError(ValueError):
@@ -57,7 +67,7 @@ def claimed(
     what : str
         For the message to other processes.
     force : bool
-        Overwrite: files of these names are removed, all others stay.
+        Overwrite: files of these names are removed, and certificates; all others stay.
 
     Raises
     ------
@@ -72,8 +82,9 @@ def claimed(
     made = _make(folder)
     try:
         with locked(folder, what):
-            _refuse_folders(folder, files)
-            for name in files:
+            replaced = (*files, *CERTIFICATES) if force else files
+            _refuse_folders(folder, replaced)
+            for name in replaced:
                 remove_leftovers(folder / name)
                 if force:
                     (folder / name).unlink(missing_ok=True)
@@ -118,7 +129,8 @@ def _state(folder: Path, files: tuple[str, ...], expected: dict[str, Any]) -> St
         named = ", ".join(sorted(there)[:5]) + (", ..." if len(there) > 5 else "")
         raise FolderError(
             f"{folder} holds files of no known run ({named}): choose another folder by --out; with "
-            f"--force the run writes {', '.join(files)} there, and leaves others"
+            f"--force the run writes {', '.join(files)} there, removes certificates, and leaves "
+            "others"
         )
     return "new"
 
