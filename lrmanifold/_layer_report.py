@@ -14,12 +14,13 @@ from . import linalg
 from .nn import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLayer
 from .nn.kinds import is_quantized, matrices_of, matrix_of, weight_parameters
 from .nn.plan import packed_size
+from .nn.two_factors import TwoFactors, is_pair
 from .precision import STORAGE_DTYPES, storage_tolerance
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear or convolutional layer, low-rank or dense.
+    """One linear or convolutional layer: low-rank, dense, or two factors of one matrix A Bᵀ.
 
     For grouped convolutions every group has a matrix of its own: `sigma_max`, `sigma_min`, `cond`
     and `drift` are each the worst of any group (so `cond` is not always their ratio), `rank` the
@@ -51,7 +52,8 @@ class LayerReport:
         Bound for `cond` minus 1, where there is one.
     dense_weights, trained_weights, folded_weights : int
         m n; what is trained, (m + r + n) r; and what inference needs, (m + n) r with the core
-        folded into a factor. For a dense layer all three are m n. Biases are not counted here, and
+        folded into a factor, which is also what two free factors train. For a dense layer all three
+        are m n. Biases are not counted here, and
         a weight that several layers share only in the first.
     note : str
         What is unusual, if anything.
@@ -87,7 +89,12 @@ class LayerReport:
 
 
 def measure(name: str, module: Any, image: tuple[int, ...] | None = None) -> LayerReport:
-    """The row of a low-rank, dense or quantized layer; `image` is what a convolution sees."""
+    """The row of a low-rank, dense or quantized layer, or of two factors.
+
+    `image` is what a convolution sees.
+    """
+    if is_pair(module):
+        return _two_factors(name, module, image)
     if is_quantized(module):
         return _unmeasured(name, module, module.weight(), "quantized")
     weight = _with_values(name, module)
@@ -97,7 +104,8 @@ def measure(name: str, module: Any, image: tuple[int, ...] | None = None) -> Lay
         return _unmeasured(name, module, weight, f"of {weight.dtype}")
     found = (_low_rank if isinstance(module, LowRankLayer) else _dense)(name, module, weight)
     if isinstance(module, _CONVOLUTIONS) and math.isfinite(found.cond):
-        return dataclasses.replace(found, map_cond=_map_cond(module, image))
+        kernel = _kernel(module)
+        return dataclasses.replace(found, map_cond=_map_cond(module, kernel, image))
     return found
 
 
@@ -106,8 +114,8 @@ _CONVOLUTIONS = (
 )  # fmt: skip
 
 
-def _map_cond(module: Any, image: tuple[int, ...] | None) -> float | None:
-    """Of the map on images; of W = U S Vᵀ it is that of the filters S Vᵀ, as UᵀU = I."""
+def _kernel(module: Any) -> Tensor:
+    """With the map on images of the same cond: of W = U S Vᵀ the filters S Vᵀ, as UᵀU = I."""
     kernel: Tensor = module.weight.detach()
     if isinstance(module, LowRankLayer):
         # a union of layers with different types of kernel_size tells a checker nothing
@@ -115,6 +123,11 @@ def _map_cond(module: Any, image: tuple[int, ...] | None) -> float | None:
         X = layer.manifold.unpack(kernel.double())
         rows = (X.S @ X.V.mT).reshape(-1, *layer.kernel_size, layer.in_channels // layer.groups)
         kernel = rows.movedim(-1, 1)
+    return kernel
+
+
+def _map_cond(module: Any, kernel: Tensor, image: tuple[int, ...] | None) -> float | None:
+    """Of the map on images."""
     circular = module.padding_mode == "circular" and module.padding not in (0, "valid")
     if circular and image is None:
         return None
@@ -191,6 +204,39 @@ def _low_rank(name: str, layer: Any, weight: Tensor) -> LayerReport:
         folded_weights=groups * (M.m + M.n) * layer.rank,
         note=note,
     )
+
+
+def _two_factors(name: str, pair: TwoFactors, image: tuple[int, ...] | None) -> LayerReport:
+    """The row of the product A Bᵀ: its r singular values are those of R_a Bᵀ, A = Q R_a."""
+    thin: Any = pair[0]
+    for key, part in pair.named_children():
+        _with_values(f"{name}.{key}" if name else key, part)
+    A, Bt = pair.factors()
+    r = min(len(A), *Bt.shape)
+    finite = bool(torch.isfinite(A).all() and torch.isfinite(Bt).all())
+    s = pair.svdvals() if finite else torch.full((r,), math.nan, dtype=torch.float64)
+    found = LayerReport(
+        name=name,
+        kind=type(pair).__name__,
+        low_rank=True,
+        shape=(len(A), Bt.shape[1]),
+        groups=1,
+        rank=r,
+        sigma_max=float(s[0]),
+        sigma_min=float(s[-1]),
+        cond=float(s[0] / s[-1]),
+        drift=None,
+        tau=None,
+        dense_weights=len(A) * Bt.shape[1],
+        trained_weights=A.numel() + Bt.numel(),
+        folded_weights=A.numel() + Bt.numel(),
+        note="" if finite else "NaN or Inf",
+    )
+    if isinstance(thin, _CONVOLUTIONS) and math.isfinite(found.cond):
+        _, R = linalg.qr(A.double(), rank_deficient=True)
+        kernel = (R @ Bt.double()).reshape(-1, *thin.weight.shape[1:])
+        return dataclasses.replace(found, map_cond=_map_cond(thin, kernel, image))
+    return found
 
 
 def _dense(name: str, module: Any, weight: Tensor) -> LayerReport:

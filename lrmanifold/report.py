@@ -20,6 +20,7 @@ from .nn import LowRankLayer, Other
 from .nn.candidates import candidates
 from .nn.inventory import others_of
 from .nn.kinds import is_quantized, kinds, weight_parameters
+from .nn.two_factors import is_pair
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,12 @@ def report(model: nn.Module, example: Any = None, *, wide: bool = False) -> Repo
 
     Low-rank layers cost an r x r SVD, dense ones an m x n SVD in float64 (minutes for matrices of
     several thousand rows). Nothing of the model changes, no gradient is recorded. A layer used in
-    several places is listed once. A layer whose weight is complex, quantized, of 8 bits or sparse
-    has a row that says so, without singular values. Other modules (dense embeddings and attention,
-    recurrent layers, norms) are listed with their share of the parameters and the reason why they
-    are dense; the shares of all rows add up to 100 %.
+    several places is listed once. Two free factors of one matrix, as
+    :func:`lrmanifold.experiments.factors.two_factors` makes them, are one layer: their product. A
+    layer whose weight is complex, quantized, of 8 bits or sparse has a row that says so, without
+    singular values. Other modules (dense embeddings and attention, recurrent layers, norms) are
+    listed with their share of the parameters and the reason why they are dense; the shares of all
+    rows add up to 100 %.
 
     Parameters
     ----------
@@ -155,6 +158,7 @@ def report(model: nn.Module, example: Any = None, *, wide: bool = False) -> Repo
     seen_by: dict[str, Passed] = {} if example is None else passed(model, example)
     layers: list[LayerReport] = []
     seen: dict[int, str] = {}
+    parts: set[int] = set()
     # a dense table of embeddings is listed with the others: its SVD would take minutes
     known: tuple[type[nn.Module], ...] = (
         LowRankLayer,
@@ -163,11 +167,19 @@ def report(model: nn.Module, example: Any = None, *, wide: bool = False) -> Repo
     # evaluation mode: a spectral norm in train mode would change each time its weight is read
     with torch.no_grad(), evaluation_mode(model):
         for name, module in model.named_modules():
-            if not isinstance(module, known) and not is_quantized(module):
+            pair = is_pair(module)
+            if id(module) in parts or not (
+                pair or isinstance(module, known) or is_quantized(module)
+            ):
                 continue
             rows, image = seen_by.get(name, (None, None))
+            held = [module]
+            if pair:
+                held = list(module.children())
+                parts.update(map(id, held))
+                _, image = seen_by.get(f"{name}.0".lstrip("."), (None, None))
             layer = measure(name, module, image)
-            parameters = weight_parameters(module)
+            parameters = [p for part in held for p in weight_parameters(part)]
             if first := next((seen[id(p)] for p in parameters if id(p) in seen), None):
                 layer = dataclasses.replace(
                     layer,

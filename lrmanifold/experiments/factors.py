@@ -12,20 +12,11 @@ from .. import linalg
 from ..nn import LowRankLayer
 from ..nn.kinds import kind_of
 from ..nn.plan import make_plan
+from ..nn.two_factors import TwoFactors
+
+__all__ = ["Rank", "TwoFactors", "spectrum", "two_factors"]
 
 Rank = int | float | Mapping[str, int | float]
-
-
-class TwoFactors(nn.Sequential):
-    """A thin layer without bias, then one with it: W = A Bᵀ, A (m x r), Bᵀ (r x n)."""
-
-    def svdvals(self) -> Tensor:
-        """The r singular values of A Bᵀ in decreasing order, in float64, without forming it."""
-        layers: list[Any] = list(self)
-        Bt, A = (layer.weight.detach().flatten(1).double() for layer in layers)
-        _, R_a = linalg.qr(A, rank_deficient=True)
-        _, R_b = linalg.qr(Bt.mT, rank_deficient=True)
-        return linalg.svdvals(R_a @ R_b.mT)
 
 
 def two_factors(model: nn.Module, rank: Rank, **patterns: Any) -> nn.Module:
