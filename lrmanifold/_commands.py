@@ -277,9 +277,11 @@ def run_demo(plan: demos.Demo, images: Dataset, out: Path) -> None:
         how = Method("CondLR tau=0.1", "condlr", 0.1)
         recipe: dict[str, Any] = {"architecture": "mlp", "method": how, "data": images}
         files["model.pt"] = partial(runs.save_model, model=result.example.model, **recipe)
+    results["files"] = sorted([*files, "results.json"])
     files["results.json"] = partial(runs.write_results, value=results)
     try:
         write_somewhere(out, files)
     finally:
         print_demo(result)
-    typer.echo(f"written to {out}: {', '.join(sorted(files))} (model.pt: tau = 0.1)")
+    note = "model.pt: tau = 0.1" if "model.pt" in files else "no model.pt: tau = 0.1 diverged"
+    typer.echo(f"written to {out}: {', '.join(sorted(files))} ({note})")

@@ -92,10 +92,6 @@ def print_demo(result: demos.Comparison) -> None:
     seeds = f"seed {demo.seeds[0]}"
     if len(demo.seeds) > 1:
         seeds = f"mean ± standard deviation over seeds {', '.join(map(str, demo.seeds))}"
-    rates = {o.method.name: demo.settings(o.method, demo.seeds[0]) for o in result.outcomes}
-    chosen = "; ".join(
-        f"{name} {s.lr:g}, {s.weight_decay:g}" for name, s in rates.items() if name in demos.CHOSEN
-    )
     for line in (
         f"{seeds} (initial weights, order of batches); best in bold. {count} test images: one is "
         f"{100 / count:.2f} points, and so few leave a standard error of up to {error:.1f} points.",
@@ -104,11 +100,28 @@ def print_demo(result: demos.Comparison) -> None:
         "the others (of the product A Bᵀ).",
         f"All methods: {demo.epochs} epochs, batch {demo.batch_size}, momentum {demo.momentum:g}, "
         "a cosine to 0. Attacks: linf; PGD with 20 steps and 2 runs, the first from the image.",
-        f"Learning rate and weight decay, tuned for each on a validation split: {chosen}.",
+        _rates_words(result),
         *result.verdicts(),
     ):
         console.print(line, highlight=False, markup=False)
     console.print(f"{result.seconds:.0f} s", highlight=False)
+
+
+def _rates_words(result: demos.Comparison) -> str:
+    """What was tuned, for what, and what was given."""
+    demo, tuned = result.demo, demos.Demo()
+    rates = {o.method.name: demo.settings(o.method, demo.seeds[0]) for o in result.outcomes}
+    where = "tuned for each on a validation split"
+    if (demo.epochs, demo.rank) != (tuned.epochs, tuned.rank):
+        where += f" (at {tuned.epochs} epochs and rank {tuned.rank})"
+    if demo.lr is None:
+        what = f"Learning rate and weight decay, {where}"
+        chosen = {name: f"{s.lr:g}, {s.weight_decay:g}" for name, s in rates.items()}
+    else:
+        what = f"Learning rate {demo.lr:g} for all, as given; weight decay, {where} at other rates"
+        chosen = {name: f"{s.weight_decay:g}" for name, s in rates.items()}
+    values = "; ".join(f"{name} {chosen[name]}" for name in chosen if name in demos.CHOSEN)
+    return f"{what}: {values}."
 
 
 def _cell(accuracies: list[float], apart: str, best: float) -> str:

@@ -252,6 +252,7 @@ def _finish(job: Job, trained: Trained, began: float) -> None:
         "model.pt": partial(runs.save_model, model=trained.model, **recipe),
         "results.json": partial(runs.write_results, value=results),
     }
+    results["files"] = sorted(files)
     try:
         write_somewhere(job.folder, files)
     finally:

@@ -8,7 +8,7 @@ pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from command_line import few_digits, invoke, names, train
+from command_line import assert_refused, few_digits, invoke, names, train
 
 from lrmanifold import _commands
 from lrmanifold.experiments import demo as demos
@@ -51,3 +51,39 @@ def test_force_leaves_no_certificate_of_the_network_before(finished, tmp_path, c
     result = invoke(*demo) if command == "demo" else train(tmp_path, "--seed", 1, "--force")
     assert result.exit_code == 0, result.output
     assert names(tmp_path) == sorted([*FILES, "certificate-of-mine.png"])
+
+
+# -- the demo
+
+
+DEMO = ("demo", "--epochs", 1, "--seeds", 1)
+
+
+def text(result) -> str:
+    return " ".join(result.output.split())
+
+
+def test_the_demo_says_of_its_rates_which_were_tuned_and_which_were_given(tmp_path):
+    own = text(invoke(*DEMO, "--out", tmp_path / "a"))
+    tuned = "tuned for each on a validation split (at 20 epochs and rank 32)"
+    assert f"Learning rate and weight decay, {tuned}: dense 0.1, 0.003; plain" in own
+    given = text(invoke(*DEMO, "--lr", 0.02, "--out", tmp_path / "b"))
+    assert f"Learning rate 0.02 for all, as given; weight decay, {tuned} at other rates" in given
+    assert "at other rates: dense 0.003; plain low rank (A Bᵀ) 0.01;" in given
+
+
+def test_a_demo_whose_networks_diverge_has_no_model_and_is_finished(tmp_path):
+    words = (*DEMO, "--lr", 1e18, "--out", tmp_path)
+    first = invoke(*words)
+    assert first.exit_code == 0, first.output
+    assert names(tmp_path) == ["results.json"]
+    assert text(first).endswith(": results.json (no model.pt: tau = 0.1 diverged)")
+    again = invoke(*words)
+    assert again.exit_code == 0, again.output
+    assert again.output.startswith("finished already: ")
+
+
+def test_a_model_that_is_missing_is_still_missed(finished, tmp_path):
+    copied(finished, tmp_path)
+    (tmp_path / "model.pt").unlink()
+    assert_refused(train(tmp_path), "no model.pt", "--force")
