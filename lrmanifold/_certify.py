@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +19,16 @@ from rich.console import Console
 from rich.table import Table
 
 from . import certify, robustness, viz
-from ._failures import one_line_errors
+from ._arguments import check_number, check_text, shown
+from ._failures import one_line_errors, write_somewhere
+from ._files import remove_leftovers
+from ._lock import LockedError, locked
 from ._output import describe, progress_bar
 from ._words import check_reach
 from .certify import CertificationError
 from .experiments import runs
 from .experiments.data import Dataset, load
+from .experiments.folder import certificate_files, refuse_folders
 
 # l2 radii for images in [0, 1]: the usual ones of each data set
 RADII = {
@@ -146,17 +152,63 @@ def plain(report: certify.LipschitzReport, found: dict[str, Any]) -> dict[str, A
 
 
 def earlier(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Certificates that a run has already, as :func:`plain` wrote them, the latest last."""
-    found = [results.get("certificate")]
-    with contextlib.suppress(OSError, ValueError):
-        found.append(json.loads(path.read_bytes()))
-    return [old for old in found if isinstance(old, dict) and isinstance(old.get("verified"), dict)]
+    """Certificates that a run has already, as :func:`plain` wrote them, the latest last.
+
+    Raises
+    ------
+    ValueError
+        If one is damaged: to write another over it would lose its radii.
+    """
+    found = []
+    if (own := results.get("certificate")) is not None:
+        where = path.with_name("results.json")
+        try:
+            found.append(_checked(own))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: its certificate is damaged ({error})") from error
+    if os.path.lexists(path):
+        try:
+            found.append(_checked(json.loads(path.read_bytes())))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path}: is damaged ({error}): remove it, and certify its radii again"
+            ) from error
+    return found
+
+
+def _checked(old: Any) -> dict[str, Any]:
+    """Refuse what :func:`joined` cannot join."""
+    if not isinstance(old, dict):
+        raise TypeError(f"it must be an object with certified radii, got {shown(old)}")
+    for key in ("verified", "attacked"):
+        shares = old.get(key, None if key == "verified" else {})
+        if not isinstance(shares, dict):
+            raise TypeError(f"{key} must be an object of accuracies, got {shown(shares)}")
+        for eps, share in shares.items():
+            check_number(f"a radius in {key}", _number(eps), low=0.0, open_low=True)
+            check_number(f"{key} at {eps}", share, low=0.0, high=1.0)
+    for key in _SAME:
+        if old.get(key) is not None:
+            check_number(key, old[key])
+    check_text("attack", old.get("attack", "none"))
+    return old
+
+
+def _number(word: str) -> Any:
+    """A word as the number that it stands for, or as it is."""
+    try:
+        return float(word)
+    except ValueError:
+        return word
+
+
+# Two certificates that share these are of one network and the same images.
+_SAME = ("clean", "count", "bound")
 
 
 def joined(new: dict[str, Any], before: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`new` with the radii of earlier certificates of the same network and images."""
-    same = ("clean", "count", "bound")
-    parts = [old for old in before if all(_close(old.get(key), new[key]) for key in same)]
+    parts = [old for old in before if all(_close(old.get(key), new[key]) for key in _SAME)]
     out = dict(new)
     for key in ("verified", "attacked"):
         shares = {e: share for part in [*parts, new] for e, share in part.get(key, {}).items()}
@@ -170,9 +222,17 @@ def _close(a: Any, b: float) -> bool:
     return isinstance(a, (int, float)) and math.isclose(a, b, rel_tol=1e-6)
 
 
-def _data_of(results: dict[str, Any]) -> str:
-    """The data set of a run, also of the demo's, whose settings do not name it."""
-    return results["settings"].get("data") or results["data"]["name"]
+def _trained_on(results: dict[str, Any]) -> tuple[str, tuple[float, ...]]:
+    """The data set of a run and the radii that it was trained for.
+
+    The settings of a demo do not name its data.
+    """
+    settings, data = results.get("settings"), results.get("data")
+    settings, data = (part if isinstance(part, dict) else {} for part in (settings, data))
+    name, radii = settings.get("data") or data.get("name"), settings.get("certified", ())
+    if not isinstance(name, str) or not isinstance(radii, (list, tuple)):
+        raise ValueError("results.json is damaged: it must name a data set and its radii, if any")
+    return name, tuple(check_number("a radius in results.json", eps, low=0.0) for eps in radii)
 
 
 def certify_command(
@@ -203,20 +263,37 @@ def certify_command(
     writes certificate.json and certificate.png into the folder of the run. Radii certified before
     stay in the files. With --data they are called certificate-DATA.json and certificate-DATA.png.
     """
-    with one_line_errors(ValueError, TypeError, OSError, ImportError):
+    folder = path if os.path.isdir(path) else path.parent
+    with contextlib.ExitStack() as stack:
+        with one_line_errors(OSError, LockedError, elsewhere=_COPY):
+            if os.path.isdir(folder):  # else the model is missed, which says more
+                stack.enter_context(locked(folder, "lrmanifold certify"))
+        _certify(path, folder, [*(eps or []), *(more or [])], data, root, attack)
+
+
+# What to do about a folder that cannot be written.
+_COPY = "copy model.pt and results.json to another folder, and certify that"
+
+
+def _certify(
+    path: Path, folder: Path, words: list[str], data: str | None, root: Path | None, attack: bool
+) -> None:
+    """:func:`certify_command` in a folder that is held: nobody writes another network there."""
+    with one_line_errors():
         model = runs.load_model(path)
-        folder = path if path.is_dir() else path.parent
         results = runs.load_results(folder)
-        own = _data_of(results)
-        name = data or own
+        own, trained = _trained_on(results)
+        name = own if data is None else data
         if name not in RADII:
             raise ValueError(f"data must be one of {', '.join(RADII)}, got {name!r}")
         images = load(name, root)
-        trained = results["settings"].get("certified", ()) if name == own else ()
-        radii = parse_radii([*(eps or []), *(more or [])], name, trained)
+        radii = parse_radii(words, name, trained if name == own else ())
         check_reach(radii, "l2", images.image_shape)
-        stem = "certificate" if name == own else f"certificate-{name}"
-        before = earlier(folder / f"{stem}.json", results if name == own else {})
+        files = certificate_files(None if name == own else name)
+        for file in files:
+            remove_leftovers(folder / file)
+        refuse_folders(folder, files)
+        before = earlier(folder / files[0], results if name == own else {})
         viz.need_matplotlib()
         count = len(images.test_y)
     reach = max((float(e) for old in before for e in old["verified"]), default=0.0)
@@ -236,12 +313,15 @@ def certify_command(
         )
     new = plain(report, found)
     whole = joined(new, before)
-    with one_line_errors(OSError):
-        runs.write_json(
-            folder / f"{stem}.json",
-            {"versions": runs.versions(), "data": describe(images), **whole},
-        )
-        runs.write_figure(folder / f"{stem}.png", figure(whole, name))
+    written = {"versions": runs.versions(), "data": describe(images), **whole}
+    write_somewhere(
+        folder,
+        {
+            files[0]: partial(runs.write_json, value=written),
+            files[1]: partial(runs.write_figure, figure=figure(whole, name)),
+        },
+        elsewhere=_COPY,
+    )
     kept = [eps for eps in whole["verified"] if eps not in new["verified"]]
     lost = {eps for old in before for eps in old["verified"]} - set(whole["verified"])
     note = f"; radii of before are kept: {', '.join(kept)}" if kept else ""
@@ -249,4 +329,4 @@ def certify_command(
         note = "; an earlier certificate was of another network, its radii are left out: " + (
             ", ".join(sorted(lost, key=float))
         )
-    typer.echo(f"written: {stem}.json, {stem}.png in {folder}{note}")
+    typer.echo(f"written: {', '.join(files)} in {folder}{note}")

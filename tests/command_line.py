@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -40,3 +42,24 @@ def assert_refused(result, *words: str) -> None:
     assert "Traceback" not in result.output
     for word in words:
         assert word in lines[-1]
+
+
+def read_only(monkeypatch, folder: Path) -> None:
+    """As a file system that was mounted anew: nothing is made or removed there."""
+    real_open, real_unlink = os.open, os.unlink
+
+    def refuse(path) -> None:
+        if Path(path).parent == folder:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def opened(path, flags, *args, **options):
+        if flags & os.O_CREAT:
+            refuse(path)
+        return real_open(path, flags, *args, **options)
+
+    def unlinked(path, **options):
+        refuse(path)
+        real_unlink(path, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "unlink", unlinked)

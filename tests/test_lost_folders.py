@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +11,7 @@ pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from command_line import STEPS, assert_refused, few_digits, invoke, names, train
+from command_line import STEPS, assert_refused, few_digits, invoke, names, read_only, train
 
 from lrmanifold import _commands, _lock, _train
 from lrmanifold.experiments import demo as demos
@@ -44,27 +42,6 @@ def after(monkeypatch, module, name: str, happens) -> None:
         return result
 
     monkeypatch.setattr(module, name, function)
-
-
-def read_only(monkeypatch, folder: Path) -> None:
-    """As a file system that was mounted anew: nothing is made or removed there."""
-    real_open, real_unlink = os.open, os.unlink
-
-    def refuse(path) -> None:
-        if Path(path).parent == folder:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-
-    def opened(path, flags, *args, **options):
-        if flags & os.O_CREAT:
-            refuse(path)
-        return real_open(path, flags, *args, **options)
-
-    def unlinked(path, **options):
-        refuse(path)
-        real_unlink(path, **options)
-
-    monkeypatch.setattr(os, "open", opened)
-    monkeypatch.setattr(os, "unlink", unlinked)
 
 
 @pytest.mark.parametrize("save_every", [0, 100])

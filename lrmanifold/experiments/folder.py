@@ -83,7 +83,7 @@ def claimed(
     try:
         with locked(folder, what):
             replaced = (*files, *CERTIFICATES) if force else files
-            _refuse_folders(folder, replaced)
+            refuse_folders(folder, replaced, "remove it, or choose another folder by --out")
             for name in replaced:
                 remove_leftovers(folder / name)
                 if force:
@@ -109,13 +109,11 @@ def _make(folder: Path) -> list[Path]:
     return missing
 
 
-def _refuse_folders(folder: Path, files: tuple[str, ...]) -> None:
+def refuse_folders(folder: Path, files: tuple[str, ...], way_out: str = "remove it") -> None:
+    """Refuse folders in the place of files that are to be written."""
     for name in files:
         if (folder / name).is_dir() and not (folder / name).is_symlink():
-            raise FolderError(
-                f"{folder / name} is a folder, where the run writes a file: remove it, or choose "
-                "another folder by --out"
-            )
+            raise FolderError(f"{folder / name} is a folder, in the place of a file: {way_out}")
 
 
 def _state(folder: Path, files: tuple[str, ...], expected: dict[str, Any]) -> State:

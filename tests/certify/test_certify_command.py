@@ -7,9 +7,11 @@ import shutil
 
 import pytest
 import torch
+from command_line import read_only
 
 from lrmanifold import _certify as command
 from lrmanifold import cli
+from lrmanifold._lock import locked
 from lrmanifold.experiments import methods, models, runs
 from lrmanifold.experiments.data import load
 from lrmanifold.experiments.training import Settings
@@ -139,6 +141,101 @@ def test_wrong_words_are_one_line(folder, words, said, capsys):
     assert error.startswith("error: ")
     assert said in error
     assert error.count("\n") == 1
+
+
+def refused(run, capsys, *words: str) -> str:
+    """The one line of an error; nothing was proved before it, and no file has changed."""
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    assert cli.main(["certify", str(run), "--no-attack"]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
+    return error
+
+
+@pytest.mark.parametrize("name", ["certificate.json", "certificate.png"])
+def test_a_folder_in_the_place_of_a_certificate_is_refused_at_once(folder, tmp_path, capsys, name):
+    run = copied(folder, tmp_path)
+    (run / name).mkdir()
+    assert "--out" not in refused(run, capsys, f"{name} is a folder", "remove it")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"verified": {"abc": 1}}', "a radius in verified must be a finite number > 0, got 'abc'"),
+        ('{"verified": {"0.1": "much"}}', "verified at 0.1 must be a finite number in [0, 1]"),
+        ('{"verified": {"0.1": 2}}', "verified at 0.1 must be a finite number in [0, 1], got 2"),
+        ('{"verified": {"0.1": 1}, "attacked": 3}', "attacked must be an object"),
+        ('{"verified": {"0.1": 1}, "bound": NaN}', "bound must be a finite number, got nan"),
+        ('{"verified": {"0.1": 1}, "attack": 7}', "attack must be a string, got 7"),
+        ('{"verified": 3}', "verified must be an object"),
+        ("{}", "verified must be an object"),
+        ("[1]", "it must be an object with certified radii, got [1]"),
+        ('{"verified": {"0.1": 1}', "Expecting"),
+        ("", "Expecting value"),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_a_damaged_certificate_is_refused_at_once_and_not_overwritten(
+    folder, tmp_path, capsys, text, why
+):
+    run = copied(folder, tmp_path)
+    (run / "certificate.json").write_text(text)
+    refused(run, capsys, "certificate.json: is damaged (", why, "remove it")
+    (run / "certificate.json").unlink()
+    assert list(certify(run, "--eps", "0.1", "--no-attack")["verified"]) == ["0.1", "0.3"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(folder, tmp_path, capsys, monkeypatch):
+    run = copied(folder, tmp_path)
+    read_only(monkeypatch, run)
+    error = refused(run, capsys, "no permission to write", "copy model.pt and results.json")
+    assert "--out" not in error
+
+
+def test_what_was_proved_is_not_lost_to_a_folder_that_becomes_read_only(
+    folder, tmp_path, capsys, monkeypatch
+):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    elsewhere.mkdir()
+    copied(folder, run)
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    real = command.certificate
+
+    def proved(*args, **options):
+        read_only(monkeypatch, run)
+        return real(*args, **options)
+
+    monkeypatch.setattr(command, "certificate", proved)
+    assert cli.main(["certify", str(run), "--no-attack"]) == 2
+    out, error = capsys.readouterr()
+    assert "proved %" in out
+    (rescued,) = elsewhere.iterdir()
+    assert f"the results are in {rescued} instead" in error
+    assert "--out" not in error
+    assert sorted(p.name for p in rescued.iterdir()) == ["certificate.json", "certificate.png"]
+
+
+def test_no_certificate_is_written_while_a_training_replaces_the_network(folder, tmp_path, capsys):
+    run = copied(folder, tmp_path)
+    with locked(run, "lrmanifold train, CondLR tau=0.1 on digits"):
+        refused(run, capsys, "is in use by process", "lrmanifold train, CondLR tau=0.1 on digits")
+
+
+def test_results_that_lack_their_parts_are_one_line(folder, tmp_path, capsys):
+    run = copied(folder, tmp_path)
+    results = runs.load_results(run)
+    for part, value in (("settings", 3), ("settings", {"data": "digits", "certified": ["a"]})):
+        runs.write_results(run / "results.json", {**results, part: value, "data": None})
+        refused(run, capsys, "results.json")
+    runs.write_results(run / "results.json", {**results, "certificate": {"verified": 3}})
+    refused(run, capsys, "its certificate is damaged (verified must be an object")
 
 
 def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
