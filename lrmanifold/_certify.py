@@ -24,7 +24,7 @@ from ._failures import one_line_errors, write_somewhere
 from ._files import remove_leftovers
 from ._lock import LockedError, locked
 from ._output import describe, progress_bar
-from ._words import check_reach
+from ._words import check_reach, parse_path
 from .certify import CertificationError
 from .experiments import runs
 from .experiments.data import Dataset, load
@@ -50,7 +50,7 @@ def parse_radii(
     If none, those that the run was `trained` for; if there are none, the usual ones of the data.
     """
     parts = [part for word in words for part in str(word).replace(",", " ").split()]
-    if not parts:
+    if not words:
         return tuple(trained) or RADII[data]
     try:
         found = sorted({float(part) for part in parts})
@@ -236,7 +236,7 @@ def _trained_on(results: dict[str, Any]) -> tuple[str, tuple[float, ...]]:
 
 
 def certify_command(
-    path: Annotated[Path, typer.Argument(help="folder of a run, or its model.pt")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="folder of a run, or its model.pt")],
     more: Annotated[
         list[str] | None, typer.Argument(help="further radii", show_default=False)
     ] = None,
@@ -251,7 +251,8 @@ def certify_command(
         str | None, typer.Option(help="data set, if not the one that the run was trained on")
     ] = None,
     root: Annotated[
-        Path | None, typer.Option(help="folder of the data; else the variable LRMANIFOLD_DATA")
+        str | None,
+        typer.Option(metavar="PATH", help="folder of the data; else the variable LRMANIFOLD_DATA"),
     ] = None,
     attack: Annotated[
         bool, typer.Option(metavar="", help="also attack, and check the proof by it")
@@ -263,12 +264,15 @@ def certify_command(
     writes certificate.json and certificate.png into the folder of the run. Radii certified before
     stay in the files. With --data they are called certificate-DATA.json and certificate-DATA.png.
     """
-    folder = path if os.path.isdir(path) else path.parent
+    with one_line_errors():
+        run = parse_path("path", path)
+        where = None if root is None else parse_path("root", root)
+    folder = run if os.path.isdir(run) else run.parent
     with contextlib.ExitStack() as stack:
         with one_line_errors(OSError, LockedError, elsewhere=_COPY):
             if os.path.isdir(folder):  # else the model is missed, which says more
                 stack.enter_context(locked(folder, "lrmanifold certify"))
-        _certify(path, folder, [*(eps or []), *(more or [])], data, root, attack)
+        _certify(run, folder, [*(eps or []), *(more or [])], data, where, attack)
 
 
 # What to do about a folder that cannot be written.

@@ -26,6 +26,7 @@ from ._words import (
     parse_layers,
     parse_method,
     parse_optimizer,
+    parse_path,
     parse_strengths,
     run_name,
 )
@@ -76,7 +77,8 @@ def lrmanifold(
 def train_command(
     data: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist or cifar10")] = "digits",
     root: Annotated[
-        Path | None, typer.Option(help="folder of the data; else the variable LRMANIFOLD_DATA")
+        str | None,
+        typer.Option(metavar="PATH", help="folder of the data; else the variable LRMANIFOLD_DATA"),
     ] = None,
     model: Annotated[str, typer.Option(help="mlp, mlp-maxmin, lenet5 or plain")] = "mlp",
     method: Annotated[
@@ -109,8 +111,12 @@ def train_command(
         ),
     ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="condlr (SGD on ordinary parameters) or adam (CondLRAdam, AdamW)")
-    ] = "condlr",
+        str | None,
+        typer.Option(
+            help="condlr (the default; SGD on ordinary parameters) or adam (CondLRAdam, AdamW; "
+            "always with --certified)"
+        ),
+    ] = None,
     epochs: int = 10,
     batch_size: int = 128,
     lr: Annotated[
@@ -144,7 +150,9 @@ def train_command(
     save_every: Annotated[
         int, typer.Option(min=0, help="steps between two checkpoints, 0 for none")
     ] = 100,
-    out: Annotated[Path | None, typer.Option(help="folder; runs/NAME by default")] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="PATH", help="folder; runs/NAME by default")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Train a network and write results.json, model.pt and pictures.
@@ -164,13 +172,16 @@ def train_command(
             rate,
             momentum,
             seed,
-            # trained for proofs, a run is by Adam without being told
-            "sgd" if certified else rule,
+            rule,
             weight_decay=weight_decay,
             label_smoothing=label_smoothing,
         )
+        if certified and label_smoothing:
+            raise ValueError(
+                f"label_smoothing must be 0 with certified, whose loss has none: {label_smoothing}"
+            )
         where = parse_device(device)
-        images = load(data, root)
+        images = load(data, None if root is None else parse_path("root", root))
         network = models.build(model, images)
         ranks, dense_layers = parse_layers(
             how, network, rank, exclude, compression=compression, keep_larger=keep_larger
@@ -186,7 +197,7 @@ def train_command(
             check_reach([attack.eps], attack.norm, images.image_shape)
         name = run_name(data, model, how, seed) + ("-certified" if certified else "")
         name += f"-{adversarial}{attack.eps:g}" if attack is not None else ""
-        folder = out or Path("runs") / name
+        folder = Path("runs") / name if out is None else parse_path("out", out)
         viz.need_matplotlib()
     job = Job(
         folder,
@@ -208,7 +219,7 @@ def train_command(
 
 @app.command("report")
 def report_command(
-    path: Annotated[Path, typer.Argument(help="folder of a run, or its model.pt")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="folder of a run, or its model.pt")],
     json: Annotated[
         bool, typer.Option("--json", metavar=_FLAG, help="all numbers as JSON")
     ] = False,
@@ -218,7 +229,7 @@ def report_command(
 ) -> None:
     """Print the layers of a trained network: ranks, singular values, conditioning, size."""
     with one_line_errors():
-        found = make_report(runs.load_model(path).network, wide=wide)
+        found = make_report(runs.load_model(parse_path("path", path)).network, wide=wide)
         typer.echo(found.to_json() if json else str(found))
 
 
@@ -227,7 +238,7 @@ app.command("certify")(certify_command)
 
 @app.command("demo")
 def demo_command(
-    out: Annotated[Path, typer.Option(help="folder to write to")] = Path("runs/demo"),
+    out: Annotated[str, typer.Option(metavar="PATH", help="folder to write to")] = "runs/demo",
     seed: Annotated[int, typer.Option(help="the first seed")] = 0,
     seeds: Annotated[int, typer.Option(help="runs of every method", min=1)] = len(demos.Demo.seeds),
     epochs: Annotated[int, typer.Option(min=1)] = demos.Demo.epochs,
@@ -239,6 +250,7 @@ def demo_command(
 ) -> None:
     """Compare dense, truncated, plain low-rank and CondLR networks on scikit-learn's digits."""
     with one_line_errors():
+        folder = parse_path("out", out)
         chosen = tuple(range(seed, seed + seeds))
         plan = demos.Demo(seeds=chosen, epochs=epochs, rank=rank, lr=lr)
         images = demos.load("digits")
@@ -248,11 +260,13 @@ def demo_command(
             plan.settings(method, each)
         viz.need_matplotlib()
         expected = {"settings": dataclasses.asdict(plan), "data": describe(images)}
-    with claim_folder(out, DEMO_FILES, expected, what="lrmanifold demo", force=force) as state:
+    with claim_folder(folder, DEMO_FILES, expected, what="lrmanifold demo", force=force) as state:
         if state == "finished":
-            typer.echo(f"finished already: the results are in {out}; --force runs the demo again")
+            typer.echo(
+                f"finished already: the results are in {folder}; --force runs the demo again"
+            )
             return
-        run_demo(plan, images, out)
+        run_demo(plan, images, folder)
 
 
 def run_demo(plan: demos.Demo, images: Dataset, out: Path) -> None:

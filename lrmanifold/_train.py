@@ -23,7 +23,7 @@ from .experiments.adversarial import Adversarial
 from .experiments.data import Dataset
 from .experiments.folder import RUN_FILES
 from .experiments.methods import Method, Trained, train
-from .experiments.resume import steps_done
+from .experiments.resume import seconds_done, steps_done
 from .experiments.training import Settings
 from .report import report as make_report
 
@@ -127,7 +127,7 @@ def run(job: Job, *, force: bool = False) -> None:
             )
         if job.images.note:
             typer.echo(f"note: {job.images.note}")
-        began = time.perf_counter()
+        began = time.perf_counter() - seconds_done(job.checkpoint)
         trained = _train(job)
         _finish(job, trained, began)
 

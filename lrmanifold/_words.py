@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,13 @@ def check_word(option: str, word: str, known: Iterable[str]) -> None:
     """Refuse a word that is none of those known."""
     if word not in known:
         raise ValueError(f"{option} must be one of {', '.join(known)}, got {word!r}")
+
+
+def parse_path(option: str, text: str) -> Path:
+    """A path; an empty word, as of a variable that is not set, would be the present folder."""
+    if not text.strip():
+        raise ValueError(f"{option} must be a path, got {text!r}")
+    return Path(text)
 
 
 def parse_rank(text: str) -> int | float | dict[str, int | float]:
@@ -58,7 +66,7 @@ def parse_method(kind: str, tau: str | None) -> Method:
     if tau == "none":
         return Method("CondLR without bound", kind, None)
     try:
-        bound = float(tau or "0.1")
+        bound = float("0.1" if tau is None else tau)
     except ValueError:
         bound = float("nan")
     if not 0 <= bound < float("inf"):
@@ -66,10 +74,14 @@ def parse_method(kind: str, tau: str | None) -> Method:
     return Method(f"CondLR tau={bound:g}", kind, bound)
 
 
-def parse_optimizer(word: str, certified: bool) -> str:
+def parse_optimizer(word: str | None, certified: bool) -> str:
     """What experiments call the optimizer of `--optimizer`."""
+    if word is None:
+        word = "adam" if certified else "condlr"
     check_word("optimizer", word, OPTIMIZERS)
-    return "adam" if certified else OPTIMIZERS[word]
+    if certified and word != "adam":
+        raise ValueError(f"optimizer must be adam with certified, got {word!r}")
+    return OPTIMIZERS[word]
 
 
 def parse_layers(
@@ -91,7 +103,7 @@ def parse_layers(
         return None, None
     if rank is not None and compression is not None:
         raise ValueError("give --rank or --compression, not both: each chooses the ranks")
-    ranks = parse_rank(rank or "0.2")
+    ranks = parse_rank("0.2" if rank is None else rank)
     named = isinstance(ranks, dict)
     if exclude is None and not named:
         last = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)][-1]

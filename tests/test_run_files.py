@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("typer")
@@ -10,8 +13,9 @@ pytest.importorskip("matplotlib")
 
 from command_line import assert_refused, few_digits, invoke, names, train
 
-from lrmanifold import _commands
+from lrmanifold import _commands, _train, checkpoint
 from lrmanifold.experiments import demo as demos
+from lrmanifold.experiments import resume, runs
 
 FILES = ["accuracy.png", "model.pt", "results.json", "spectra.png"]
 
@@ -87,3 +91,78 @@ def test_a_model_that_is_missing_is_still_missed(finished, tmp_path):
     copied(finished, tmp_path)
     (tmp_path / "model.pt").unlink()
     assert_refused(train(tmp_path), "no model.pt", "--force")
+
+
+# -- what the results say
+
+
+CERTIFIED = ("--certified", "--model", "mlp-maxmin", "--eps", "0.1", "--save-every", 0)
+
+
+def test_a_certified_run_names_its_optimizer(tmp_path):
+    assert train(tmp_path, *CERTIFIED).exit_code == 0
+    results = runs.load_results(tmp_path)
+    assert results["settings"]["optimizer"] == "adam"
+    del results["settings"]["optimizer"]  # as older runs, which are the same
+    runs.write_results(tmp_path / "results.json", results)
+    again = train(tmp_path, *CERTIFIED)
+    assert again.output.startswith("finished already: "), again.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--optimizer", "condlr"), "optimizer must be adam with certified, got 'condlr'"),
+        (("--label-smoothing", 0.1), "label_smoothing must be 0 with certified"),
+    ],
+)
+def test_what_certified_training_would_ignore_is_refused(tmp_path, words, said):
+    assert_refused(train(tmp_path / "run", *CERTIFIED, *words), said)
+    assert not names(tmp_path)
+
+
+def test_the_seconds_are_those_of_all_sessions(tmp_path, monkeypatch):
+    ticks, real = itertools.count(step=1000.0), _train._finish
+    path = tmp_path / "checkpoint.pt"
+
+    def cut_off(*_, **__):
+        raise RuntimeError
+
+    monkeypatch.setattr(_train, "_finish", cut_off)
+    monkeypatch.setattr(resume, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    before = 0.0
+    for _ in range(2):  # the second session has nothing to train, and still counts
+        train(tmp_path, "--save-every", 5)
+        assert checkpoint.peek(path)["seconds"] >= before + 1000
+        before = checkpoint.peek(path)["seconds"]
+    monkeypatch.setattr(_train, "_finish", real)
+    assert train(tmp_path, "--save-every", 5).exit_code == 0
+    assert before <= runs.load_results(tmp_path)["seconds"] < before + 100
+
+
+def test_checkpoints_of_before_say_no_seconds_and_are_taken_up(tmp_path, monkeypatch):
+    real, kept = checkpoint.save, []
+
+    def save(path, model, optimizer, *, extra):
+        kept.append(extra.pop("seconds"))
+        real(path, model, optimizer, extra=extra)
+
+    def cut_off(*_, **__):
+        raise RuntimeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        patch.setattr(_train, "_finish", cut_off)
+        train(tmp_path)
+    assert kept
+    result = train(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "resumes after step" in result.stderr
+
+
+def test_a_damaged_model_is_not_finished(finished, tmp_path):
+    copied(finished, tmp_path)
+    whole = (tmp_path / "model.pt").read_bytes()
+    (tmp_path / "model.pt").write_bytes(whole[: len(whole) // 2])
+    assert_refused(train(tmp_path), "model.pt: is damaged", "--out", "--force")
+    assert train(tmp_path, "--force").exit_code == 0

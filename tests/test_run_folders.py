@@ -74,6 +74,10 @@ def test_the_same_finished_command_says_so_and_does_not_train(finished):
         (("--eps", "0.3"), "with eps [0.05, 0.1, 0.15] instead of [0.3]"),
         (("--tau", 0.2), "with method "),
         (("--method", "svd"), "with method "),
+        (("--weight-decay", 0.01), "with weight_decay 0.0 instead of 0.01"),
+        (("--label-smoothing", 0.1), "with label_smoothing 0.0 instead of 0.1"),
+        (("--optimizer", "adam", "--lr", 0.1), "with optimizer sgd instead of adam"),
+        (("--keep-larger",), "with keep_larger False instead of True"),
     ],
 )
 def test_results_of_other_settings_are_left_alone(finished, options, words):
@@ -227,6 +231,10 @@ def test_a_checkpoint_of_other_settings_is_named_with_what_differs(tmp_path, mon
         (("--lr", 0.05), "lr 0.1", "0.05"),
         (("--rank", 6), "rank=5", "rank=6"),
         (("--tau", 0.25), "tau=0.1", "tau=0.25"),
+        (("--weight-decay", 0.01), "with weight_decay 0.0", "0.01"),
+        (("--label-smoothing", 0.1), "with label_smoothing 0.0", "0.1"),
+        (("--momentum", 0.5), "with momentum 0.3", "0.5"),
+        (("--optimizer", "adam", "--lr", 0.1), "with optimizer CondLR", "CondLRAdam"),
     ):
         result = train(tmp_path, *options)
         assert_refused(result, "belongs to another run", "--force")

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from .._files import remove_leftovers
 from .._lock import locked
 from .data import NAMES
-from .resume import differing
-from .runs import RunError, load_results
+from .resume import difference
+from .runs import RunError, load_model, load_results
+from .training import Settings
 
 State = Literal["new", "unfinished", "finished"]
 
@@ -142,13 +143,22 @@ def _check_results(folder: Path, expected: dict[str, Any]) -> None:
     for part, known in json.loads(json.dumps(expected)).items():
         other = found.get(part)
         other = other if isinstance(other, dict) else {}
-        for key in sorted(known.keys() | other.keys()):
-            if known.get(key) != other.get(key):
-                mine, theirs = differing(known.get(key), other.get(key))
-                raise FolderError(
-                    f"{folder} holds the results of another run, with {key} {theirs} instead of "
-                    f"{mine}: {ways}"
-                )
+        words = difference(known, other, _defaults(other) if part == "settings" else {})
+        if words is not None:
+            raise FolderError(f"{folder} holds the results of another run, with {words}: {ways}")
     # a demo whose networks diverged has none to write
-    if "model.pt" in found.get("files", ("model.pt",)) and not (folder / "model.pt").is_file():
+    if "model.pt" not in found.get("files", ("model.pt",)):
+        return
+    if not (folder / "model.pt").is_file():
         raise FolderError(f"{folder} holds results.json, but no model.pt: {ways}")
+    try:
+        load_model(folder)
+    except RunError as error:
+        raise FolderError(f"{error}: {ways}") from error
+
+
+def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """What stands for settings that a run leaves out."""
+    # certified runs did not name it at first
+    optimizer = "adam" if settings.get("certified") else Settings.optimizer
+    return {**vars(Settings()), "optimizer": optimizer, "keep_larger": False}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,8 @@ class Keeper:
         Whose states are kept.
     identity : dict
         Of words and numbers: a file with another one belongs to another run and is refused.
+    defaults : dict
+        What keys stand for that an identity leaves out.
 
     Raises
     ------
@@ -68,9 +72,12 @@ class Keeper:
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
         identity: dict[str, Any],
+        defaults: Mapping[str, Any],
     ) -> None:
         every = check_integer("save_every", every, low=1)
-        self.path, self.every, self.identity = Path(path), every, identity
+        self.path, self.every = Path(path), every
+        self.identity, self.defaults = identity, defaults
+        self.began, self.before = time.perf_counter(), 0.0
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.device = next(model.parameters()).device
 
@@ -82,6 +89,7 @@ class Keeper:
             "history": dataclasses.asdict(history),
             "schedule": self.schedule.state_dict(),
             "random": torch.get_rng_state(),
+            "seconds": self.before + time.perf_counter() - self.began,
         }
         if self.device.type == "cuda":
             extra["random_cuda"] = torch.cuda.get_rng_state(self.device)
@@ -105,6 +113,7 @@ class Keeper:
         torch.set_rng_state(extra["random"])
         if "random_cuda" in extra and self.device.type == "cuda":
             torch.cuda.set_rng_state(extra["random_cuda"], self.device)
+        self.began, self.before = time.perf_counter(), extra.get("seconds", 0.0)
         position = Position(**extra["position"])
         position.total = position.total.to(self.device)
         return position
@@ -114,15 +123,11 @@ class Keeper:
         extra = payload["extra"]
         if not _is_of_a_run(extra):
             raise CheckpointError(f"{self.path}: is not the checkpoint of a training run")
-        known = extra["identity"]
-        for key in sorted(self.identity.keys() | known.keys()):
-            mine, other = self.identity.get(key), known.get(key)
-            if mine != other:
-                mine, other = differing(mine, other)
-                raise CheckpointError(
-                    f"{self.path}: belongs to another run, with {key} {other} instead of {mine}: "
-                    "delete it, or use another file"
-                )
+        words = difference(self.identity, extra["identity"], self.defaults)
+        if words is not None:
+            raise CheckpointError(
+                f"{self.path}: belongs to another run, with {words}: delete it, or use another file"
+            )
         return payload
 
 
@@ -139,16 +144,28 @@ def _is_of_a_run(extra: Any) -> bool:
         and all(type(count) is int and count >= 0 for count in counts)
         and all(isinstance(position[key], Tensor) for key in ("order", "total"))
         and isinstance(extra.get("random"), Tensor)
+        and isinstance(extra.get("seconds", 0.0), float)  # older files have none
     )
 
 
 def steps_done(path: Path) -> int | None:
     """The optimizer steps of the run in a file; None if there is no file that can be read."""
+    extra = _extra(path)
+    return None if extra is None else int(extra["schedule"]["last_epoch"])
+
+
+def seconds_done(path: Path) -> float:
+    """What these steps took, in all sessions; 0 where no file says it."""
+    return (_extra(path) or {}).get("seconds", 0.0)
+
+
+def _extra(path: Path) -> dict[str, Any] | None:
     try:
         extra = checkpoint.peek(path)
-        return int(extra["schedule"]["last_epoch"])
-    except (CheckpointError, OSError, TypeError, KeyError, ValueError):
+    except (CheckpointError, OSError):
         return None
+    whole = _is_of_a_run(extra) and type(extra["schedule"].get("last_epoch")) is int
+    return extra if whole else None
 
 
 def identity(
@@ -177,6 +194,22 @@ def _options(group: dict[str, Any]) -> str:
     plain = (bool, int, float, str, tuple, type(None))
     kept = {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
     return ", ".join(f"{k} {v}" for k, v in sorted(kept.items()) if isinstance(v, plain))
+
+
+def difference(
+    mine: Mapping[str, Any], other: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> str | None:
+    """The first key in which two records differ, and both values, in words; None if there is none.
+
+    Keys come in the order of `defaults`, which stand for missing ones, then in that of `mine`: what
+    a user has set is named before what follows from it.
+    """
+    mine, other = {**defaults, **mine}, {**defaults, **other}
+    for key in {**mine, **other}:
+        if mine.get(key) != other.get(key):
+            ours, theirs = differing(mine.get(key), other.get(key))
+            return f"{key} {theirs} instead of {ours}"
+    return None
 
 
 def differing(mine: Any, other: Any, width: int = 60) -> tuple[str, str]:

@@ -279,7 +279,7 @@ def fit(
     history, keeper, at = History(), None, None
     if checkpoint is not None:
         same = identity(settings, data, model, optimizer, about)
-        keeper = Keeper(checkpoint, save_every, model, optimizer, schedule, same)
+        keeper = Keeper(checkpoint, save_every, model, optimizer, schedule, same, vars(Settings()))
         at = keeper.resume(history)
     if at is None:
         history.record(model)
