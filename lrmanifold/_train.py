@@ -99,10 +99,10 @@ class Job:
                 "rank": self.ranks if self.method.kind != "dense" else None,
                 "exclude": self.exclude,
                 "device": str(self.device),
-                "eps": self.strengths,
                 **({"certified": self.radii} if self.radii else {}),
                 **({"keep_larger": True} if self.keep_larger else {}),
                 **({"adversarial": vars(self.adversarial)} if self.adversarial else {}),
+                "eps": self.strengths,
             },
             "data": describe(self.images),
         }
