@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -81,12 +84,33 @@ def run(
         return list(_here(todo, claims, settings, on_done))
     results: dict[Task, Any] = {}
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(jobs, len(todo)), context, initializer=_prepare) as pool:
-        futures = {pool.submit(_in_process, task, settings): task for task in _slow_first(todo)}
-        for future in as_completed(futures):
-            results[futures[future]] = future.result()
-            on_done(futures[future])
+        try:
+            with _ignored_by_children():
+                futures = {pool.submit(_in_process, t, settings): t for t in _slow_first(todo)}
+            for future in as_completed(futures):
+                results[futures[future]] = future.result()
+                on_done(futures[future])
+        except BaseException:
+            # The pool would finish all that was submitted first.
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
+            raise
     return [results[task] for task in todo]
+
+
+@contextlib.contextmanager
+def _ignored_by_children() -> Iterator[None]:
+    """Ctrl-C reaches the processes started here, too: only this one is to speak of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _slow_first(todo: Sequence[Task]) -> list[Task]:

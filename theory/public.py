@@ -7,7 +7,7 @@ import torch
 from .catalogue import claims as all_claims
 from .catalogue import find, select
 from .core import Claim
-from .runner import Settings, Verdict
+from .runner import Settings, Verdict, usable
 from .runner import verify as run
 
 
@@ -45,19 +45,15 @@ def verify(
     Raises
     ------
     ValueError
-        For negative numbers, and for an id that is none.
+        For numbers out of range, a device that is not usable, and an id that is none.
 
     Examples
     --------
     >>> import theory
     >>> print(theory.verify("geometry/curvature", trials=100, search=200))
     """
-    if trials is not None and trials < 1:
-        raise ValueError(f"trials must be at least 1, got {trials}")
-    for name, value in (("seed", seed), ("search", search)):
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
-    return run(_claim(claim), Settings(seed, trials, dtype, torch.device(device), search))
+    settings = Settings(seed, trials, dtype, usable(device, dtype), search)
+    return run(_claim(claim), settings)
 
 
 def _claim(claim: Claim | str) -> Claim:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
-import os
 import platform
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from .core import Claim
 from .mutation import Mutation
+from .outputs import to_json
 from .runner import ControlVerdict, Settings, Verdict
 from .statistics import ENOUGH
 
@@ -191,37 +189,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _plain(x: Any) -> Any:
-    """JSON has neither NaN nor infinity, nor tensors."""
-    if isinstance(x, float) and not math.isfinite(x):
-        return None if math.isnan(x) else str(x)
-    if isinstance(x, dict):
-        return {str(key): _plain(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_plain(value) for value in x]
-    if hasattr(x, "tolist"):
-        return _plain(x.tolist())
-    return x if x is None or isinstance(x, (str, int, float, bool)) else str(x)
-
-
-def write(path: Path, text: str) -> None:
-    """To a temporary file, moved into place: no reader finds half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(
-    path: Path,
+def as_json(
     settings: Settings,
     verdicts: Sequence[Verdict],
     controls: Sequence[ControlVerdict],
     mutations: Sequence[Mutation] = (),
-) -> None:
+) -> str:
     """Everything the run found, with the worst sample of every claim."""
     everything: Iterable[Any] = [*verdicts, *controls, *mutations]
     content = {
@@ -240,19 +213,18 @@ def write_json(
         "mutations": [{**vars(m), "passed": m.passed} for m in mutations],
         "not_covered": NOT_COVERED,
     }
-    write(path, to_json(content))
+    return to_json(content)
 
 
-def to_json(content: Any) -> str:
-    """Strict JSON, with a newline at the end."""
-    return json.dumps(_plain(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+def figure_name(claim: Claim) -> str:
+    """File name of the claim's picture, ``<group>-<name>.png``."""
+    return f"{claim.id.replace('/', '-')}.png"
 
 
-def save_figure(claim: Claim, folder: Path, settings: Settings) -> Path:
-    """Draw the claim's picture to ``<folder>/<group>-<name>.png``."""
+def as_png(claim: Claim, settings: Settings) -> bytes:
+    """The claim's picture."""
     if claim.figure is None:
         raise ValueError(f"{claim.id} has no figure")
-    path = folder / f"{claim.id.replace('/', '-')}.png"
-    folder.mkdir(parents=True, exist_ok=True)
-    claim.figure(settings.dtype, settings.device).savefig(path, dpi=150)
-    return path
+    out = io.BytesIO()
+    claim.figure(settings.dtype, settings.device).savefig(out, dpi=150, format="png")
+    return out.getvalue()

@@ -16,7 +16,7 @@ from .statistics import violation_bound
 
 __all__ = [
     "CONTROL_TRIALS", "ControlVerdict", "Settings", "Verdict", "control_trials", "replay", "select",
-    "verify", "verify_control",
+    "usable", "verify", "verify_control",
 ]  # fmt: skip
 
 #: Controls are run on fewer samples than claims: one rejection is enough, a few say how often.
@@ -24,6 +24,9 @@ CONTROL_TRIALS = 16
 #: Samples at each place where a constant is claimed to be attained.
 EXTREMAL_TRIALS = 3
 _SEEDS = 100_000  # room for the trials of one seed
+#: Room for small multiples of a trial's seed, which some claims take, in torch's 64 bits.
+LARGEST_SEED = 10**9
+LAST_TRIAL = (LARGEST_SEED + 1) * _SEEDS - 1
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,14 @@ class Settings:
     trials : int or None
         Samples a claim; None: what the claim asks for.
     seed : int
-        Trial k of any claim has the seed ``100000 * seed + k``.
+        At most `LARGEST_SEED`. Trial k of any claim has the seed ``100000 * seed + k``.
     search : int
         Steps of the adversarial search on top of the samples; 0: none.
+
+    Raises
+    ------
+    ValueError
+        For numbers out of range.
     """
 
     seed: int = 0
@@ -46,9 +54,33 @@ class Settings:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     search: int = 0
 
+    def __post_init__(self) -> None:
+        if self.trials is not None and self.trials < 1:
+            raise ValueError(f"trials must be at least 1, got {self.trials}")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(f"seed must be in 0..{LARGEST_SEED}, got {self.seed}")
+        if self.search < 0:
+            raise ValueError(f"search must not be negative, got {self.search}")
+
     def seeds(self, trials: int) -> range:
         start = self.seed * _SEEDS
         return range(start, start + (trials if self.trials is None else self.trials))
+
+
+def usable(device: torch.device | str, dtype: torch.dtype) -> torch.device:
+    """The device, if numbers of this dtype can be computed on it and read.
+
+    Raises
+    ------
+    ValueError
+        If not.
+    """
+    try:
+        torch.ones((), device=device, dtype=dtype).item()  # on "meta" there is nothing to read
+    except (RuntimeError, AssertionError, TypeError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device {device} is not usable: {why}") from error
+    return torch.device(device)
 
 
 @dataclass(frozen=True)
