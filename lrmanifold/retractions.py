@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from . import linalg
-from ._arguments import check_callable, check_choice, check_text
+from ._arguments import check_callable, check_choice, check_flag, check_text
 
 if TYPE_CHECKING:
     from .manifolds import FixedRank
@@ -40,24 +40,42 @@ if TYPE_CHECKING:
 Retraction = Callable[["FixedRank", Tensor, Tensor], Tensor]
 
 _REGISTRY: dict[str, Retraction] = {}
+_OWN: frozenset[str] = frozenset()  # names that are never replaced: filled at the end
 
 
-def register(name: str) -> Callable[[Retraction], Retraction]:
+def register(name: str, *, overwrite: bool = False) -> Callable[[Retraction], Retraction]:
     """Decorator that adds a retraction to the registry under `name`.
+
+    Parameters
+    ----------
+    name : str
+    overwrite : bool
+        Replace a retraction registered before under this name, as where a notebook's cell is run
+        again. Manifolds made before keep the function that they were made with. The library's own
+        retractions are never replaced.
 
     Raises
     ------
     TypeError
         If the name is no string, or what is registered no function.
     ValueError
-        If the name is taken.
+        If the name is taken: by one of the library's own, or by another without `overwrite`.
     """
     check_text("name", name)
+    check_flag("overwrite", overwrite)
 
     def add(function: Retraction) -> Retraction:
         check_callable("function", function, "a function (manifold, X, xi) -> Y")
-        if name in _REGISTRY:
-            raise ValueError(f"a retraction named {name!r} is registered already")
+        if name in _OWN:
+            raise ValueError(
+                f"name must not be that of one of the library's own retractions, got {name!r}: "
+                "choose another"
+            )
+        if name in _REGISTRY and not overwrite:
+            raise ValueError(
+                f"a retraction named {name!r} is registered already: choose another name, or "
+                f"replace it by register({name!r}, overwrite=True)"
+            )
         _REGISTRY[name] = function
         return function
 
@@ -270,3 +288,6 @@ def parallel_bug(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
     zero = new_K.new_zeros(*new_K.shape[:-1], new_L.shape[-2])
     core = torch.cat((torch.cat((D, new_L.mT), -1), torch.cat((new_K, zero), -1)), -2)
     return _truncate(manifold, U, core, V)
+
+
+_OWN = frozenset(_REGISTRY)

@@ -284,7 +284,21 @@ def test_new_names_can_be_registered_but_not_taken_twice(monkeypatch):
     monkeypatch.setattr(retractions, "_REGISTRY", dict(retractions._REGISTRY))
     retractions.register("lazy")(lambda manifold, X, xi: X)
     assert "lazy" in retractions.available()
-    with pytest.raises(ValueError, match="'lazy' is registered already"):
+    with pytest.raises(ValueError, match=r"already: .* register\('lazy', overwrite=True\)"):
         retractions.register("lazy")(lambda manifold, X, xi: X)
+    before = lrm.FixedRank(6, 5, 2, retraction="lazy")
+
+    @retractions.register("lazy", overwrite=True)
+    def lazy(manifold, X, xi):
+        return X + 0.0
+
+    assert retractions.get("lazy") is lazy
+    assert before.retraction_map is not lazy
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="the library's own retractions, got 'svd'"):
+            retractions.register("svd", overwrite=overwrite)(lazy)
+    assert retractions.get("svd") is retractions.svd
+    with pytest.raises(TypeError, match="overwrite must be True or False"):
+        retractions.register("lazy", overwrite="yes")
     with pytest.raises(ValueError, match=r"retraction must be one of .* got 'unknown'"):
         retractions.get("unknown")

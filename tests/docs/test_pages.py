@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from doc_code import CELL, DOCS, PAGES, ROOT, blocks, fences, python, run
 
 import lrmanifold as lrm
@@ -19,6 +20,17 @@ def _leave_no_trace(monkeypatch, tmp_path):
     monkeypatch.setattr(lrm.retractions, "_REGISTRY", dict(lrm.retractions._REGISTRY))
 
 
+@pytest.fixture
+def _every_warning():
+    """Else torch warns once a process only."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
+
+
+@pytest.mark.usefixtures("_every_warning")
+@pytest.mark.filterwarnings("error:Converting a tensor with requires_grad")
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, python(p))], ids=lambda p: p.stem)
 def test_python_blocks_run_one_after_the_other(page):
     run(page, python(page))

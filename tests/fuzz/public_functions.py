@@ -194,8 +194,9 @@ def functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str,
         ),
         "retractions.get": (lrm.retractions.get, {}, {"retraction": "name"}),
         "retractions.register": (
-            lambda name: lrm.retractions.register(name), {},
-            {"name": ("patterns", {})},
+            lambda name, overwrite: lrm.retractions.register(name, overwrite=overwrite),
+            {"overwrite": True},
+            {"name": ("patterns", {}), "overwrite": "flag"},
         ),
         "monitor": (
             lrm.monitor, {"model": low()},
