@@ -13,6 +13,7 @@ from ..nn import LowRankLayer
 from ..nn.kinds import kind_of
 from ..nn.plan import make_plan
 from ..nn.two_factors import TwoFactors
+from .exchange import exchanged
 
 __all__ = ["Rank", "TwoFactors", "spectrum", "two_factors"]
 
@@ -24,14 +25,45 @@ def two_factors(model: nn.Module, rank: Rank, **patterns: Any) -> nn.Module:
 
     Starts balanced from the truncated SVD, A = U √Σ, B = V √Σ. The layers and ranks are those that
     :func:`lrmanifold.factorize` chooses for the same arguments.
+
+    Returns
+    -------
+    nn.Module
+        `model`; if `model` is itself such a layer, its two factors.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no module.
+    ValueError
+        Before anything changes, for chosen layers other than linear ones and convolutions without
+        groups.
     """
     plan = make_plan(model, rank=rank, **patterns)
-    for decision in plan.decisions:
-        if decision.rank is not None:
-            parent, _, child = decision.name.rpartition(".")
-            owner = model.get_submodule(parent)
-            setattr(owner, child, _pair(getattr(owner, child), decision.rank))
-    return model
+    modules = dict(model.named_modules())
+    chosen = [(d.name, d.rank) for d in plan.decisions if d.rank is not None]
+    for name, _ in chosen:
+        parts = name.rpartition(".")[0], name
+        for part, module in ((part, modules.get(part)) for part in parts):
+            attention = isinstance(module, nn.MultiheadAttention)
+            if attention or (part == name and not _can_be_two(module)):
+                raise ValueError(
+                    "two_factors takes linear layers and convolutions that are neither transposed "
+                    f"nor have groups, got {_kind(module)} at {part!r}: leave it out by exclude"
+                )
+    new = {id(modules[name]): _pair(modules[name], r) for name, r in chosen}
+    return exchanged(model, new)
+
+
+def _kind(module: Any) -> str:
+    groups = getattr(module, "groups", 1)
+    return type(module).__name__ + (f" with {groups} groups" if groups > 1 else "")
+
+
+def _can_be_two(module: nn.Module | None) -> bool:
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.groups == 1
+    return isinstance(module, nn.Linear)
 
 
 def _pair(module: Any, rank: int) -> TwoFactors:
@@ -41,8 +73,6 @@ def _pair(module: Any, rank: int) -> TwoFactors:
         first: Any = nn.Linear(module.in_features, rank, bias=False, **factory)
         second: Any = nn.Linear(rank, module.out_features, bias=biased, **factory)
     else:
-        if module.groups != 1:
-            raise ValueError(f"two_factors takes convolutions without groups, got {module}")
         kind: Any = kind_of(module)
         first = kind(
             module.in_channels,

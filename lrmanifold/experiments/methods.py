@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import certify
-from .._arguments import check_callable, check_flag, check_instance, check_number
+from .._arguments import (
+    check_callable,
+    check_flag,
+    check_instance,
+    check_module,
+    check_number,
+    check_path,
+    shown,
+)
 from ..nn import LowRankLayer, densify, factorize
 from ..optim import DLRT, CondLR, CondLRAdam, param_groups, robust_dlrt
 from .adversarial import Adversarial, AdversarialLoss
@@ -51,7 +60,7 @@ class Method:
     penalty : float
         β of the conditioning penalty R(S), for "condlr", "fixed_rank" and "robust_dlrt".
     tol : float or None
-        Tolerance of truncation of the two last kinds; None keeps the rank.
+        Tolerance of truncation of the two last kinds; "dlrt" takes None, which keeps the rank.
     s_steps : int
         Of the two last kinds: steps of the core for each of the bases.
     finetune : float
@@ -117,7 +126,7 @@ def train(
     device: torch.device | str = "cpu",
     on_step: Callable[[], None] | None = None,
     on_resume: Callable[[int], None] | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     save_every: int = 1,
     certified: float | None = None,
     adversarial: Adversarial | None = None,
@@ -158,13 +167,17 @@ def train(
     Trained
     """
     check_instance("method", method, Method, "a Method, as those of comparison()")
-    check_callable("build", build, "a function that makes the dense network")
+    _check_build(build)
     check_dataset("data", data)
     check_settings(settings)
     if adversarial is not None:
         check_instance("adversarial", adversarial, Adversarial, "an Adversarial")
         if certified is not None:
             raise ValueError("certified and adversarial are two losses: give one of them")
+    if dense is not None:
+        check_instance("dense", dense, Trained, "a Trained, as train() returns it")
+    if checkpoint is not None:
+        checkpoint = Path(check_path("checkpoint", checkpoint))
     layers: dict[str, Any] = {"exclude": exclude, "keep_larger": keep_larger}
     loop: dict[str, Any] = {
         "on_step": on_step,
@@ -175,7 +188,7 @@ def train(
     if method.kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {method.kind!r}")
     torch.manual_seed(settings.seed)
-    network = build()
+    network = check_module("build()", build())
     size = sum(p.numel() for p in network.parameters())
     again = functools.partial(
         train,
@@ -236,6 +249,14 @@ def train(
 
 
 _PROBED: dict[str, Any] = {"tau": None, "gradient": "probe"}
+
+
+def _check_build(build: Any) -> None:
+    wanted = "a function that makes the dense network"
+    if isinstance(build, nn.Module):  # which can be called, too
+        hint = "give lambda: copy.deepcopy(network), so that every method starts from the same one"
+        raise TypeError(f"build must be {wanted}, got {shown(build)}: {hint}")
+    check_callable("build", build, wanted)
 
 
 def _beside(checkpoint: Path | None) -> Path | None:

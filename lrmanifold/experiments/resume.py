@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
-from .._arguments import check_integer
+from .._arguments import check_integer, check_path
 from .._files import remove_leftovers
 from .._sealed import checksum
 from ..checkpoint import CheckpointError
@@ -74,8 +74,9 @@ class Keeper:
         identity: dict[str, Any],
         defaults: Mapping[str, Any],
     ) -> None:
+        path = Path(check_path("checkpoint", path))
         every = check_integer("save_every", every, low=1)
-        self.path, self.every = Path(path), every
+        self.path, self.every = path, every
         self.identity, self.defaults = identity, defaults
         self.began, self.before = time.perf_counter(), 0.0
         self.model, self.optimizer, self.schedule = model, optimizer, schedule

@@ -178,7 +178,7 @@ class Normalized(nn.Module):
         shape = (1, -1, 1, 1)
         self.register_buffer("mean", torch.tensor(data.mean).reshape(shape))
         self.register_buffer("std", torch.tensor(data.std).reshape(shape))
-        self.network = network
+        self.network = check_module("network", network)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W) in [0, 1]."""
