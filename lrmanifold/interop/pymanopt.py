@@ -143,9 +143,25 @@ def point_to_pymanopt(manifold: FixedRank, X: Tensor) -> _FixedRankPoint:
 
 
 def point_from_pymanopt(manifold: FixedRank, point: Any) -> Tensor:
-    """The packed float64 tensor for a point (u, s, vt) of pymanopt's ``FixedRankEmbedded``."""
-    u, s, vt = (_torch(a) for a in point)
-    return manifold.pack(u, torch.diag(s), vt.mT)
+    """The packed float64 tensor for a point (u, s, vt) of pymanopt's ``FixedRankEmbedded``.
+
+    Raises
+    ------
+    ValueError
+        If it is no point of `manifold`: of other sizes, with bases that are not orthonormal, or,
+        for a :class:`~lrmanifold.WellConditioned`, with a condition number above the bound.
+        Convert it for a :class:`~lrmanifold.FixedRank` then, and project: ``manifold.projx(X)``.
+    """
+    check_instance("manifold", manifold, FixedRank, "an lrmanifold.FixedRank")
+    u, s, vt = (_torch(a).double() for a in point)
+    X = manifold.pack(u, torch.diag(s), vt.mT)
+    ok, why = manifold.check_point_on_manifold(X, explain=True)
+    if not ok:
+        raise ValueError(
+            f"point must be on {manifold.name}, but {why}: convert it for lrmanifold.FixedRank"
+            f"({manifold.m}, {manifold.n}, {manifold.rank}) and bring it here by manifold.projx"
+        )
+    return X
 
 
 def tangent_to_pymanopt(manifold: FixedRank, X: Tensor, xi: Tensor) -> _FixedRankTangentVector:
@@ -156,10 +172,20 @@ def tangent_to_pymanopt(manifold: FixedRank, X: Tensor, xi: Tensor) -> _FixedRan
 
 
 def tangent_from_pymanopt(manifold: FixedRank, X: Tensor, vector: Any) -> Tensor:
-    """The packed tangent vector at `X` for one at ``point_to_pymanopt(manifold, X)``."""
+    """The packed tangent vector at `X` for one at ``point_to_pymanopt(manifold, X)``.
+
+    Raises
+    ------
+    ValueError
+        If it is not tangent there, as one at another point is not.
+    """
     _, _, P, Qh = _gauge(manifold, X)
-    Up, M, Vp = (_torch(a) for a in vector)
-    return manifold.pack(Up @ Qh, P @ M @ Qh, Vp @ P.mT)
+    Up, M, Vp = (_torch(a).double() for a in vector)
+    xi = manifold.pack(Up @ Qh, P @ M @ Qh, Vp @ P.mT)
+    ok, why = manifold.check_vector_on_tangent(X.detach().double(), xi, ok_point=True, explain=True)
+    if not ok:
+        raise ValueError(f"vector must be tangent at X, but {why}")
+    return xi
 
 
 def _gauge(manifold: FixedRank, X: Tensor):

@@ -193,6 +193,31 @@ def test_projections_of_an_ambient_matrix_agree(shape, seed):
     torch.testing.assert_close(got, M.project_ambient(X, Z), rtol=1e-10, atol=1e-11)
 
 
+def test_what_is_no_point_of_the_set_is_refused():
+    M = lrm.WellConditioned(6, 5, 2, tau=0.5)
+    point = point_to_pymanopt(M, M.random(dtype=torch.float64))
+    u, s, vt = point
+    assert M.check_point_on_manifold(point_from_pymanopt(M, point))
+    wide = (u, np.array([2.0, 1.0]), vt)
+    with pytest.raises(ValueError, match=r"WellConditioned.*cond\(S\) = 2 .*FixedRank\(6, 5, 2\)"):
+        point_from_pymanopt(M, wide)
+    X = M.projx(point_from_pymanopt(lrm.FixedRank(6, 5, 2), wide))
+    torch.testing.assert_close(point_from_pymanopt(M, point_to_pymanopt(M, X)).norm(), X.norm())
+    for wrong in ((2 * u, s, vt), (u, 0 * s, vt), (u, np.nan * s, vt)):
+        with pytest.raises(ValueError, match="point must be on FixedRank"):
+            point_from_pymanopt(lrm.FixedRank(6, 5, 2), wrong)
+    single = tuple(a.astype(np.float32) for a in wide)
+    assert point_from_pymanopt(lrm.FixedRank(6, 5, 2), single).dtype == torch.float64
+
+
+def test_a_tangent_vector_at_another_point_is_refused():
+    M = lrm.FixedRank(6, 5, 2)
+    X, Y = M.random(dtype=torch.float64), M.random(dtype=torch.float64)
+    vector = tangent_to_pymanopt(M, Y, M.project_ambient(Y, gaussian(6, 5, seed=1)))
+    with pytest.raises(ValueError, match="vector must be tangent at X"):
+        tangent_from_pymanopt(M, X, vector)
+
+
 def test_converting_a_batch_is_refused():
     M = lrm.FixedRank(5, 4, 2)
     with pytest.raises(ValueError, match="batch"):
