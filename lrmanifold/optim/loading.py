@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._arguments import shown
+from .._arguments import check_flag, shown
+from ..factors import pack
 from ..manifolds import FixedRank
-from ..parameter import is_sharded, manifold_of
+from ..parameter import gathered, is_sharded, manifold_of, sharded_like
 from ..precision import compute_dtype
+from .coordinates import is_factored
 from .geometry import Label
+from .velocities import tangent_of_velocity, velocity_of_tangent
 
 if TYPE_CHECKING:
     from .optimizer import GeometricOptimizer
@@ -20,7 +23,24 @@ if TYPE_CHECKING:
 _COUNTERS = ("step", "skipped")
 # What version 0.1 kept beside a velocity; the projection at the next step makes them needless.
 _OLD_STATE = ("momentum_overlap", "momentum_drift")
+# What may be kept as velocities, and what a state dict says about it.
+_MOMENTUM, _MARK = "momentum_buffer", "velocities"
 _OLD_OPTIONS = ("orthonormality_tol",)
+
+
+def marked(optimizer: GeometricOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """With an entry that tells whether momenta of low-rank weights are velocities of the factors.
+
+    Beside "state" and "param_groups": ``torch.distributed.checkpoint`` demands of a file every key
+    within these, and files of earlier versions have no mark.
+    """
+    found: dict[Any, bool] = {}
+    for packed, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        for key, p in zip(packed["params"], group["params"], strict=True):
+            M = manifold_of(p)
+            if isinstance(M, FixedRank) and _MOMENTUM in state_dict["state"].get(key, {}):
+                found[key] = is_factored(M)
+    return {**state_dict, _MARK: found}
 
 
 def brought_over(state_dict: Any) -> dict[str, Any]:
@@ -67,6 +87,9 @@ def checked_state(
             f"state_dict must have groups of {wanted} parameters, as the optimizer has, got "
             f"{sizes}: was the model factorized as the saved one, with the same rank and exclude?"
         )
+    marks = state_dict.get(_MARK, {})
+    if not isinstance(marks, Mapping):
+        raise ValueError(f"{_MARK} of state_dict must be a dict of flags, got {shown(marks)}")
     found: dict[Tensor, dict[str, Any]] = {}
     for g, (old, group) in enumerate(zip(saved, groups, strict=True)):
         options = {**optimizer.defaults, **old, "params": group["params"]}
@@ -79,12 +102,18 @@ def checked_state(
         for i, (key, p) in enumerate(zip(old["params"], group["params"], strict=True)):
             if key in state_dict["state"]:
                 label = Label(group, g, i)
-                found[p] = _entry(optimizer, options, p, state_dict["state"][key], label)
+                state, mark = state_dict["state"][key], marks.get(key)
+                found[p] = _entry(optimizer, options, p, state, mark, label)
     return found
 
 
 def _entry(
-    optimizer: GeometricOptimizer, options: Any, p: Tensor, state: Mapping[str, Any], label: Label
+    optimizer: GeometricOptimizer,
+    options: Any,
+    p: Tensor,
+    state: Mapping[str, Any],
+    mark: bool | None,
+    label: Label,
 ) -> dict[str, Any]:
     rule, M, name = optimizer.rule, manifold_of(p), type(optimizer).__name__
     if not state:
@@ -112,7 +141,37 @@ def _entry(
         entry[key] = count.to(device=p.device, dtype=torch.int64, copy=True)
     for key in used:
         entry[key] = _tensor(p, M, key, state[key], key in rule.moments, label)
+    if (
+        mark is not None
+        and _MOMENTUM in entry
+        and isinstance(M, FixedRank)
+        and check_flag(f"{_MARK} of {label}", mark) != is_factored(M)
+    ):
+        entry[_MOMENTUM] = _converted(M, p, entry[_MOMENTUM], label)
     return entry
+
+
+def _converted(M: FixedRank, p: Tensor, b: Tensor, label: Label) -> Tensor:
+    """A momentum in the coordinates of the retraction of `M`, from the other ones."""
+    if b.is_meta or p.is_meta:
+        raise ValueError(
+            f"{_MOMENTUM} of {label} was saved with another retraction than {M.retraction!r}: it "
+            "can be converted only where the parameter has values, got the device meta"
+        )
+    X, whole = gathered(p.detach()), gathered(b)
+    if not is_factored(M):
+        found = tangent_of_velocity(M, X, whole)
+    else:
+        wide = compute_dtype(p.dtype)
+        point, xi = M.unpack(X.to(wide)), M.unpack(whole.to(wide))
+        bent = max(float((Q.mT @ Z).norm()) for Q, Z in ((point.U, xi.U), (point.V, xi.V)))
+        if bent > torch.finfo(p.dtype).eps ** 0.5 * float(whole.norm()):
+            raise ValueError(
+                f"{_MOMENTUM} of {label} must be tangent at the parameter, as it was saved with "
+                f"another retraction than {M.retraction!r}: load the model's state dict first"
+            )
+        found = pack(*velocity_of_tangent(point, xi)).to(p.dtype)
+    return sharded_like(p, found) if is_sharded(p) else found
 
 
 def _tensor(p: Tensor, M: Any, key: str, value: Any, moment: bool, label: Label) -> Tensor:

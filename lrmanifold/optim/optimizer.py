@@ -28,7 +28,7 @@ from .distributed import move_sharded, move_shared_out
 from .engine import Engine
 from .geometry import GeometryMemory
 from .items import Item, Rule
-from .loading import brought_over, checked_state
+from .loading import brought_over, checked_state, marked
 from .velocities import tangent_of_velocity
 
 # Options of torch's optimizers that do not exist here: in a group they would be ignored in silence.
@@ -157,11 +157,20 @@ class GeometricOptimizer(torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and under "velocities" whether a low-rank weight's momentum is one.
+
+        See :meth:`momentum`; ``torch.distributed.checkpoint`` does not save this entry.
+        """
+        return marked(self, super().state_dict())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state; continues bit for bit where the saved optimizer stopped.
 
         State of ``torch.optim.AdamW`` (or SGD) of ordinary parameters is taken up by
-        :class:`CondLRAdam` (:class:`CondLR`). Files of earlier versions are brought over.
+        :class:`CondLRAdam` (:class:`CondLR`). Files of earlier versions are brought over. Load the
+        model's state dict first: a momentum that was saved with another kind of retraction is
+        converted at the point where the weight is. Earlier versions did not say with which.
 
         Raises
         ------

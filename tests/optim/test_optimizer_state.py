@@ -274,3 +274,74 @@ def test_a_state_of_other_ranks_says_what_to_load_first():
     groups = lrm.optim.param_groups(model)
     with pytest.raises(ValueError, match="same rank and exclude"):
         CondLR(groups, lr=0.1).load_state_dict(optimizer.state_dict())
+
+
+# -- momentum in the coordinates of another retraction
+
+
+def moved(kind, retraction, dtype, *, steps=4):
+    """A linear layer and a grouped convolution, with the optimizer that has trained them."""
+    torch.manual_seed(0)
+    options = {"tau": 0.5, "retraction": retraction, "dtype": dtype}
+    model = nn.Sequential(
+        LowRankConv2d(2, 4, 3, 2, groups=2, **options),
+        nn.Flatten(),
+        LowRankLinear(16, 5, 3, **options),
+    )
+    optimizer = kind(model.parameters(), lr=0.05, momentum=0.8)
+    for i in range(steps):
+        x = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(i)).to(dtype)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [CondLR, lrm.optim.CondLRMuon])
+@pytest.mark.parametrize(("old", "new"), [("factored", "svd"), ("svd", "factored"), ("svd", "ksl")])
+def test_momentum_is_the_same_vector_under_another_retraction(kind, dtype, old, new):
+    model, optimizer = moved(kind, old, dtype)
+    other, resumed = moved(kind, new, dtype, steps=0)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_file(optimizer.state_dict()))
+    eps = torch.finfo(dtype).eps
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        if lrm.optim.CondLRMuon is kind and p.ndim == 1:
+            continue  # a bias, which Adam moves
+        want = optimizer.momentum(p).double()
+        assert (resumed.momentum(q).double() - want).norm() <= 20 * eps * want.norm()
+        assert (resumed.state[q]["momentum_buffer"].dtype, want.norm() > 0) == (dtype, True)
+    for m, o in ((model, optimizer), (other, resumed)):  # and the next step is made
+        m(torch.ones(6, 2, 4, 4, dtype=dtype)).square().mean().backward()
+        o.step()
+
+
+@pytest.mark.parametrize(("old", "new"), [("factored", "svd"), ("svd", "factored")])
+def test_a_state_without_the_mark_is_loaded_as_it_is(old, new):
+    model, optimizer = moved(CondLR, old, torch.float64)
+    saved = optimizer.state_dict()
+    assert saved.pop("velocities") == {0: old == "factored", 2: old == "factored"}
+    other, resumed = moved(CondLR, new, torch.float64, steps=0)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        found, kept = (o.state[x]["momentum_buffer"] for o, x in ((resumed, q), (optimizer, p)))
+        assert torch.equal(found, kept)
+
+
+def test_a_momentum_that_is_not_tangent_here_says_what_to_load_first():
+    _, optimizer = moved(CondLR, "svd", torch.float64)
+    _, resumed = moved(CondLR, "factored", torch.float64, steps=1)
+    before = copy.deepcopy(resumed.state_dict()["state"])
+    with pytest.raises(ValueError, match=r"tangent at the parameter.*load the model's state dict"):
+        resumed.load_state_dict(optimizer.state_dict())
+    for key, state in resumed.state_dict()["state"].items():
+        assert torch.equal(state["momentum_buffer"], before[key]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("mark", [[0, 2], {0: 1, 2: True}, {0: "tangent"}, "all"])
+def test_a_mark_that_says_nothing_is_refused(mark):
+    _, optimizer = moved(CondLR, "svd", torch.float64)
+    with pytest.raises((TypeError, ValueError), match=r"velocities of .* must be"):
+        optimizer.load_state_dict({**optimizer.state_dict(), "velocities": mark})
