@@ -195,7 +195,7 @@ def functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str,
         "retractions.get": (lrm.retractions.get, {}, {"retraction": "name"}),
         "retractions.register": (
             lambda name, overwrite: lrm.retractions.register(name, overwrite=overwrite),
-            {"overwrite": True},
+            {"name": "mine", "overwrite": True},
             {"name": ("patterns", {}), "overwrite": "flag"},
         ),
         "monitor": (
