@@ -125,13 +125,16 @@ def test_a_reader_that_leaves_gets_silence_and_the_files_their_content(tmp_path)
 @pytest.mark.skipif(os.name == "nt", reason="no process groups")
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_an_interrupt_is_one_line(jobs, tmp_path):
-    # Hours of work, and long before its end the terminal's Ctrl-C, which all processes get.
-    options = ("--only", "geometry/[st]*", "--trials", "99999", "--jobs", jobs)
+    # Minutes of work, and long before its end the terminal's Ctrl-C, which all processes get.
+    options = ("--only", "geometry/[st]*", "--trials", "3000", "--jobs", jobs)
     process = _started(*options, "--plots", str(tmp_path / "new"), start_new_session=True)
-    while not (tmp_path / "new").exists():
-        assert process.poll() is None
-        time.sleep(0.1)
-    time.sleep(3)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        while not (tmp_path / "new").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(3)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert (process.returncode, out, err) == (130, "", "stopped\n")
