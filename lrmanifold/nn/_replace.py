@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .._replaced import note_replaced
+from . import bases
 from ._carry import carry_over
 from ._mismatch import keep_explaining
 from ._obstacles import Obstacles, has_hooks, listed
@@ -148,11 +149,11 @@ def _reason(
 
 def _reason_of_adapted(module: AdaptedLayer, obstacles: Obstacles) -> str:
     base = module.base_layer
-    if not isinstance(base, LowRankLayer) and (reason := module.why_not_merge()):
+    if reason := bases.why_not_added(base):
         return reason
     if others := obstacles.ties.get((id(base), "weight")):
         return f"the weight it adapts is tied to {listed(others)}: merging would untie them"
-    return obstacles.of(base) or ("its base has hooks" if has_hooks(base) else "")
+    return obstacles.of(base)
 
 
 def _say(verb: str, reasons: Mapping[str, str], none: bool) -> None:

@@ -176,8 +176,9 @@ def merge(model: nn.Module, *, keep: bool = True) -> nn.Module:
     Raises
     ------
     ValueError
-        If a layer cannot take it up: its base is quantized, low-rank or tied to another weight. If
-        an adapter is merged already, or none is there or active. Nothing is changed then.
+        If a layer cannot take it up: its base is quantized, low-rank or tied to another weight, or
+        has hooks or a forward of its own, for which W + ΔW need not give the same function. If an
+        adapter is merged already, or none is there or active. Nothing is changed then.
     """
     check_flag("keep", keep)
     layers = _some_adapted(model)

@@ -100,9 +100,7 @@ class AdaptedLayer(nn.Module):
         """Why the base's weight cannot take up a change, in words; "" if it can."""
         if isinstance(self.base_layer, LowRankLayer):
             return "its base is low-rank and would not stay so: densify the model instead"
-        if bases.plain_weight(self.base_layer) is None:
-            return "its base has no dense weight of 16 bits or more (quantized or computed)"
-        return ""
+        return bases.why_not_added(self.base_layer)
 
     def fold(self, keep: bool) -> None:
         """Add the active change to the base's weight; with `keep`, remember the weight."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..precision import STORAGE_DTYPES
+from ._obstacles import has_hooks
 from .kinds import is_quantized
 from .layer import LowRankLayer
 from .linear import LowRankLinear
@@ -45,6 +46,26 @@ def plain_weight(module: nn.Module) -> nn.Parameter | None:
         return None
     dense = weight.ndim == 2 and weight.layout is torch.strided and weight.dtype in STORAGE_DTYPES
     return weight if dense else None
+
+
+def why_not_added(module: nn.Module) -> str:
+    """Why W + ΔW in the place of W would not give W x + b + ΔW x, in words; "" if it does."""
+    if not isinstance(module, LowRankLayer) and plain_weight(module) is None:
+        return "its base has no dense weight of 16 bits or more (quantized or computed)"
+    if not _multiplies_only(module):
+        return f"its base has a forward of its own ({type(module).__name__})"
+    return "its base has hooks" if has_hooks(module) else ""
+
+
+def _multiplies_only(module: nn.Module) -> bool:
+    own = vars(module)
+    # accelerate moves tensors between devices in a forward that it puts around this one
+    name = "_old_forward" if "_hf_hook" in own else "forward"
+    forward = getattr(own[name], "__func__", None) if name in own else type(module).forward
+    known = [nn.Linear.forward, LowRankLayer.forward]
+    if is_conv1d(module):
+        known.append(conv1d_of_transformers(sys.modules).forward)
+    return forward in known
 
 
 def matrix(module: Any) -> Tensor | None:

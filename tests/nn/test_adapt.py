@@ -31,6 +31,14 @@ def train(model: nn.Module, steps: int = 8) -> None:
         optimizer.step()
 
 
+@torch.no_grad()
+def move(model: nn.Module) -> None:
+    """Give every adapter another point: a change that is not zero."""
+    for change in (m for m in model.modules() if isinstance(m, lrm.nn.Change)):
+        X = change.update.weight
+        X.copy_(change.update.manifold.random(*X.shape, dtype=X.dtype, device=X.device))
+
+
 def layers(model: nn.Module) -> list[AdaptedLayer]:
     return [m for m in model.modules() if isinstance(m, AdaptedLayer)]
 
@@ -237,3 +245,62 @@ def test_dropout_changes_a_trained_adapter_in_training_only():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+class Doubled(nn.Linear):
+    """Its output is not the product with its weight."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        F = nn.functional
+        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1), self.bias)
+
+
+class Named(nn.Linear):
+    """A subclass that computes as torch's layer does."""
+
+
+@pytest.mark.parametrize("kind", [Doubled, Cosine])
+@pytest.mark.parametrize("convert", [lrm.densify, lrm.fold])
+def test_a_base_with_a_forward_of_its_own_is_adapted_but_not_merged(kind, convert, device):
+    model = nn.Sequential(nn.Linear(9, 9), kind(9, 9), nn.Linear(9, 3)).to(device)
+    lrm.nn.adapt(model, 2, include=["0", "1"])
+    x = torch.randn(5, 9, device=device)
+    move(model)
+    expected, weight = model(x), model[0].base_layer.weight.clone()
+    with pytest.raises(ValueError, match=rf"'1' cannot be merged: .*its own \({kind.__name__}\)"):
+        lrm.nn.merge(model)
+    assert torch.equal(model[0].base_layer.weight, weight)
+    with pytest.warns(UserWarning, match=r"left alone 1: its base has a forward of its own"):
+        convert(model)
+    assert isinstance(model[1], AdaptedLayer)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_subclass_that_computes_as_torchs_layer_is_merged_and_kept():
+    model = nn.Sequential(Named(9, 9), nn.Linear(9, 3))
+    lrm.nn.adapt(model, 2, include="0")
+    move(model)
+    x = torch.randn(5, 9)
+    expected = model(x)
+    torch.testing.assert_close(lrm.nn.merge(model)(x), expected)
+    assert type(lrm.densify(model)[0]) is Named
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_hooks_put_on_a_base_after_adapt_keep_it_from_being_merged():
+    model = lrm.nn.adapt(network(), 2)
+    move(model)
+    x = torch.randn(5, 9)
+    plain = model(x)
+    handle = model[0].base_layer.register_forward_hook(lambda module, x, y: y.clamp(-0.1, 0.1))
+    expected = model(x)
+    with pytest.raises(ValueError, match="layer '0' cannot be merged: its base has hooks"):
+        lrm.nn.merge(model)
+    assert torch.equal(model(x), expected)
+    handle.remove()
+    torch.testing.assert_close(lrm.nn.merge(model)(x), plain)
