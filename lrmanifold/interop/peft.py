@@ -26,7 +26,12 @@ from typing import Any
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    onload_layer,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
@@ -168,39 +173,61 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
         Parameters
         ----------
         safe_merge : bool
-            Raise ValueError, and change nothing, if the sum is not finite.
+            Raise if the sum is not finite.
         adapter_names : list of str, optional
             The active ones by default.
+
+        Raises
+        ------
+        ValueError
+            If the base does not just multiply by a dense weight: it is quantized or low-rank, has
+            hooks or a forward of its own. Nothing is changed then.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.lrmanifold_changes:
-                continue
-            weight, delta = self._plain_weight(), self.get_delta_weight(name)
-            if safe_merge:
-                wide = torch.promote_types(weight.dtype, delta.dtype)
-                total = (weight.to(wide) + delta.to(wide)).to(weight.dtype)
-                if not bool(torch.isfinite(total).all()):
-                    raise ValueError(f"the weight with adapter {name!r} must be finite, is not")
-            bases.add_to_weight(weight, delta)
+        names = self._names(check_adapters_to_merge(self, adapter_names))
+        if reason := self.why_not_merge(safe_merge, names):
+            raise ValueError(f"adapters of this layer cannot be merged: {reason}")
+        weight = bases.plain_weight(self.get_base_layer())
+        for name in names:
+            bases.add_to_weight(weight, self.get_delta_weight(name))  # type: ignore[arg-type]
             self.merged_adapters.append(name)
+
+    def why_not_merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> str:
+        """Why :meth:`merge` would raise, in words; "" if it would not."""
+        names = self._names(adapter_names)
+        base = self.get_base_layer()
+        weight = bases.plain_weight(base)
+        if not names:
+            return ""
+        if weight is None:
+            return _no_weight(base)
+        if reason := bases.why_not_added(base):
+            return reason
+        total = weight.detach().clone()
+        for name in names if safe_merge else ():
+            bases.add_to_weight(total, self.get_delta_weight(name))
+            if not bool(torch.isfinite(total).all()):
+                return f"the weight with adapter {name!r} must be finite, is not"
+        return ""
+
+    def _names(self, adapter_names: list[str] | None) -> list[str]:
+        """Those of the given adapters, by default the active ones, that are still to be merged."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [n for n in names if n in self.lrmanifold_changes and n not in self.merged_adapters]
 
     def unmerge(self) -> None:
         """Take merged adapters out of the base's weight again, to rounding."""
         if not self.merged:
             warnings.warn("no adapter is merged: nothing to unmerge", stacklevel=2)
+        base = self.get_base_layer()
+        weight = bases.plain_weight(base)
+        if self.merged and weight is None:
+            raise ValueError(f"adapters of this layer cannot be unmerged: {_no_weight(base)}")
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.lrmanifold_changes:
-                bases.add_to_weight(self._plain_weight(), self.get_delta_weight(name), -1.0)
-
-    def _plain_weight(self) -> nn.Parameter:
-        weight = bases.plain_weight(self.get_base_layer())
-        if weight is None:
-            raise ValueError(
-                f"the base of a merged adapter must have a dense weight of 16 bits or more, got a "
-                f"{type(self.get_base_layer()).__name__} (quantized, computed or low-rank)"
-            )
-        return weight
+                bases.add_to_weight(weight, self.get_delta_weight(name), -1.0)  # type: ignore[arg-type]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT can turn the adapter into one of LoRA; it needs rank 2r to be exact."""
@@ -259,6 +286,33 @@ class LowRankTuner(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """As PEFT's, but a layer that cannot be merged is found before any is changed."""
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        for name, layer in self.model.named_modules():
+            if not isinstance(layer, LowRankTunerLayer):
+                continue
+            with onload_layer(layer):
+                reason = layer.why_not_merge(safe_merge, adapter_names)
+            if reason:
+                raise ValueError(f"layer {name!r} cannot be merged: {reason}")
+
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict:
         _check_points(model)
@@ -268,6 +322,13 @@ class LowRankTuner(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         part = LowRankTunerLayer.adapter_layer_names[0]
         return key.replace(f".{part}.{adapter_name}.", f".{part}.")
+
+
+def _no_weight(base: nn.Module) -> str:
+    return (
+        "its base must have a dense weight of 16 bits or more, got a "
+        f"{type(base).__name__} (quantized, computed or low-rank)"
+    )
 
 
 def _check_points(model: nn.Module) -> None:

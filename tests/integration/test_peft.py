@@ -262,6 +262,74 @@ def test_a_merge_that_is_not_finite_changes_nothing(device):
     assert not layer.merged
 
 
+def test_a_layer_that_cannot_be_merged_is_found_before_any_is(device):
+    base = lrm.factorize(llama(device).eval(), rank=8, include="*layers.1*q_proj")
+    model = peft.get_peft_model(base, LowRankConfig(r=2, target_modules=["q_proj"]))
+    x = words(device)
+    train(model, x)
+    expected = model(x).logits
+    weight = tuner_layers(model)[0].base_layer.weight.clone()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"layer '.*1.*q_proj' cannot be merged: .* dense w"):
+            merge()
+    assert not any(layer.merged for layer in tuner_layers(model))
+    assert torch.equal(tuner_layers(model)[0].base_layer.weight, weight)
+    assert torch.equal(model(x).logits, expected)
+
+    model = peft.get_peft_model(llama(device), LowRankConfig(r=2, target_modules=["q_proj"]))
+    first, last = tuner_layers(model)
+    last.lrmanifold_changes["default"].start.fill_(float("inf"))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"1.*q_proj' cannot be merged: .*must be finite"):
+            merge(safe_merge=True)
+    assert not first.merged
+    model.add_adapter("b", LowRankConfig(r=2, target_modules=["lm_head"]))
+    model.merge_adapter(["b"])  # what is not merged does not stand in the way
+    assert sum(layer.merged for layer in tuner_layers(model)) == 1
+
+
+class Doubled(nn.Linear):
+    """Its output is not the product with its weight."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_base_with_a_forward_of_its_own_is_adapted_but_not_merged(device):
+    net = nn.ModuleDict({"a": nn.Linear(8, 8), "b": Doubled(8, 8)}).to(device)
+    net.forward = lambda x: net["b"](net["a"](x))
+    model = peft.get_peft_model(net, LowRankConfig(r=2, target_modules=["a", "b"]))
+    with torch.no_grad():
+        for change in changes(model):
+            X = change.update.weight
+            X.copy_(change.update.manifold.random(*X.shape, device=device))
+    x = torch.randn(3, 8, device=device)
+    expected = model(x)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"'b' cannot be merged: .*of its own \(Doubled\)"):
+            merge()
+    with pytest.raises(ValueError, match="forward of its own"):
+        tuner_layers(model)[1].merge()
+    assert torch.equal(model(x), expected)
+
+
+def test_layers_that_accelerate_has_put_on_a_device_are_merged(device):
+    accelerate = pytest.importorskip("accelerate")
+    net = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}).to(device)
+    net.forward = lambda x: net["b"](net["a"](x))
+    model = peft.get_peft_model(net, LowRankConfig(r=2, target_modules=["a"]))
+    with torch.no_grad():
+        change = changes(model)[0]
+        X = change.update.weight
+        X.copy_(change.update.manifold.random(*X.shape, device=device))
+    base = tuner_layers(model)[0].base_layer
+    accelerate.hooks.add_hook_to_module(base, accelerate.hooks.AlignDevicesHook(device))
+    x = torch.randn(3, 8, device=device)
+    expected = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_lora_of_twice_the_rank_is_the_same_change(device):
     convert = pytest.importorskip("peft", minversion="0.21").convert_to_lora
     x = words(device)
