@@ -113,3 +113,18 @@ def test_checkpoints_do_not_know_the_wrapper(wrap, tmp_path):
         checkpoint.load(tmp_path / "b.pt", wrapped)
         torch.save(wrapped.state_dict(), tmp_path / "torch.pt")  # with the prefixes
         checkpoint.load(tmp_path / "torch.pt", network())
+
+
+def test_the_trained_state_does_not_know_the_wrapper(wrap):
+    def adapted() -> nn.Module:
+        torch.manual_seed(0)
+        return lrm.nn.adapt(nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 3)), 2, include="1")
+
+    inside = adapted()
+    change = inside[1].changes["default"]
+    with torch.no_grad():
+        change.update.weight.copy_(change.update.manifold.random(*change.update.weight.shape))
+    state = lrm.nn.trained_state_dict(wrap(inside))
+    other, x = adapted(), torch.randn(4, 12)
+    assert not other.load_state_dict(state, strict=False).unexpected_keys
+    assert torch.equal(other(x), inside(x))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from .._arguments import check_instance, check_module
+from .._wrappers import unwrapped
 from ._carry import carry_over
 from ._obstacles import weight_defect
 from .change import Change
@@ -188,13 +189,15 @@ def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Parameters
     ----------
     model : nn.Module
+        Of a compiled, DDP or DataParallel model the one inside is meant: names have no prefix of
+        the wrapper, and the state is loaded into the model inside.
 
     Returns
     -------
     dict
         From names to tensors, as in ``model.state_dict()``.
     """
-    check_module("model", model)
+    model = unwrapped(check_module("model", model))
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, module in model.named_modules():
         if not isinstance(module, Change):
