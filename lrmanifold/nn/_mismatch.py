@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapted import AdaptedLayer
 from .kinds import kind_of, matrix_of
 from .layer import LowRankLayer
 
@@ -25,9 +26,17 @@ def explain(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Hook before loading, of a model with low-rank layers: names what is low-rank there only."""
+    """Hook before loading, of a model with low-rank layers: names what is low-rank there only.
+
+    Raises
+    ------
+    RuntimeError
+        If an adapter is merged. Here nothing has been loaded yet.
+    """
     for name, layer in module.named_modules():
         place = f"{prefix}{name}." if name else prefix
+        if isinstance(layer, AdaptedLayer):
+            layer.refuse_merged("loaded")
         if isinstance(layer, nn.MultiheadAttention) and f"{place}q_proj.weight" in state_dict:
             error_msgs.append(
                 f"{place[:-1]}: the attention is dense here, low-rank in the state dict; {_ADVICE}"

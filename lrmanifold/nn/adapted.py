@@ -144,14 +144,15 @@ class AdaptedLayer(nn.Module):
         return dense.train(self.training)
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        self._refuse_merged("saved")
+        self.refuse_merged("saved")
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._refuse_merged("loaded")
+        self.refuse_merged("loaded")
         super()._load_from_state_dict(*args)
 
-    def _refuse_merged(self, what: str) -> None:
+    def refuse_merged(self, what: str) -> None:
+        """Raise RuntimeError if a change is merged."""
         # The file would hold the sum under the base's name, and the change a second time.
         if self.merged is not None:
             raise RuntimeError(
