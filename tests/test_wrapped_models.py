@@ -128,3 +128,51 @@ def test_the_trained_state_does_not_know_the_wrapper(wrap):
     other, x = adapted(), torch.randn(4, 12)
     assert not other.load_state_dict(state, strict=False).unexpected_keys
     assert torch.equal(other(x), inside(x))
+
+
+@pytest.mark.parametrize("wrapper", [None, "compiled", "DDP"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_torchs_distributed_checkpoints_hold_adapters(wrapper, whole, group, tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
+
+    def adapted(alpha) -> tuple[nn.Module, nn.Module]:
+        model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 3))
+        lrm.nn.adapt(model, 2, include="1", alpha=alpha)
+        return model, model if wrapper is None else WRAPPERS[wrapper](model)
+
+    options = StateDictOptions(full_state_dict=whole)
+    inside, model = adapted(6.0)
+    change = inside[1].changes["default"]
+    with torch.no_grad():
+        change.update.weight.copy_(change.update.manifold.random(*change.update.weight.shape))
+    state = get_model_state_dict(model, options=options)
+    assert set(state) == set(inside.state_dict())
+    dcp.save(state, checkpoint_id=tmp_path / "dcp")
+    other, again = adapted(None)
+    state = get_model_state_dict(again, options=options)
+    dcp.load(state, checkpoint_id=tmp_path / "dcp")
+    set_model_state_dict(again, state, options=options)
+    x = torch.randn(4, 12)
+    assert other[1].changes["default"].change_scale == 3.0
+    assert torch.equal(other(x), inside(x))
+
+
+def test_ddp_refuses_an_adapter_of_another_rank_whole(group):
+    def adapted(rank) -> nn.Module:
+        model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 3))
+        return lrm.nn.adapt(model, rank, include="1")
+
+    state = {f"module.{k}": v for k, v in adapted(2).state_dict().items()}
+    model = adapted(3)
+    wrapped = DistributedDataParallel(model)
+    change = model[1].changes["default"]
+    start = change.start.clone()
+    with pytest.raises(RuntimeError, match="change ranks on the bare model"):
+        wrapped.load_state_dict(state)
+    assert torch.equal(change.start, start)
+    assert change.rank == 3

@@ -14,7 +14,7 @@ from .._arguments import check_instance, check_module
 from .._wrappers import unwrapped
 from ._carry import carry_over
 from ._obstacles import weight_defect
-from .change import Change
+from .change import PARTS, Change
 
 
 class LowRankAdapter(Change):
@@ -82,7 +82,9 @@ class LowRankAdapter(Change):
     start: Tensor
     # Names that a layer in its place does not take over.
     inner_parts = frozenset({"update", "start"})
-    _saves_scale = False
+    # Its scale is always 1, and not saved.
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
     __jit_unused_properties__ = ["weight", "base_weight", "rank"]  # noqa: RUF012
 
     def __init__(
@@ -204,7 +206,7 @@ def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
             continue
         if isinstance(module, LowRankAdapter) or module.update.weight.requires_grad:
             prefix = f"{name}." if name else ""
-            wanted |= {f"{prefix}{key}" for key in ("update.weight", "start", "scale")}
+            wanted |= {f"{prefix}{key}" for key in PARTS}
     return {key: value for key, value in model.state_dict().items() if key in wanted}
 
 

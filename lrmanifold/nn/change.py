@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import linalg
 from .._arguments import check_choice, check_number, shown
 from ..factors import unpack
+from ..manifolds import FixedRank
+from ..parameter import gathered, is_wrapped_in_ddp
+from ..precision import storage_tolerance
 from ._whole import WholeWeight
 from .linear import LowRankLinear
+
+#: Under this name torch keeps what is no tensor of a module, here the scale.
+SCALE = "_extra_state"
+#: What a state dict has of a change.
+PARTS = ("start", "update.weight", SCALE)
 
 
 class Change(WholeWeight):
@@ -61,8 +70,6 @@ class Change(WholeWeight):
     # ones would hide buffers that hooks of a dense layer keep under them.
     change_scale: float = 1.0
     change_dropout: float = 0.0
-    # Whether "scale" is in the state dict; not where it is always 1.
-    _saves_scale = True
 
     def __init__(
         self,
@@ -157,48 +164,89 @@ class Change(WholeWeight):
 
     def _remove_rounding(self) -> None:
         """What the update does after a change of dtype, the start does too: ΔW stays the same."""
-        if not self.start.is_meta and self.update._defect(self.start) is not None:
+        M = self._manifold_of_rank(self.start.shape[-1])
+        if not self.start.is_meta and not _is_point(M, self.start):
             with torch.no_grad():
-                self.start.copy_(self.update.manifold.projx(self.start))
+                self.start.copy_(M.projx(self.start))
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._saves_scale:
-            # In float64, and no buffer: it must not be rounded with the weights.
-            destination[prefix + "scale"] = torch.tensor(self.change_scale, dtype=torch.float64)
+    def _manifold_of_rank(self, rank: int) -> FixedRank:
+        """The update's manifold; where the update began it may have had another rank."""
+        return copy.copy(self.update.manifold).set_rank_(rank)
+
+    def get_extra_state(self) -> Tensor:
+        """The scale, which torch puts into the state dict as ``_extra_state``."""
+        # In float64, and no buffer: it must not be rounded with the weights.
+        return torch.tensor(self.change_scale, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the scale of a state dict: another one would be another function of the same factors."""
+        if not state.is_meta:
+            self.change_scale = float(state)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         rest = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._run_load_hooks(state_dict, *rest)
-        # The file's scale counts: another one would make another function of the same factors.
-        scale, wrong = state_dict.pop(prefix + "scale", None), len(error_msgs)
-        if scale is not None and scale.is_meta:
-            scale = None
-        elif scale is not None and not (scale.numel() == 1 and math.isfinite(scale)):
-            error_msgs.append(f"{prefix}scale must be a finite number, got {shown(scale)}")
-        start, update = (state_dict.get(prefix + key) for key in ("start", "update.weight"))
-        if (start is None) != (update is None):
-            lacks, has = ("start", "update.weight") if start is None else ("update.weight", "start")
-            error_msgs.append(
-                f"{prefix}{lacks} is missing, and {prefix}{has} means nothing without it: save an "
-                "adapter by lrmanifold.nn.trained_state_dict(model), which keeps both"
-            )
+        scaled = type(self).get_extra_state is not nn.Module.get_extra_state
+        if scaled and prefix + "scale" in state_dict:  # its key in older state dicts
+            state_dict[prefix + SCALE] = state_dict.pop(prefix + "scale")
+        parts = {key: state_dict.get(prefix + key) for key in PARTS}
+        if reason := self.why_not_loaded(parts):
+            error_msgs.append(f"{prefix}{reason}")
             state_dict.pop(prefix + "update.weight", None)
             return
-        if isinstance(start, Tensor) and start.ndim == 2 and start.shape != self.start.shape:
-            m, n, r = self.out_features, self.in_features, start.shape[1]
-            if start.shape[0] == m + r + n and 1 <= r <= min(m, n):
-                self.start = self.start.new_empty(start.shape)  # of another rank
+        start, update = parts["start"], parts["update.weight"]
+        if isinstance(update, Tensor) and not self._takes(update):
+            return  # the update says why; start and scale mean nothing without it
+        if isinstance(start, Tensor) and start.shape != self.start.shape:
+            self.start = self.start.new_empty(start.shape)  # of another rank
         self._load_without_hooks(state_dict, *rest)
-        if scale is not None and len(error_msgs) == wrong:
-            self.change_scale = float(scale)
         if isinstance(start, Tensor) and start.dtype != self.start.dtype:
             self._remove_rounding()
 
+    def why_not_loaded(self, parts: Mapping[str, Any]) -> str:
+        """Why what a state dict has of :data:`PARTS` cannot be loaded, in words; or "".
+
+        The value of ``update.weight`` is left to the layer that it is the weight of.
+        """
+        start, update, scale = (parts.get(key) for key in PARTS)
+        if (start is None) != (update is None):
+            lacks, has = PARTS[:2] if start is None else PARTS[1::-1]
+            return (
+                f"{lacks} is missing, and {has} means nothing without it: save an "
+                "adapter by lrmanifold.nn.trained_state_dict(model), which keeps both"
+            )
+        if isinstance(start, Tensor):
+            m, n = self.out_features, self.in_features
+            rank = start.shape[-1] if start.ndim == 2 else 0
+            if not 1 <= rank <= min(m, n) or start.shape[0] != m + rank + n:
+                return (
+                    f"start must have shape ({m} + r + {n}, r) with r in 1..{min(m, n)}, got "
+                    f"{tuple(start.shape)}"
+                )
+        if scale is None or (isinstance(scale, Tensor) and scale.is_meta):
+            return ""
+        if not (isinstance(scale, Tensor) and scale.numel() == 1 and math.isfinite(scale)):
+            return f"{SCALE} must be a finite number, the scale, got {shown(scale)}"
+        return ""
+
+    def _takes(self, value: Tensor) -> bool:
+        """Whether the update will load this weight, of whatever rank."""
+        M = self._manifold_of_rank(self.update._rank_of(value))
+        if tuple(value.shape) != M.point_shape:
+            return False
+        if value.shape != self.update.weight.shape and is_wrapped_in_ddp(self.update.weight):
+            return False
+        return value.is_meta or _is_point(M, gathered(value))
+
     def extra_repr(self) -> str:
         return f"scale={self.change_scale:g}, dropout={self.change_dropout:g}"
+
+
+def _is_point(M: FixedRank, X: Tensor) -> bool:
+    tol = storage_tolerance(X.dtype)
+    return M.check_point_on_manifold(X, atol=tol, rtol=tol)
 
 
 @torch.no_grad()

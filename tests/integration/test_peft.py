@@ -119,7 +119,11 @@ def test_a_model_from_start_to_merged(build, alpha, device, tmp_path):
         assert all(lrm.parameter.manifold_of(c.update.weight) is not None for c in changes(loaded))
 
     small = lrm.nn.trained_state_dict(model)
-    assert {key.rsplit("default.", 1)[1] for key in small} == {"start", "update.weight", "scale"}
+    assert {key.rsplit("default.", 1)[1] for key in small} == {
+        "start",
+        "update.weight",
+        "_extra_state",
+    }
     merged = copy.deepcopy(model).merge_and_unload()
     assert [type(m) for m in merged.modules()] == kinds
     torch.testing.assert_close(merged(x).logits, after, rtol=1e-4, atol=1e-5)

@@ -121,7 +121,7 @@ def test_named_adapters_share_one_base_and_do_not_touch_each_other():
     lrm.nn.set_adapter(model, "a")
     assert torch.equal(model(x), a)
     assert set(lrm.nn.trained_state_dict(model)) == {
-        f"{i}.changes.a.{key}" for i in (0, 2) for key in ("start", "update.weight", "scale")
+        f"{i}.changes.a.{key}" for i in (0, 2) for key in ("start", "update.weight", "_extra_state")
     }
     lrm.nn.set_adapter(model, None)
     assert torch.equal(model(x), base)
@@ -146,17 +146,25 @@ def test_what_was_trained_is_small_and_comes_back():
         assert torch.equal(again(x), model(x))
     again.bfloat16().load_state_dict(model.state_dict())
     assert again[0].changes["default"].change_scale == 2.0
-    (key,) = (k for k in state if k.startswith("0.") and k.endswith("scale"))
+    (key,) = (k for k in state if k.startswith("0.") and k.endswith("_extra_state"))
     for wrong in (float("nan"), [1.0, 2.0]):
         with pytest.raises(RuntimeError, match=f"{key} must be a finite number"):
             again.load_state_dict({**state, key: torch.tensor(wrong)}, strict=False)
         assert again[0].changes["default"].change_scale == 2.0
-    refused = {**state, key: torch.tensor(7.0), key.replace("scale", "start"): torch.zeros(3, 3)}
+    refused = {
+        **state,
+        key: torch.tensor(7.0),
+        key.replace("_extra_state", "start"): torch.zeros(3, 3),
+    }
     with pytest.raises(RuntimeError):
         again.load_state_dict(refused, strict=False)
     assert again[0].changes["default"].change_scale == 2.0
-    old = {k: v for k, v in state.items() if not k.endswith("scale")}
+    old = {k: v for k, v in state.items() if not k.endswith("_extra_state")}
     again.load_state_dict(old, strict=False)
+    assert again[0].changes["default"].change_scale == 2.0
+    older = {k.replace("_extra_state", "scale"): v for k, v in state.items()}
+    again[0].changes["default"].change_scale = 9.0
+    assert not again.load_state_dict(older, strict=False).unexpected_keys
     assert again[0].changes["default"].change_scale == 2.0
     state.pop("0.changes.default.start")
     with pytest.raises(RuntimeError, match=r"start is missing"):
@@ -245,6 +253,18 @@ def test_dropout_changes_a_trained_adapter_in_training_only():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+def test_nothing_is_loaded_into_a_model_with_a_merged_adapter():
+    model = lrm.nn.adapt(network(), 2, include="2")
+    state = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
+    weight = model[0].weight.clone()
+    lrm.nn.merge(model)
+    with pytest.raises(
+        RuntimeError, match=r"merged cannot be loaded: call lrmanifold\.nn\.unmerge"
+    ):
+        model.load_state_dict(state)
+    assert torch.equal(model[0].weight, weight)
 
 
 class Doubled(nn.Linear):
