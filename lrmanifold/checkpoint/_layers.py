@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._arguments import check_instance, check_module, check_path
 from .._wrappers import unwrapped
-from ..nn import LowRankLayer, LowRankMultiheadAttention
+from ..nn import Change, LowRankLayer, LowRankMultiheadAttention
 from ..precision import storage_tolerance
 
 
@@ -34,6 +34,23 @@ def low_rank_weights(model: nn.Module) -> dict[str, LowRankLayer]:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, LowRankLayer)
     }
+
+
+def changes(model: nn.Module) -> dict[str, Change]:
+    """The changes of adapters by the prefix of their keys, shared ones under each."""
+    return {
+        f"{name}." if name else "": module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Change)
+    }
+
+
+def with_present_keys(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of an older or a dense model with the keys that this model has for it."""
+    state = with_split_attention(model, state)
+    for prefix, change in changes(model).items():
+        change.rename_old_keys(state, prefix)
+    return state
 
 
 def with_split_attention(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

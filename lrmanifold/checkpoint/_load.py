@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -13,16 +14,18 @@ from torch import Tensor, nn
 
 from .._arguments import check_callable, check_choice, check_flag, check_path
 from ..nn import LowRankLayer
+from ..nn.change import PARTS
 from ..parameter import is_sharded
 from ._file import CheckpointError, Payload, read
 from ._layers import (
+    changes,
     checked,
     defect,
     is_dense,
     low_rank_weights,
     not_finite,
     packed_from_dense,
-    with_split_attention,
+    with_present_keys,
 )
 
 # State of an optimizer that has the shape of its parameter.
@@ -50,8 +53,9 @@ def load(
     """Load a checkpoint into a model, and an optimizer if one is given.
 
     Also reads files of others: a plain state dict, by ``torch.save`` or in safetensors, is a
-    checkpoint of version 0. Ranks may differ from the model's: each layer takes the file's. Damage
-    to a file that :func:`save` wrote is always found, by its seal.
+    checkpoint of version 0. Ranks may differ from the model's: each layer, and each
+    adapter, takes the file's. Damage to a file that :func:`save` wrote is always found, by its
+    seal.
 
     Parameters
     ----------
@@ -83,7 +87,8 @@ def load(
     TypeError, ValueError
         For an argument of the wrong kind.
     CheckpointError
-        If the file is damaged or does not fit, naming each key. Model and optimizer are as before.
+        If the file is damaged or does not fit, naming each key. Model and optimizer are as before:
+        the model's state is copied to the CPU first, to go back to.
     """
     check_choice("dense", dense, ("refuse", "svd"))
     check_flag("strict", strict)
@@ -96,7 +101,7 @@ def load(
         if not isinstance(payload, Mapping) or not isinstance(payload.get("model"), Mapping):
             raise TypeError("migrate must return the payload, a dict with a state dict in 'model'")
     payload, old = _in_present_order(model, _without_wrappers(model, dict(payload)))
-    payload["model"] = with_split_attention(model, payload["model"])
+    payload["model"] = with_present_keys(model, payload["model"])
     state, converted, problems = _fitted(model, payload, dense)
     if old and optimizer is not None:
         problems.append(
@@ -118,13 +123,10 @@ def load(
     whole = OrderedDict(state)
     if payload.get("metadata"):
         whole._metadata = payload["metadata"]  # type: ignore[attr-defined]
-    if optimizer is None:
-        model.load_state_dict(whole, strict=False)
-    else:
-        try:
-            _load_both(model, whole, optimizer, payload["optimizer"])
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: does not fit: {error}") from error
+    try:
+        _load_all(model, whole, optimizer, payload.get("optimizer"))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: does not fit: {error}") from error
     return Loaded(payload.get("extra"), missing, unexpected, converted)
 
 
@@ -139,17 +141,30 @@ def peek(path: str | os.PathLike[str]) -> Any:
     return read(Path(check_path("path", path))).get("extra")
 
 
-def _load_both(
-    model: nn.Module, state: Mapping[str, Any], optimizer: torch.optim.Optimizer, saved: Any
+def _load_all(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer | None,
+    saved: Any,
 ) -> None:
-    """Both or none: an optimizer may refuse its state only when it sees it."""
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    """All or nothing: a layer or an optimizer may refuse its state only when it sees it."""
+    before = {k: _kept(v) for k, v in model.state_dict().items() if not nn.parameter.is_lazy(v)}
     try:
         model.load_state_dict(state, strict=False)
-        optimizer.load_state_dict(saved)
+        if optimizer is not None:
+            optimizer.load_state_dict(saved)
     except BaseException:
-        model.load_state_dict(before)
+        model.load_state_dict(before, strict=False)
         raise
+
+
+def _kept(value: Any) -> Any:
+    """A copy to go back to, on the CPU: a second model may not fit on the device."""
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    if value.is_meta or is_sharded(value):
+        return value.clone()
+    return value.detach().to("cpu", copy=True)
 
 
 def _without_wrappers(model: nn.Module, payload: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +199,8 @@ def _fitted(
     model: nn.Module, payload: Mapping[str, Any], dense: str
 ) -> tuple[dict[str, Tensor], tuple[str, ...], list[str]]:
     """The state to load, the keys that were factorized, and what does not fit."""
-    layers, own = low_rank_weights(model), model.state_dict()
+    layers, own, adapters = low_rank_weights(model), model.state_dict(), changes(model)
+    starts = {f"{prefix}start" for prefix in adapters}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     state, converted, problems = dict(payload["model"]), [], []
     for key, value in payload["model"].items():
@@ -207,19 +223,22 @@ def _fitted(
             converted.append(key)
         elif isinstance(own.get(key), Tensor):
             known = payload.get("geometry", {})
-            problems += _unlike(key, own[key], value, key in parameters, known)
+            any_shape = key in starts or nn.parameter.is_lazy(own[key])
+            if not any_shape and own[key].shape != value.shape:
+                problems.append(_wrong_shape(key, own[key], value, known))
+            else:
+                problems += _unlike(key, own[key], value, key in parameters)
+    for prefix, change in adapters.items():
+        if reason := change.why_not_loaded({k: state.get(prefix + k) for k in PARTS}):
+            problems.append(f"{prefix}{reason}")
     problems += _untied(own, state)
     return state, tuple(converted), problems
 
 
-def _unlike(
-    key: str, own: Tensor, value: Tensor, parameter: bool, geometry: Mapping[str, Any]
-) -> list[str]:
-    """Why a tensor of the file cannot be the value of one of the model."""
+def _unlike(key: str, own: Tensor, value: Tensor, parameter: bool) -> list[str]:
+    """Why a tensor of the file cannot be the value of one of the model, whatever its shape."""
     if nn.parameter.is_lazy(own):
-        return []  # it takes every shape
-    if own.shape != value.shape:
-        return [_wrong_shape(key, own, value, geometry)]
+        return []
     kinds = [(x.is_complex(), x.is_floating_point()) for x in (own, value)]
     if kinds[0] != kinds[1]:
         return [f"{key!r} must be of a type like {own.dtype}, got {value.dtype}"]

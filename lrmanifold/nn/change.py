@@ -179,7 +179,7 @@ class Change(WholeWeight):
         return torch.tensor(self.change_scale, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the scale of a state dict: another one would be another function of the same factors."""
+        """Take the scale of a state dict, with which its factors were trained."""
         if not state.is_meta:
             self.change_scale = float(state)
 
@@ -188,9 +188,7 @@ class Change(WholeWeight):
     ) -> None:
         rest = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._run_load_hooks(state_dict, *rest)
-        scaled = type(self).get_extra_state is not nn.Module.get_extra_state
-        if scaled and prefix + "scale" in state_dict:  # its key in older state dicts
-            state_dict[prefix + SCALE] = state_dict.pop(prefix + "scale")
+        self.rename_old_keys(state_dict, prefix)
         parts = {key: state_dict.get(prefix + key) for key in PARTS}
         if reason := self.why_not_loaded(parts):
             error_msgs.append(f"{prefix}{reason}")
@@ -204,6 +202,12 @@ class Change(WholeWeight):
         self._load_without_hooks(state_dict, *rest)
         if isinstance(start, Tensor) and start.dtype != self.start.dtype:
             self._remove_rounding()
+
+    def rename_old_keys(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Give the scale of an older state dict its present key, in place."""
+        has_scale = type(self).get_extra_state is not nn.Module.get_extra_state
+        if has_scale and prefix + "scale" in state_dict:
+            state_dict[prefix + SCALE] = state_dict.pop(prefix + "scale")
 
     def why_not_loaded(self, parts: Mapping[str, Any]) -> str:
         """Why what a state dict has of :data:`PARTS` cannot be loaded, in words; or "".
