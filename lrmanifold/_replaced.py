@@ -1,42 +1,73 @@
-"""Which parameters a conversion took out of a model, and which came in their place.
+"""Which parameters a conversion took out of a model or froze, and which came in their place.
 
-So that an optimizer built before can be told apart. Neither side is kept alive.
+So that an optimizer built before can be told apart. Neither side is kept alive, and no parameter
+that stays in a model is referred to, not even weakly: torch then refuses to swap it
+(``torch.__future__.set_swap_module_params_on_conversion``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 
-from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class _Successors:
+    """The parameters of a module that came, without those that were there before."""
+
+    def __init__(self, module: nn.Module, old: set[int]) -> None:
+        self._module = weakref.ref(module)
+        self._stayed = {id(p) for p in module.parameters() if id(p) in old}
+
+    def __iter__(self) -> Iterator[Tensor]:
+        module = self._module()
+        if module is not None:
+            yield from (p for p in module.parameters() if id(p) not in self._stayed)
+
 
 _new: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_frozen: weakref.WeakKeyDictionary[nn.Module, _Successors] = weakref.WeakKeyDictionary()
 _conversions = 0
 
 
-def note_replaced(old: Iterable[Tensor], new: Iterable[Tensor]) -> None:
-    """Remember that a layer with the parameters `old` gave way to one with the parameters `new`."""
+def note_replaced(old: list[nn.Parameter], new: nn.Module) -> None:
+    """Remember that a layer with the parameters `old` gave way to `new`."""
     global _conversions
-    before = {id(p): p for p in old}
-    after = {id(p): p for p in new}
-    came = [TensorWeakRef(p) for key, p in after.items() if key not in before]
-    for key, p in before.items():
-        if key not in after:
+    came, stayed = _Successors(new, {id(p) for p in old}), {id(p) for p in new.parameters()}
+    for p in old:
+        if id(p) not in stayed:
             _new[p] = came
             _conversions += 1
 
 
+def note_frozen(layer: nn.Module, new: nn.Module) -> None:
+    """Remember that `layer` stays, frozen, beside `new`, which is trained."""
+    global _conversions
+    _frozen[layer] = _Successors(new, set())
+    _conversions += 1
+
+
 def conversions() -> int:
     """How often parameters were replaced so far; 0 while none of those is alive."""
-    return _conversions if _new.data else 0
+    return _conversions if _new.data or len(_frozen) else 0
 
 
-def was_replaced(p: Tensor) -> bool:
-    """Whether a conversion took `p` out of a model, or froze it beside an adapter."""
-    return p in _new
+def replaced(params: Iterable[Tensor]) -> list[Tensor]:
+    """Those that a conversion took out of a model, or froze beside an adapter."""
+    frozen = {id(p) for layer in list(_frozen) for p in layer.parameters() if not p.requires_grad}
+    return [p for p in params if id(p) in frozen or p in _new]
 
 
-def successors(p: Tensor) -> list[Tensor]:
-    """The parameters that came in the place of `p` and are alive."""
-    found = (ref() for ref in _new.get(p, ()))
-    return [q for q in found if q is not None]
+def successors(old: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters that came in the place of these and are alive, each once."""
+    found: dict[int, Tensor] = {}
+    ids = set()
+    for p in old:
+        ids.add(id(p))
+        found.update({id(q): q for q in _new.get(p, ())})
+    for layer, came in list(_frozen.items()):
+        if any(id(p) in ids for p in layer.parameters()):
+            found.update({id(q): q for q in came})
+    return list(found.values())

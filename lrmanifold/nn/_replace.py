@@ -28,7 +28,7 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modul
         if id(module) in replacements:
             old, new = list(module.parameters()), replacements[id(module)]
             carry_over(module, new)
-            note_replaced(old, new.parameters())
+            note_replaced(old, new)
     if id(model) in replacements:
         return replacements[id(model)]
     for parent in list(model.modules()):

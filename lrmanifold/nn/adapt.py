@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .._arguments import check_flag, check_integer, check_module, check_patterns, check_text
-from .._replaced import note_replaced
+from .._replaced import note_frozen
 from . import bases
 from ._obstacles import Obstacles, check_model, has_hooks, listed
 from ._replace import after_replacing
@@ -331,12 +331,8 @@ def _change(
 
 
 def _put(model: nn.Module, replacements: dict[int, AdaptedLayer]) -> nn.Module:
-    for module in model.modules():
-        if id(module) in replacements:  # frozen now: an optimizer of it moves no adapter
-            old = list(module.parameters())
-            known = {id(p) for p in old}
-            layer = replacements[id(module)]
-            note_replaced(old, [p for p in layer.parameters() if id(p) not in known])
+    for layer in replacements.values():  # frozen now: an optimizer of it moves no adapter
+        note_frozen(layer.base_layer, layer.changes)
     if id(model) in replacements:
         return replacements[id(model)]
     for parent in list(model.modules()):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from .._replaced import conversions, successors, was_replaced
+from .._replaced import conversions, replaced, successors
 from .._stack import stack_level
 from .geometry import mark
 
@@ -34,11 +34,11 @@ def warn_of_stale_optimizer(optimizer: Any, *_: Any) -> None:
     count = conversions()
     if not count or _in_order.get(optimizer) == count:
         return
-    old = [p for p in _parameters(optimizer) if was_replaced(p)]
+    old = replaced(_parameters(optimizer))
     if not old:
         _in_order[optimizer] = count
         return
-    new = list({id(q): q for p in old for q in successors(p) if q.grad is not None}.values())
+    new = [q for q in successors(old) if q.grad is not None]
     if not new:
         return
     known = _last.get(optimizer)

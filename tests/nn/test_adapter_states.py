@@ -100,6 +100,32 @@ def test_a_rank_scheduler_leaves_a_model_that_can_be_converted():
     assert {v.dtype for v in model.state_dict().values()} == {torch.float64}
 
 
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@torch.no_grad()  # torch does not swap a parameter of which a graph is alive
+@pytest.mark.parametrize("optimizer_before", [True, False])
+def test_where_torch_swaps_parameters_adapters_are_converted_and_loaded(
+    optimizer_before, swapping, device
+):
+    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 7)).to(device)
+    before = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer_before else None
+    model = moved(lrm.nn.adapt(model, 2, include="1")).to(device)
+    x = torch.randn(4, 6, device=device)
+    y = model(x)
+    torch.testing.assert_close(model.double()(x.double()).float(), y)
+    W = change_of(model).update.weight
+    assert W.manifold is change_of(model).update.manifold
+    other = adapted(3).to(device)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(x), y)
+    assert before is None or before.param_groups[0]["params"][0] is model[0].weight
+
+
 WRONG = {
     "update off its manifold": ("update.weight", lambda v: 1.5 * v, "not a point of"),
     "update of no rank": ("update.weight", lambda v: v[:, :1], "its shape must be"),
