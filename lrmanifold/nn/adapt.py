@@ -122,7 +122,8 @@ def adapt(
         adapted.changes[name] = changes[where].train(layer.training)
         replacements[id(layer)] = adapted
     model = _put(model, replacements)
-    model.requires_grad_(False)
+    for p in model.parameters():
+        p.requires_grad = False  # lazy parameters have no requires_grad_
     for _, layer in _adapted(model):
         layer.activate(name)
     return model

@@ -255,6 +255,17 @@ def test_dropout_changes_a_trained_adapter_in_training_only():
     assert torch.equal(model(x), model(x))
 
 
+def test_lazy_layers_beside_adapters_are_frozen_and_get_their_values_later():
+    model = nn.Sequential(nn.Linear(9, 12), nn.Linear(12, 8), nn.LazyLinear(3))
+    lrm.nn.adapt(model, 2, include="1")
+    assert isinstance(model[1], AdaptedLayer)
+    x = torch.randn(5, 9)
+    (model(x) - 1).square().mean().backward()
+    assert type(model[2]) is nn.Linear
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["1.changes.default.update.weight"]
+
+
 def test_nothing_is_loaded_into_a_model_with_a_merged_adapter():
     model = lrm.nn.adapt(network(), 2, include="2")
     state = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
