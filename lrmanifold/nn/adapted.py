@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from . import bases
+from ._computed import ComputedWeight
 from .change import Change
 from .layer import LowRankLayer
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(ComputedWeight):
     """A frozen layer and its named adapters; :func:`lrmanifold.nn.adapt` puts it in place.
 
     The output is ``base_layer(x)``, plus that of the active change on the same input. The base is
@@ -34,6 +35,7 @@ class AdaptedLayer(nn.Module):
 
     # Names that a layer in its place does not take over.
     inner_parts = frozenset({"base_layer", "changes", "kept"})
+    set_instead = "that of base_layer, or tie the layer before lrmanifold.nn.adapt"
     kept: Tensor | None
 
     def __init__(self, base_layer: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._arguments import check_choice, check_flag, check_instance, check_integer, check_number
+from ._computed import ComputedWeight
 from ._masks import merged_masks
 from ._obstacles import ATTENTION_WEIGHTS
 from .layer import INITS, LowRankLayer
@@ -20,7 +21,7 @@ from .linear import LowRankLinear
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-class LowRankMultiheadAttention(nn.Module):
+class LowRankMultiheadAttention(ComputedWeight):
     """Drop-in for ``nn.MultiheadAttention`` whose projections are low-rank layers.
 
     The projections of query, key, value and output are layers of their own, `q_proj`, `k_proj`,
@@ -65,6 +66,7 @@ class LowRankMultiheadAttention(nn.Module):
     # Of torch's layer, what this one does not take over: it has its own.
     replaced_parts = frozenset({*ATTENTION_WEIGHTS, "out_proj"})
     inner_parts = frozenset(PROJECTIONS)
+    set_instead = "the weights of its projections q_proj, k_proj and v_proj, or densify it first"
 
     def __init__(
         self,

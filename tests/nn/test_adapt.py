@@ -255,6 +255,17 @@ def test_dropout_changes_a_trained_adapter_in_training_only():
     assert torch.equal(model(x), model(x))
 
 
+@pytest.mark.parametrize("key", ["weight", "bias"])
+def test_a_weight_that_is_computed_is_not_set_and_the_right_place_is_named(key):
+    model = lrm.nn.adapt(network(), 2)
+    words = f"{key} of AdaptedLayer is computed and cannot be set: set that of base_layer"
+    value = nn.Parameter(torch.zeros_like(getattr(model[0], key)))
+    with pytest.raises(AttributeError, match=words):
+        setattr(model[0], key, value)
+    setattr(model[0].base_layer, key, value)  # as the message says
+    assert getattr(model[0].base_layer, key) is value
+
+
 def test_lazy_layers_beside_adapters_are_frozen_and_get_their_values_later():
     model = nn.Sequential(nn.Linear(9, 12), nn.Linear(12, 8), nn.LazyLinear(3))
     lrm.nn.adapt(model, 2, include="1")

@@ -305,3 +305,11 @@ def test_bad_arguments_are_refused_by_name():
 def test_certification_refuses_it_by_name():
     with pytest.raises(lrm.certify.BoundError, match="LowRankMultiheadAttention"):
         lrm.certify.lipschitz(nn.Sequential(LowRankMultiheadAttention(8, 2, 2)), (3, 8))
+
+
+@pytest.mark.parametrize("kdim", [None, 6])
+def test_weights_that_are_computed_are_not_set_and_the_right_place_is_named(kdim):
+    layer = LowRankMultiheadAttention(8, 2, 3, kdim=kdim)
+    for key in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        with pytest.raises(AttributeError, match=f"{key} of LowRank.* set the weights"):
+            setattr(layer, key, nn.Parameter(torch.zeros(24, 8)))
