@@ -59,7 +59,7 @@ class LowRankConfig(peft.PeftConfig):
     tau : float or None
         The condition number of each U S Vᵀ stays at most 1 + tau; None for no bound.
     alpha : float, optional
-        ΔW is scaled by alpha / r, as in LoRA; by 1 by default.
+        ΔW is scaled by alpha / r, as in LoRA, where r is cut as above; by 1 by default.
     dropout : float
         Of the adapters' input, in training.
     init : {"random", "svd"}

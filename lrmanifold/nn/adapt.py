@@ -71,8 +71,9 @@ def adapt(
     tau : float or None
         Bound for the condition number of U S Vᵀ minus 1; None for no bound.
     alpha : float, optional
-        ΔW is scaled by alpha / rank, as in LoRA; by 1 by default. State dicts hold the scale, and
-        loading one sets it.
+        ΔW is scaled by alpha / rank, as in LoRA; by 1 by default. The rank is that of the layer:
+        rank=8, alpha=16 give the scale 2, but 16 / 3 on a layer with min(m, n) = 3. State dicts
+        hold the scale, and loading one sets it.
     dropout : float
         Of the adapter's input, in training; the frozen layer sees the whole input.
     name : str
@@ -160,7 +161,8 @@ def merge(model: nn.Module, *, keep: bool = True) -> nn.Module:
 
     Each sum W + ΔW is formed in at least float32 and rounded once. The layers remember what they
     took up: :func:`unmerge` goes back. A merged model is not saved or loaded; for plain layers call
-    :func:`lrmanifold.densify`, before or after merging.
+    :func:`lrmanifold.densify`, before or after merging. A merged adapter gets no gradients:
+    training the rest of the model does not move it.
 
     Parameters
     ----------

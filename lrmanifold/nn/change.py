@@ -44,7 +44,8 @@ class Change(WholeWeight):
     tau : float or None
         The condition number of U S Vᵀ stays at most 1 + tau; None for no bound.
     alpha : float, optional
-        The scale s is alpha / rank, as in LoRA; 1 by default.
+        The scale s is alpha / rank, as in LoRA; 1 by default. It does not follow a rank that
+        changes later.
     dropout : float
         Probability that an input of the change, not of the frozen layer, is set to 0 in training.
     init : {"random", "svd"}
