@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..factors import unpack
 from ..nn import AdaptedLayer, LowRankAdapter, LowRankLayer, LowRankLinear, bases
 from ._sizes import UP, frobenius
 from .bounds import BoundError, Context, find_bound, no_bound_words
@@ -53,7 +54,9 @@ def adapter_weight(module: Any) -> Tensor:
     else:
         W = base.weight
     held = change(module)
-    now, start = held.update.factors, held.update.manifold.unpack(held.start)
+    M = held.update.manifold
+    # the start keeps its rank when that of the update changes
+    now, start = held.update.factors, unpack(held.start, M.m, M.n)
     difference = now.U @ now.S @ now.V.mT - start.U @ start.S @ start.V.mT
     return W + held.change_scale * difference
 
@@ -62,7 +65,7 @@ def size_and_inner(module: Any) -> tuple[float, int]:
     """Of the terms of that sum: their Frobenius norms added up, and the inner dimensions."""
     held = change(module)
     M = held.update.manifold
-    points = [(held.change_scale, M.unpack(X)) for X in (held.update.weight, held.start)]
+    points = [(held.change_scale, unpack(X, M.m, M.n)) for X in (held.update.weight, held.start)]
     base: Any = module.base_layer if isinstance(module, AdaptedLayer) else None
     own = 0.0
     if base is None:
@@ -72,5 +75,6 @@ def size_and_inner(module: Any) -> tuple[float, int]:
     else:
         own = frobenius(base.weight)
     sizes = (s * frobenius(X.U) * frobenius(X.S) * frobenius(X.V) for s, X in points)
-    inner = sum(X.S.shape[-1] for _, X in points) + held.rank + 9
+    ranks = [X.S.shape[-1] for _, X in points]
+    inner = sum(ranks) + max(ranks) + 9
     return (own + sum(sizes)) * UP, inner

@@ -430,3 +430,13 @@ def test_adapted_layers_count_with_their_active_change_and_say_what_they_cannot(
     layer.base_layer = nn.Bilinear(4, 4, 5)
     with pytest.raises(certify.BoundError, match="must be a Linear or LowRankLinear"):
         total(model)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_an_adapter_whose_rank_has_changed_is_bounded_with_the_start_of_its_own_rank(rank):
+    model = lrm.nn.adapt(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), 2, tau=None)
+    update = model[0].changes["default"].update
+    M = update.manifold.set_rank_(rank)
+    lrm.parameter.replace_data(update.weight, M.random(*M.point_shape))
+    true = float(torch.linalg.matrix_norm(model[0].to_dense().weight.detach(), 2))
+    assert true * (1 - 1e-6) <= total(model[0]) <= true * (1 + 1e-5)
