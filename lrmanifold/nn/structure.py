@@ -7,15 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from .._arguments import check_instance, check_integer, check_module
+from .. import retractions
+from .._arguments import check_instance, check_integer, check_module, shown
+from .._wrappers import names_without_wrappers
 from ._replace import replace
-from .attention import LowRankMultiheadAttention
+from .attention import LowRankMultiheadAttention, projections
 from .candidates import Candidate, candidates
 from .change import Change
 from .kinds import kinds
 from .layer import LowRankLayer
+from .linear import LowRankLinear
 
 _VERSION = 1
+_KEYS = ("rank", "tau", "gradient", "retraction", "scale")
 
 
 def structure(model: nn.Module) -> dict[str, Any]:
@@ -24,6 +28,7 @@ def structure(model: nn.Module) -> dict[str, Any]:
     Parameters
     ----------
     model : nn.Module
+        Names are those without ``torch.compile`` and DDP around it.
 
     Returns
     -------
@@ -35,7 +40,8 @@ def structure(model: nn.Module) -> dict[str, Any]:
     ------
     ValueError
         If `model` holds an adapter: its frozen weight belongs to it, see
-        :func:`trained_state_dict`.
+        :func:`trained_state_dict`. For a retraction without a name: a function that
+        :func:`lrmanifold.retractions.register` does not know.
 
     Examples
     --------
@@ -45,8 +51,12 @@ def structure(model: nn.Module) -> dict[str, Any]:
     >>> again.load_state_dict(state)
     """
     check_module("model", model)
-    layers = {}
-    for name, module in model.named_modules():
+    layers: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
+    for name, module in names_without_wrappers(model).items():
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         if isinstance(module, Change):
             raise ValueError(
                 f"model must hold no adapter, got one at {name!r}: save it by "
@@ -58,10 +68,20 @@ def structure(model: nn.Module) -> dict[str, Any]:
                 "rank": module.rank,
                 "tau": module.tau,
                 "gradient": M.gradient,
-                "retraction": M.retraction,
+                "retraction": _name_of(name, M.retraction),
                 "scale": getattr(M, "scale", "free"),
             }
     return {"version": _VERSION, "layers": layers}
+
+
+def _name_of(layer: str, retraction: Any) -> str:
+    for name in retractions.available():
+        if retraction in (name, retractions.get(name)):
+            return name
+    raise ValueError(
+        f"the retraction of layer {layer!r} must have a name to be written, got "
+        f"{shown(retraction)}: give it one by lrmanifold.retractions.register"
+    )
 
 
 def restructure(model: nn.Module, found: Mapping[str, Any]) -> nn.Module:
@@ -83,7 +103,8 @@ def restructure(model: nn.Module, found: Mapping[str, Any]) -> nn.Module:
     Raises
     ------
     ValueError
-        If a layer is not there, or is of no kind that can become low-rank. Nothing is changed then.
+        If a layer is not there, or is of no kind that can become low-rank, or `found` lacks a part
+        of its geometry. Nothing is changed then.
     """
     check_module("model", model)
     layers = _layers(found)
@@ -111,11 +132,12 @@ def restructure(model: nn.Module, found: Mapping[str, Any]) -> nn.Module:
         made.setdefault(c.key, new)
         replacements[id(c.module)] = new
     for owner, parts in attentions.items():
-        attention = model.get_submodule(owner)
-        ranks = {key: how["rank"] for key, how in parts.items()}
-        first = next(iter(parts.values()))
-        kind = LowRankMultiheadAttention
-        replacements[id(attention)] = _made(owner, kind, attention, ranks, first)
+        attention: Any = model.get_submodule(owner)
+        made_of: dict[str, nn.Module] = dict(projections(attention))
+        for key, how in parts.items():  # each may have a geometry of its own
+            name = f"{owner}.{key}" if owner else key
+            made_of[key] = _made(name, LowRankLinear, made_of[key], how["rank"], how)
+        replacements[id(attention)] = LowRankMultiheadAttention._of(attention, made_of)
     return replace(model, replacements)
 
 
@@ -126,9 +148,16 @@ def _layers(found: Any) -> dict[str, dict[str, Any]]:
             f"found must be what structure() gave, version {_VERSION}, got version "
             f"{found.get('version')!r}"
         )
-    layers = {str(name): dict(how) for name, how in found["layers"].items()}
-    for name, how in layers.items():
-        check_integer(f"found['layers'][{name!r}]['rank']", how.get("rank"), low=1)
+    layers = {}
+    for name, how in found["layers"].items():
+        place = f"found['layers'][{name!r}]"
+        check_instance(place, how, Mapping, f"a dict with {', '.join(_KEYS)}")
+        if set(how) != set(_KEYS):
+            raise ValueError(
+                f"{place} must have {', '.join(_KEYS)}, got {', '.join(map(str, how))}"
+            )
+        check_integer(f"{place}['rank']", how["rank"], low=1)
+        layers[str(name)] = dict(how)
     return layers
 
 

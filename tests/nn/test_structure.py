@@ -11,6 +11,7 @@ from torch import nn
 
 import lrmanifold as lrm
 from lrmanifold.nn import LowRankAdapter, LowRankLinear, restructure, structure
+from lrmanifold.nn.attention import PROJECTIONS
 
 
 class Net(nn.Module):
@@ -78,3 +79,66 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed():
         restructure(Net(), [])
     with pytest.raises(ValueError, match="no adapter, got one at '0'"):
         structure(nn.Sequential(LowRankAdapter(nn.Linear(4, 4), 2)))
+
+
+@pytest.mark.parametrize("first", ["q_proj", "v_proj"])
+def test_each_projection_of_an_attention_keeps_its_own_geometry(first):
+    def net() -> nn.Module:
+        return nn.ModuleDict({"a": nn.MultiheadAttention(32, 4)})
+
+    rest = [f"a.{name}" for name in PROJECTIONS if name not in (first, "out_proj")]
+    model = lrm.factorize(net(), 8, tau=None, gradient="probe", include=f"a.{first}")
+    lrm.factorize(model, 6, tau=0.1, retraction="orthographic", include=rest)
+    again = restructure(net(), structure(model))
+    assert type(again["a"].out_proj) is nn.Linear
+    assert getattr(again["a"], first).tau is None
+    for name in PROJECTIONS[:3]:
+        theirs, ours = (getattr(x["a"], name).manifold for x in (model, again))
+        assert (repr(theirs), theirs.gradient) == (repr(ours), ours.gradient)
+        assert theirs.retraction == ours.retraction
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(5, 2, 32)
+    torch.testing.assert_close(again["a"](x, x, x), model["a"](x, x, x))
+    worse = structure(model)
+    worse["layers"][rest[0]]["rank"] = 99
+    with pytest.raises(ValueError, match=f"layer '{rest[0]}' cannot be made: rank must be"):
+        restructure(net(), worse)
+
+
+def test_names_are_those_without_compiled_wrappers():
+    net = factorized()
+    found = structure(net)
+    assert structure(torch.compile(net)) == found
+    net.conv = torch.compile(net.conv)
+    assert structure(net) == found
+
+
+def test_retractions_are_written_by_name():
+    def mine(manifold, X, xi):
+        return lrm.retractions.get("svd")(manifold, X, xi)
+
+    layer = LowRankLinear(9, 8, 2, retraction=lrm.retractions.get("ksl"))
+    found = json.loads(json.dumps(structure(layer)))
+    assert found["layers"][""]["retraction"] == "ksl"
+    assert restructure(nn.Linear(9, 8), found).manifold.retraction == "ksl"
+    net = nn.Sequential(LowRankLinear(9, 8, 2, retraction=mine))
+    with pytest.raises(
+        ValueError, match=r"retraction of layer '0' must have a name to be written, got .*register"
+    ):
+        structure(net)
+
+
+def test_layers_without_a_whole_geometry_are_refused():
+    whole = structure(nn.Sequential(LowRankLinear(9, 8, 2)))
+    for how in (4, "rank", None):
+        bad = {**whole, "layers": {"0": how}}
+        with pytest.raises(TypeError, match=r"found\['layers'\]\['0'\] must be a dict with rank"):
+            restructure(nn.Sequential(nn.Linear(9, 8)), bad)
+    for key in whole["layers"]["0"]:
+        bad = copy.deepcopy(whole)
+        del bad["layers"]["0"][key]
+        with pytest.raises(ValueError, match="must have rank, tau, gradient, retraction, scale"):
+            restructure(nn.Sequential(nn.Linear(9, 8)), bad)
+    whole["layers"]["0"]["seed"] = 1
+    with pytest.raises(ValueError, match=r"must have rank, .*, got .*seed"):
+        restructure(nn.Sequential(nn.Linear(9, 8)), whole)
