@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import linalg
 from ._cone import normal_core
+from ._worst import worst
 from ._wrappers import parameters_without_wrappers
 from .factors import perp
 from .nn import LowRankLayer
@@ -175,27 +176,27 @@ class FlowCertificate:
                 clipped[key] = y_next.lifted(N)
                 quotients.append(h * float((inward / y_next.s[..., -1]).max()))
             size_Y, size_X = _spectral_norm(n_Y), _spectral_norm(n_X)
-            bend = size_Y / y.s[..., -1] + (size_X + inward_X) / x.s[..., -1]
-            bends[key] = 0.5 * float(bend.max())
+            curved = size_Y / y.s[..., -1] + (size_X + inward_X) / x.s[..., -1]
+            bends[key] = 0.5 * float(curved.max())
         rho = _norm({k: moved_Y[k] + clipped.get(k, 0.0) - go_Y[k] for k in go_Y})
         d = _norm({k: moved_X[k] - go_X[k] for k in go_X})
         e, reached = _distance(old.Y, old.X), self.E**2
         one_sided = _inner(old.Y, old.X, F_Y, F_X) / (e * e) if e else 0.0
         gradient, turning = _distance(F_X, F_W), _distance(go_Y, go_X)
-        largest = max(bends.values())
-        self._sums = _Sums(one_sided + largest, gradient, d, rho, turning, bends)
+        bend = worst(bends.values())
+        self._sums = _Sums(one_sided + bend, gradient, d, rho, turning, bends)
         E = self.E
         grown: dict[str, float] = {
             # Where the growth factor is negative, 0 takes its place.
-            "loss": max(-(E**2) * (1.0 + 2.0 * h * largest), 2.0 * h * one_sided * E**2),
-            "curvature": 2.0 * h * largest * E**2,
+            "loss": worst((-(E**2) * (1.0 + 2.0 * h * bend), 2.0 * h * one_sided * E**2)),
+            "curvature": 2.0 * h * bend * E**2,
             "gradient": 2.0 * h * gradient * E,
             "companion": 2.0 * h * d * E,
             "step": 2.0 * h * rho * E,
             "square": (h * (turning + d + rho)) ** 2,
         }
         reached += sum(grown.values())
-        self.E = _clipped(reached, h * _norm(clipped), max(quotients))
+        self.E = _clipped(reached, h * _norm(clipped), worst(quotients))
         grown["clip"] = self.E**2 - reached
         for key, gain in grown.items():
             self.parts[key] += gain
@@ -271,7 +272,7 @@ def _clipped(squared: float, normal: float, quotient: float) -> float:
     if math.isnan(squared):
         return math.inf
     apart = math.sqrt(max(squared, 0.0)) + normal  # the triangle inequality: always true
-    if quotient >= 1.0:
+    if not quotient < 1.0:  # NaN is here, too
         return apart
     return min(apart, math.sqrt(max(squared - normal**2, 0.0) / (1.0 - quotient)))
 

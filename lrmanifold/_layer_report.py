@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import linalg
+from ._worst import worst
 from .nn import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLayer
 from .nn.kinds import is_quantized, matrices_of, matrix_of, weight_parameters
 from .nn.plan import packed_size
@@ -266,7 +267,7 @@ def _dense(name: str, module: Any, weight: Tensor) -> LayerReport:
         rank=min(ranks),
         sigma_max=max(largest),
         sigma_min=min(smallest),
-        cond=math.nan if any(map(math.isnan, conds)) else max(conds),
+        cond=worst(conds),
         drift=None,
         tau=None,
         dense_weights=size,

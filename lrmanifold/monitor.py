@@ -11,6 +11,7 @@ from . import linalg
 from ._arguments import check_callable, check_integer, check_module
 from ._flow_certificate import FlowCertificate
 from ._output_bound import output_bound
+from ._worst import worst
 from ._wrappers import names_without_wrappers, unwrapped
 from .nn import LowRankLayer
 from .optim import GeometricOptimizer
@@ -112,8 +113,8 @@ class Monitor:
         for (name, layer), row in zip(self._layers.items(), rows, strict=True):
             found.update({f"{key}/{name}": x for key, x in zip(columns, row, strict=True)})
             found[f"rank/{name}"] = layer.rank
-        found["cond"] = max(row[0] for row in rows)
-        found["drift"] = max(row[1] for row in rows)
+        found["cond"] = worst(row[0] for row in rows)
+        found["drift"] = worst(row[1] for row in rows)
         if self.optimizer is not None:
             found["skipped_steps"] = self.optimizer.skipped_steps
         if self._certificate is not None:
@@ -154,8 +155,8 @@ def monitor(
     empty one otherwise, which TensorBoard, Weights & Biases or a CSV file take as it is. The keys
     are the same each time: ``step``; for each layer ``cond/<name>``, ``drift/<name>``
     (max |UᵀU - I|, |VᵀV - I|), ``sigma_max/<name>``, ``sigma_min/<name>``, ``rank/<name>``; the
-    worst of all layers ``cond`` and ``drift``; with an optimizer ``skipped_steps``, how many steps
-    it has left out so far.
+    worst of all layers ``cond`` and ``drift``, NaN if one of them is; with an optimizer
+    ``skipped_steps``, how many steps it has left out so far.
 
     A measurement costs one r x r SVD without vectors and 2 (m + n) r² flops a layer, less than an
     optimizer step.

@@ -16,6 +16,7 @@ from ._arguments import check_flag, check_module
 from ._cost import Passed, passed
 from ._evaluation import evaluation_mode
 from ._layer_report import LayerReport, measure
+from ._worst import worst
 from .nn import LowRankLayer, Other
 from .nn.candidates import candidates
 from .nn.inventory import others_of
@@ -65,8 +66,7 @@ class Report:
     @property
     def max_cond(self) -> float:
         """Largest cond of a layer; 1 without layers, nan if one is not known."""
-        conds = [layer.cond for layer in self.layers]
-        return math.nan if any(map(math.isnan, conds)) else max(conds, default=1.0)
+        return worst((layer.cond for layer in self.layers), default=1.0)
 
     @property
     def cond_product(self) -> float:

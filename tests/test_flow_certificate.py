@@ -343,3 +343,17 @@ def test_networks_without_a_bound_of_outputs_are_refused():
         )  # fmt: skip
         with pytest.raises(ValueError, match="needs a chain"):
             monitor.output_bound(torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_unused_layer_without_singular_values_loses_the_certificate(place):
+    """Its bend is 0/0, whichever layer it is."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
+    model = lrm.factorize(copy.deepcopy(dense), 2, tau=None, include="*")
+    with torch.no_grad():
+        model[place].S.zero_()
+    x = torch.randn(8, 6, dtype=torch.float64)
+    rows = train(model, dense, lambda net: net[1 - place](x).square().mean(), lr=0.01, steps=2)
+    assert math.isnan(rows[-1][f"flow/kappa/{place}"])
+    assert rows[-1]["flow/holds"] == 0

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lrmanifold as lrm
+from lrmanifold.experiments import demo
 from lrmanifold.experiments.data import Dataset, batches
 from lrmanifold.experiments.factors import TwoFactors, spectrum, two_factors
 from lrmanifold.experiments.methods import Method, comparison, train
@@ -410,6 +411,20 @@ def test_crops_and_flips_move_images_whole():
         assert places
         seen.update(places)
     assert len(seen) > 20
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_history_and_a_table_show_nan_wherever_it_is(place):
+    layers = [lrm.nn.LowRankLinear(6, 6, 2, tau=None) for _ in range(2)]
+    with torch.no_grad():
+        layers[place].S.zero_()
+    history = History()
+    history.record(nn.Sequential(*layers))
+    assert math.isnan(history.cond[0])
+    conds = [1.0, 2.0]
+    conds[place] = math.nan
+    outcome = demo.Outcome(Method("CondLR", "condlr"), cond=[dict(zip("ab", conds, strict=True))])
+    assert math.isnan(outcome.largest_cond)
 
 
 def test_empty_history_of_a_dense_model():

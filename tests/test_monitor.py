@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import time
 
 import pytest
@@ -76,6 +77,21 @@ def test_what_is_not_finite_shows_and_nothing_is_changed():
     found = monitor.measure()
     assert found["cond/0"] != found["cond/0"]
     assert found["cond/2"] == pytest.approx(float(model[2].manifold.cond(model[2].weight.detach())))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("how", ["nan", "dead"])
+def test_the_worst_of_all_layers_is_nan_wherever_the_broken_one_is(device, place, how):
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    model = lrm.factorize(model, 2, tau=None, include="*").to(device)
+    assert lrm.monitor(model).measure()["cond"] > 1.0
+    with torch.no_grad():
+        layer = model[place]
+        (layer.weight if how == "nan" else layer.S).mul_(torch.nan if how == "nan" else 0.0)
+    found = lrm.monitor(model).measure()
+    assert math.isnan(found["cond"])
+    assert math.isnan(lrm.report(model).max_cond)
+    assert math.isnan(found["drift"]) == (how == "nan")
 
 
 def test_it_may_be_used_under_autocast():

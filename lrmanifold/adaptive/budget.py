@@ -55,13 +55,7 @@ def meet_budget(
     compression : float
         Share of the dense layers' parameters to save.
     """
-    energy = {
-        k: (s.double().square() / s.double().square().sum(-1, keepdim=True))
-        .reshape(-1, s.shape[-1])
-        .mean(0)
-        .tolist()
-        for k, s in spectra.items()
-    }
+    energy = {k: _shares(s) for k, s in spectra.items()}
     while excess(layers, ranks, compression) > 0:
         loss = {
             k: energy[k][r - 1] / (cost(layers[k], r) - cost(layers[k], r - 1))
@@ -71,3 +65,10 @@ def meet_budget(
         if not loss:
             return
         ranks[min(loss, key=loss.__getitem__)] -= 1
+
+
+def _shares(s: Tensor) -> list[float]:
+    """Mean over a batch of σ²/‖S‖²; 0 for a zero core, which loses nothing."""
+    squares = s.double().square().reshape(-1, s.shape[-1])
+    whole = squares.sum(-1, keepdim=True)
+    return (squares / whole.where(whole > 0, 1.0)).mean(0).tolist()

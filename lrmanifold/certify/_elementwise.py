@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._worst import worst
 from ..nn import LowRankEmbedding, LowRankMultiheadAttention, MaxMin, Patchify
 from .bounds import Bound, BoundError, Context, bounded
 
@@ -77,7 +78,7 @@ def _offset(context: Context, size: float = 16.0) -> float:
 
 @bounded(nn.LeakyReLU)
 def _leaky(module: Any, context: Context) -> Bound:
-    return Bound(max(1.0, abs(module.negative_slope)), _SLOPE)
+    return Bound(worst((1.0, abs(module.negative_slope))), _SLOPE)
 
 
 @bounded(nn.RReLU)
@@ -93,7 +94,7 @@ def _prelu(module: Any, context: Context) -> Bound:
 
 @bounded(nn.ELU)
 def _elu(module: Any, context: Context) -> Bound:
-    return Bound(max(1.0, abs(module.alpha)), _SLOPE, offset=_offset(context))
+    return Bound(worst((1.0, abs(module.alpha))), _SLOPE, offset=_offset(context))
 
 
 @bounded(nn.SELU)
@@ -141,7 +142,7 @@ def _softplus(module: Any, context: Context) -> Bound:
     # torch switches to x above the threshold, by a jump
     jump = math.log1p(math.exp(-abs(module.threshold))) + max(-module.threshold, 0.0)
     jump /= module.beta
-    if jump > 1e-6:
+    if not jump <= 1e-6:
         raise BoundError(
             f"{context.name} (Softplus): jumps by {jump:.1e} at its threshold, so no constant "
             f"exists: use a larger one than {module.threshold:g}, such as 20"

@@ -377,8 +377,11 @@ def _potential(module: ConvexPotential, context: Context) -> Bound:
     if not context.exact:
         return Bound(1.0, "convex potential")
     inner = _low_rank_linear(module.layer, context, None)
-    q = float(inner.norm) / float(module.layer.sigma_max().detach()) * _UP
-    size = 2.0 * (inner.slope / float(module.layer.sigma_max().detach()) + 64.0) * max(q, 1.0) ** 2
+    sigma = float(module.layer.sigma_max().detach())
+    if not sigma > 0.0:
+        raise BoundError(f"{context.name} (ConvexPotential): its weight must not be zero")
+    q = float(inner.norm) / sigma * _UP
+    size = 2.0 * (inner.slope / sigma + 64.0) * max(q, 1.0) ** 2
     bias = 2.0 * (inner.offset + 64.0 * _size(module.layer.bias)) * max(q, 1.0)
     ones = 64.0 * math.sqrt(module.layer.manifold.m)  # activations rounded at their own size
     return Bound(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg, robustness
+from .._worst import worst
 from .data import Dataset, load
 from .factors import spectrum
 from .methods import Method, Trained, comparison, train
@@ -111,8 +112,8 @@ class Outcome:
 
     @property
     def largest_cond(self) -> float:
-        """Of any compressed layer and any seed."""
-        return max((c for run in self.cond for c in run.values()), default=float("nan"))
+        """Of any compressed layer and any seed; NaN if one is."""
+        return worst(c for run in self.cond for c in run.values())
 
     def cells(self) -> Iterator[list[float]]:
         """Clean accuracy, then under FGSM and PGD at the strengths of the table, of all seeds."""

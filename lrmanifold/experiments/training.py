@@ -23,6 +23,7 @@ from .._arguments import (
     check_number,
     check_text,
 )
+from .._worst import worst
 from ..checkpoint import CheckpointError
 from .adversarial import AdversarialLoss
 from .data import Dataset, check_dataset
@@ -155,15 +156,15 @@ class History:
     cond: list[float] = field(default_factory=list)
 
     def record(self, model: nn.Module) -> None:
-        """Append the present spectra and the largest condition number."""
-        worst = 1.0
+        """Append the present spectra and the largest condition number, NaN if one is."""
+        cond = 1.0
         for name, layer in model.named_modules():
             s = spectrum(layer)
             if s is not None:
-                worst = max(worst, float((s[:, 0] / s[:, -1]).max()))
+                cond = worst((cond, float((s[:, 0] / s[:, -1]).max())))
                 self.spectra.setdefault(name, []).append(s[0].tolist())
         if self.spectra:
-            self.cond.append(worst)
+            self.cond.append(cond)
 
 
 class Normalized(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import OrderedDict
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lrmanifold import certify
+from lrmanifold.nn import ConvexPotential
 
 D = torch.float64
 
@@ -283,3 +285,24 @@ def test_map_cond_is_on_the_row_space():
     down = nn.Conv2d(4, 8, 1, stride=2, bias=False)
     expected = float(torch.linalg.cond(down.weight.detach().flatten(1)))
     assert certify.lipschitz(down, (4, 8, 8)).rows[0].map_cond == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.LeakyReLU(math.nan), nn.ELU(math.nan), nn.Softplus(1.0, math.nan)],
+    ids=lambda m: type(m).__name__,
+)
+def test_a_slope_that_is_no_number_has_no_bound(module):
+    """Python's max(1, NaN) is 1."""
+    with pytest.raises(certify.BoundError, match=type(module).__name__):
+        certify.lipschitz(nn.Sequential(nn.Linear(4, 4), module), (4,))
+
+
+def test_a_convex_potential_without_a_weight_has_no_bound():
+    block = ConvexPotential(4, 2)
+    with torch.no_grad():
+        block.layer.S.zero_()
+    with pytest.raises(
+        certify.BoundError, match=r"0 .ConvexPotential.: its weight must not be zero"
+    ):
+        certify.lipschitz(nn.Sequential(block), (4,))

@@ -152,6 +152,24 @@ def test_a_budget_is_shared_by_truncated_energy():
     assert ranks == [3, 6]
 
 
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_budget_with_a_dead_group_does_not_depend_on_the_order_of_layers(dead):
+    torch.manual_seed(0)
+    how = {"groups": 2, "tau": None, "gradient": "probe"}
+    layers = [LowRankConv2d(40, 40, 1, 8, **how) for _ in range(2)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.factors.S.copy_(torch.eye(8).expand(2, 8, 8))
+        layers[dead].factors.S[1] = 0.0  # half the energy is lost by the same cut
+    model = nn.Sequential(*layers)
+    scheduler = RankScheduler(
+        model, CondLR(model.parameters(), 0.0), tol=0.0, min_rank=2, target_compression=0.5
+    )
+    scheduler.truncate()
+    assert layers[dead].rank == 2
+    assert layers[1 - dead].rank > 2
+
+
 def test_a_budget_that_the_smallest_ranks_exceed_is_refused():
     model = nn.Sequential(LowRankLinear(10, 10, 4, tau=None, gradient="probe"))
     optimizer = CondLR(model.parameters(), 0.1)
