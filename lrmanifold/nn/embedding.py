@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class LowRankEmbedding(LowRankLayer):
     num_embeddings, embedding_dim : int
         m and n of the table.
     rank : int
-        In 1..min(m, n).
+        In 1..min(m, n); with `padding_idx` in 1..min(m - 1, n), as the other rows hold the basis.
     padding_idx : int, optional
         This word gives no gradient to U. Its row is zero at the start, and a row that is zero
         stays zero exactly. A row that is not, taken over from a dense table, moves with the basis.
@@ -70,6 +71,11 @@ class LowRankEmbedding(LowRankLayer):
         manifold = make_manifold(
             m, n, rank, tau=tau, gradient=gradient, retraction=retraction, scale=scale
         )
+        if padding_idx is not None and manifold.rank == m:
+            raise ValueError(
+                f"rank must be at most num_embeddings - 1 = {m - 1} with padding_idx, got {rank}: "
+                "the row of that word is zero, and so many columns need all rows"
+            )
         super().__init__(manifold, (), device=device, dtype=dtype)
         self.num_embeddings, self.embedding_dim = m, n
         self.padding_idx = padding_idx
@@ -88,7 +94,7 @@ class LowRankEmbedding(LowRankLayer):
             size = (M.m * M.n / M.rank) ** 0.5 if scale == "free" else scale
             S = float(size) * torch.eye(M.rank, dtype=dtype, device=X.device)
             U, _, V = M.unpack(X)
-            # with as many columns as other rows, none can be left out
+            # the rank of a loaded table may be m: then no row can be left out
             if self.padding_idx is not None and M.m > M.rank:
                 U = U.clone()
                 U[self.padding_idx] = 0.0
@@ -130,7 +136,7 @@ class LowRankEmbedding(LowRankLayer):
         Raises
         ------
         ValueError
-            If `module` has `max_norm`, `scale_grad_by_freq` or `sparse`.
+            If `module` has `max_norm`, `scale_grad_by_freq` or `sparse`, or the rank is too large.
         """
         check_dense("module", module, nn.Embedding)
         check_choice("init", init, INITS)
@@ -146,11 +152,17 @@ class LowRankEmbedding(LowRankLayer):
             dtype=module.weight.dtype,
         )
         layer._take_over(module, init)
-        pad = module.padding_idx
-        if pad is not None and not module.weight.is_meta and not bool(module.weight[pad].any()):
-            with torch.no_grad():  # zero up to rounding so far
-                layer.manifold.unpack(layer.weight.data).U[pad] = 0.0
         return layer
+
+    def _nearest(self, matrix: Tensor) -> Tensor:
+        M, pad = self.manifold, self.padding_idx
+        if pad is None or bool(matrix[pad].any()):
+            return M.from_dense(matrix)
+        # without that row: the basis of a deficient table may lean on it
+        others = copy.copy(M)
+        others.m = M.m - 1
+        X = others.from_dense(torch.cat((matrix[:pad], matrix[pad + 1 :])))
+        return torch.cat((X[:pad], X.new_zeros(1, M.rank), X[pad:]))
 
     def to_dense(self) -> nn.Embedding:
         """The ``nn.Embedding`` with the same table."""

@@ -224,12 +224,16 @@ class LowRankLayer(WholeWeight):
         with torch.no_grad():
             if init == "svd" and not weight.is_meta:  # type: ignore[union-attr]
                 matrix = self.matricised(weight.detach())  # type: ignore[union-attr, operator]
-                self.weight.copy_(self.manifold.from_dense(matrix))
+                self.weight.copy_(self._nearest(matrix))
             if self.bias is not None:
                 self.bias.copy_(bias)  # type: ignore[arg-type]
                 self.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr, arg-type]
         self.weight.requires_grad_(weight.requires_grad)  # type: ignore[union-attr]
         self.train(module.training)
+
+    def _nearest(self, matrix: Tensor) -> Tensor:
+        """The point that the layer takes over from a dense weight."""
+        return self.manifold.from_dense(matrix)
 
     def _hand_over(self, module: nn.Module) -> None:
         """Fill a dense layer of the same shape from this one."""

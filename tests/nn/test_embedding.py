@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import lrmanifold as lrm
@@ -69,6 +71,43 @@ def test_a_padding_row_that_is_zero_stays_zero(optimizer, how):
     assert not torch.equal(before, table.weight.detach())
     assert float(table(pad).detach().abs().max()) < 1e-6
     assert lrm.report(table).max_cond <= 1.2 * (1 + 1e-4)
+
+
+@given(m=st.integers(2, 9), n=st.integers(1, 9), data=st.data())
+@pytest.mark.parametrize("how", ["fresh", "random", "svd"])
+def test_a_padding_row_is_zero_on_the_manifold_at_every_rank(how, m, n, data):
+    """Also of tables of lower rank, whose left singular vectors may lean on the padding."""
+    rank = data.draw(st.sampled_from(range(1, min(m - 1, n) + 1)))
+    pad = data.draw(st.integers(0, m - 1))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    if how == "fresh":
+        table = LowRankEmbedding(m, n, rank, pad, tau=0.1)
+    else:
+        dense = nn.Embedding(m, n, padding_idx=pad)
+        words = data.draw(st.sampled_from([1, m - 1]))  # the others have zero rows, too
+        with torch.no_grad():
+            dense.weight[[i for i in range(m) if i != pad][words:]] = 0.0
+        table = LowRankEmbedding.from_dense(dense, rank, init=how, tau=0.1)
+    X, M = table.weight.detach(), table.manifold
+    assert float(M.drift(X)) < 1e-5
+    assert M.check_point_on_manifold(X, atol=1e-4, rtol=1e-4)
+    assert not table(torch.tensor([pad])).any()
+
+
+def test_no_table_with_padding_has_as_many_columns_as_words():
+    words = r"rank must be at most num_embeddings - 1 = 3 with padding_idx, got 4"
+    with pytest.raises(ValueError, match=words):
+        LowRankEmbedding(4, 10, 4, padding_idx=0)
+    dense = nn.Embedding(4, 10, padding_idx=0)
+    for init in ("svd", "random"):
+        with pytest.raises(ValueError, match=words):
+            LowRankEmbedding.from_dense(dense, 4, init=init)
+    model = nn.ModuleDict({"e": dense})
+    with pytest.raises(ValueError, match=f"layer 'e' cannot be factorized: {words}"):
+        lrm.factorize(model, 4, include="e", keep_larger=True)
+    assert model["e"] is dense
+    lrm.factorize(model, 3, include="e", keep_larger=True)
+    assert LowRankEmbedding(4, 10, 4).rank == 4
 
 
 def test_tables_stay_dense_unless_they_are_named():
