@@ -32,7 +32,10 @@ class LowRankMultiheadAttention(ComputedWeight):
     All arguments of torch's forward are taken: masks of both kinds, `need_weights`,
     `average_attn_weights`, `is_causal`, inputs without a batch. Without `need_weights` it runs by
     ``scaled_dot_product_attention``. torch's fused kernel for whole encoder layers reads dense
-    weights and is switched off around this layer; nested tensors are refused.
+    weights: an ``nn.TransformerEncoderLayer`` does not take it with this attention inside. Nested
+    tensors are refused. ``nn.TransformerEncoder`` makes them of padded batches, unless this
+    attention is in the layer it is built from, or comes in by a conversion of the whole encoder;
+    otherwise set its ``use_nested_tensor = False``.
 
     Parameters
     ----------
@@ -65,6 +68,8 @@ class LowRankMultiheadAttention(ComputedWeight):
     bias_v: nn.Parameter | None
     # Of torch's layer, what this one does not take over: it has its own.
     replaced_parts = frozenset({*ATTENTION_WEIGHTS, "out_proj"})
+    # Three weights and not one: torch's fused encoder layer asks for this, and steps aside.
+    _qkv_same_embed_dim = False
     inner_parts = frozenset(PROJECTIONS)
     set_instead = "the weights of its projections q_proj, k_proj and v_proj, or densify it first"
 
@@ -120,7 +125,8 @@ class LowRankMultiheadAttention(ComputedWeight):
                 self.out_proj.bias.zero_()
 
     @property
-    def _qkv_same_embed_dim(self) -> bool:
+    def _in_one_piece(self) -> bool:
+        """Whether torch's layer has one weight for query, key and value."""
         return self.kdim == self.embed_dim == self.vdim
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
@@ -220,7 +226,7 @@ class LowRankMultiheadAttention(ComputedWeight):
                     getattr(dense, key).requires_grad_(value.requires_grad)
         trained = {name: _trains(getattr(self, name)) for name in PROJECTIONS}
         dense.out_proj.weight.requires_grad_(trained["out_proj"])
-        if self._qkv_same_embed_dim:
+        if self._in_one_piece:
             names = ("q_proj", "k_proj", "v_proj")
             dense.in_proj_weight.requires_grad_(any(trained[name] for name in names))
         else:
@@ -233,12 +239,12 @@ class LowRankMultiheadAttention(ComputedWeight):
     @property
     def in_proj_weight(self) -> Tensor | None:
         """The dense weights of query, key and value, shape (3 embed_dim, embed_dim), or None."""
-        if not self._qkv_same_embed_dim:
+        if not self._in_one_piece:
             return None
         return torch.cat([dense_weight(getattr(self, name)) for name in PROJECTIONS[:3]])
 
     def _separate(self, name: str) -> Tensor | None:
-        return None if self._qkv_same_embed_dim else dense_weight(getattr(self, name))
+        return None if self._in_one_piece else dense_weight(getattr(self, name))
 
     @property
     def q_proj_weight(self) -> Tensor | None:
@@ -281,7 +287,8 @@ class LowRankMultiheadAttention(ComputedWeight):
         if query.is_nested or key.is_nested or value.is_nested:
             raise TypeError(
                 "LowRankMultiheadAttention takes no nested tensors: pad them and give "
-                "key_padding_mask"
+                "key_padding_mask; nn.TransformerEncoder makes them itself, unless its "
+                "use_nested_tensor is False"
             )
         batched = query.ndim == 3
         if query.ndim not in (2, 3) or key.ndim != query.ndim or value.ndim != query.ndim:

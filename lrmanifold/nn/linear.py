@@ -22,6 +22,10 @@ class LowRankLinear(LowRankLayer):
 
     Three thin products, 2 b (m + r + n) r flops for a batch of b; the dense matrix is never formed.
 
+    In the place of ``linear1`` or ``linear2`` of an ``nn.TransformerEncoderLayer`` put it by
+    :func:`lrmanifold.factorize`. By hand, torch's fused kernel would read the packed weight as a
+    dense one and fail on its shape: set ``activation_relu_or_gelu = 0`` of that encoder layer.
+
     Parameters
     ----------
     in_features, out_features : int

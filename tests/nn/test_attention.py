@@ -253,6 +253,56 @@ def test_a_whole_transformer_computes_the_same_with_and_without_gradients(masked
         torch.testing.assert_close(low(source, target, **how), expected)
 
 
+def padded(device):
+    padding = torch.zeros(3, 5, dtype=torch.bool, device=device)
+    padding[0, 3:] = True
+    return torch.randn(3, 5, 16, device=device), padding
+
+
+def encoder_layer(device):
+    dense = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True, device=device).eval()
+    by_hand = copy.deepcopy(dense)
+    by_hand.self_attn = LowRankMultiheadAttention.from_dense(dense.self_attn, 16, tau=None)
+    return dense, by_hand
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor", "ignore:The PyTorch API of nested")
+def test_put_by_hand_into_an_encoder_layer_it_keeps_torchs_fused_path_away(device):
+    dense, low = encoder_layer(device)
+    x, padding = padded(device)
+    for depth in (0, 2):
+        if depth:
+            dense, low = (nn.TransformerEncoder(e, depth).eval() for e in (dense, low))
+        for how in ({}, {"src_key_padding_mask": padding}):
+            with torch.no_grad():
+                found, expected = low(x, **how)[~padding], dense(x, **how)[~padding]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_put_by_hand_into_a_whole_encoder_it_says_what_to_do_about_nested_tensors(device):
+    dense, low = encoder_layer(device)
+    encoder, (x, padding) = nn.TransformerEncoder(dense, 2).eval(), padded(device)
+    encoder.layers[0].self_attn = encoder.layers[1].self_attn = low.self_attn
+    with torch.no_grad():
+        with pytest.raises(TypeError, match="unless its use_nested_tensor is False"):
+            encoder(x, src_key_padding_mask=padding)
+        encoder.use_nested_tensor = False
+        assert encoder(x, src_key_padding_mask=padding).isfinite().all()
+
+
+def test_a_linear_layer_by_hand_needs_the_fused_path_switched_off(device):
+    """The docstring of LowRankLinear."""
+    dense, _ = encoder_layer(device)
+    with torch.no_grad():
+        expected = dense(x := padded(device)[0])
+        dense.linear1 = LowRankLinear.from_dense(dense.linear1, 16, tau=None)
+        with pytest.raises(RuntimeError):
+            dense(x)
+        dense.activation_relu_or_gelu = 0
+        torch.testing.assert_close(dense(x), expected, atol=1e-5, rtol=1e-5)
+
+
 # -- what is refused, by name
 
 
