@@ -14,9 +14,10 @@ from .._arguments import check_callable, check_choice, check_number
 from ..manifolds.fixed_rank import GRADIENTS, Gradient
 from ._obstacles import check_model
 from ._replace import replace, replace_low_rank
-from .attention import LowRankMultiheadAttention
+from .attention import LowRankMultiheadAttention, projections
 from .inventory import unsupported
 from .kinds import kinds
+from .linear import LowRankLinear
 from .plan import Decision, Plan, make_plan
 
 logger = logging.getLogger("lrmanifold")
@@ -109,7 +110,8 @@ def factorize(
         If an argument has a wrong type.
     ValueError
         Unless exactly one of rank, compression and energy is given and can be met; if a pattern
-        matches nothing; if a layer is lazy and has no shape yet, unless it is left out; if `model`
+        matches nothing; if a weight has no low-rank neighbour, as zero and NaN have none (`exclude`
+        leaves it dense); if a layer is lazy and has no shape yet, unless it is left out; if `model`
         is wrapped for many processes already, or scripted. Nothing is changed then.
     """
     check_model("model", model)
@@ -165,22 +167,26 @@ def _replacements(model: nn.Module, plan: Plan, **how: Any) -> dict[int, nn.Modu
         if module is None or isinstance(modules.get(owner), nn.MultiheadAttention):
             parts.setdefault(owner, []).append(d)
             continue
-        try:
-            new = classes[type(module)].from_dense(module, d.rank, **how)
-        except ValueError as error:
-            raise ValueError(f"layer {d.name!r} cannot be factorized: {error}") from error
+        new = _made(classes[type(module)], d, module, how)
         if d.tied_to in made:
             new.weight = made[d.tied_to].weight
         made[d.name] = found[id(module)] = new
     for owner, decisions in parts.items():
         attention: Any = modules[owner]
-        ranks = {d.name.rpartition(".")[2]: d.rank for d in decisions}
-        try:
-            new = LowRankMultiheadAttention.from_dense(attention, ranks, **how)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ValueError(f"layer {owner!r} cannot be factorized: {error}") from error
-        found[id(attention)] = new
+        layers: dict[str, nn.Module] = dict(projections(attention))
+        for d in decisions:
+            part = d.name.rpartition(".")[2]
+            layers[part] = _made(LowRankLinear, d, layers[part], how)
+        found[id(attention)] = LowRankMultiheadAttention._of(attention, layers)
     return found
+
+
+def _made(kind: Any, d: Decision, module: nn.Module, how: Mapping[str, Any]) -> Any:
+    try:
+        return kind.from_dense(module, d.rank, **how)
+    except ValueError as error:
+        hint = f"; exclude={d.name!r} leaves it dense" if d.name else ""
+        raise ValueError(f"layer {d.name!r} cannot be factorized: {error}{hint}") from error
 
 
 def densify(model: nn.Module) -> nn.Module:

@@ -302,6 +302,20 @@ def test_a_weight_that_cannot_be_factorized_is_named_and_nothing_changed(fill, o
     assert is_dense(net)
 
 
+@pytest.mark.parametrize("name", ["0", "1.k_proj", "1.out_proj"])
+def test_a_zero_weight_is_named_with_the_way_to_leave_it_out(name):
+    net = nn.Sequential(nn.Linear(16, 16), nn.MultiheadAttention(16, 2), nn.Linear(16, 80))
+    zero = {"0": net[0].weight, "1.k_proj": net[1].in_proj_weight[16:32]}
+    nn.init.zeros_(zero.get(name, net[1].out_proj.weight))
+    words = f"layer '{name}' cannot .* W must not be zero.*; exclude='{name}' leaves it dense"
+    with pytest.raises(ValueError, match=words):
+        lrm.factorize(net, rank=4)
+    assert type(net[1]) is nn.MultiheadAttention
+    lrm.factorize(net, rank=4, exclude=name)
+    assert type(net.get_submodule(name)) is nn.Linear
+    assert len([m for m in net.modules() if isinstance(m, LowRankLayer)]) == 5
+
+
 @pytest.mark.parametrize(
     "options",
     [
