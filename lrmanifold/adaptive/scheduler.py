@@ -169,7 +169,8 @@ class RankScheduler:
         Notes
         -----
         After an error, or with a RuntimeWarning when a gradient of the coefficient steps holds NaN
-        or Inf, weights, ranks and the optimizer's state are those from before.
+        or Inf, weights, ranks and the optimizer's state are those from before. The warning counts
+        as a step; an error does not, so that a second call tries again.
         """
         layers = self._trained()
         capped = {k: v for k, v in layers.items() if _capped(v)}
@@ -177,8 +178,8 @@ class RankScheduler:
             raise ValueError(
                 f"step needs a closure: {next(iter(capped))} has a bound on its condition number"
             )
-        self.count += 1
-        if self.count % self.every:
+        if (self.count + 1) % self.every:
+            self.count += 1
             return
         saved = [(x, x.rank, x.weight.data.clone(), dict(self._state(x))) for x in layers.values()]
         try:
@@ -211,6 +212,7 @@ class RankScheduler:
                 RuntimeWarning,
                 stacklevel=3,
             )
+        self.count += 1
 
     @torch.no_grad()
     def truncate(self) -> None:

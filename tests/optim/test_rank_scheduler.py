@@ -223,6 +223,30 @@ def test_an_adaptation_that_fails_leaves_weights_ranks_and_state_as_they_were(ho
     optimizer.step()
 
 
+def test_an_adaptation_that_was_interrupted_is_made_by_the_next_call():
+    problem = Regression(target(), 3, tau=0.5)
+    optimizer = CondLR(problem.model.parameters(), 0.1)
+    scheduler = RankScheduler(problem.model, optimizer, tol=0.1, every=3)
+    calls = []
+
+    def interrupted() -> Tensor:
+        raise KeyboardInterrupt
+
+    def closure() -> Tensor:
+        calls.append(scheduler.count)
+        return problem.closure()
+
+    scheduler.step(closure)
+    scheduler.step(closure)
+    assert (scheduler.count, calls) == (2, [])
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.step(interrupted)
+    assert scheduler.count == 2
+    scheduler.step(closure)
+    assert scheduler.count == 3
+    assert calls
+
+
 def test_the_coefficient_steps_climb_where_the_optimizer_maximizes():
     ranks = []
     for sign in (1.0, -1.0):
