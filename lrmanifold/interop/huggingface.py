@@ -6,6 +6,11 @@ dense model from that configuration and find no weights that fit, so that the mo
 A warning says so at saving. A model that :func:`lrmanifold.densify` made dense again is saved and
 loaded as always.
 
+Give :func:`lrmanifold.factorize` the model that will be saved, and choose its layers by `include`.
+Of a part alone, only transformers' base model (``model.base_model``) works too, without the
+warning: its ranks at that time are in the configuration that both share. Ranks of other parts, and
+of layers put in by hand, are not written, and :func:`from_pretrained` refuses such a folder.
+
 A model of one's own with ``huggingface_hub.PyTorchModelHubMixin`` needs nothing of this module, if
 its constructor factorizes it: the mixin keeps the arguments of the constructor::
 
@@ -22,18 +27,22 @@ its constructor factorizes it: the mixin keeps the arguments of the constructor:
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._arguments import check_dtype
-from ..nn.saver import KEY
+from ..nn.saver import KEY, mark
 from ..nn.structure import restructure
 from ..precision import STORAGE_DTYPES
 
 __all__ = ["from_pretrained"]
 
+_FILE_OPTIONS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+)  # fmt: skip
 _FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -49,9 +58,9 @@ def from_pretrained(
     name_or_path : str
         A folder, or a repository of the hub.
     dtype : torch.dtype, optional
-        Of the weights; torch's default by default.
+        Of the weights; torch's default by default. ``torch_dtype`` is its older name.
     **options
-        For the configuration and the files, as ``revision`` or ``cache_dir``.
+        For the files, as ``revision`` or ``cache_dir``, and attributes of the configuration.
 
     Returns
     -------
@@ -62,6 +71,8 @@ def from_pretrained(
     ------
     ImportError
         Without transformers.
+    TypeError
+        For options that are neither, as ``device_map``: move the model afterwards.
     ValueError
         If the configuration holds no ranks, or the weights do not fit it.
 
@@ -75,17 +86,30 @@ def from_pretrained(
     """
     from transformers import AutoConfig
 
+    if "torch_dtype" in options:
+        older = options.pop("torch_dtype")
+        if dtype is not None:
+            raise TypeError(f"give dtype or torch_dtype, not both, got {dtype} and {older}")
+        dtype = older
     check_dtype("dtype", dtype, STORAGE_DTYPES)
-    config = AutoConfig.from_pretrained(name_or_path, **options)
+    files = {key: options[key] for key in _FILE_OPTIONS if key in options}
+    config, unused = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **options)
+    if unknown := sorted(unused.keys() - files.keys()):
+        raise TypeError(
+            f"options must be for the files ({', '.join(_FILE_OPTIONS)}) or attributes of "
+            f"{type(config).__name__}, got {', '.join(unknown)}"
+        )
     found = getattr(config, KEY, None)
     if found is None:
         raise ValueError(
             f"{name_or_path!r} must hold a factorized model, but its configuration has no "
-            f"{KEY!r}: load it by {cls.__name__}.from_pretrained"
+            f"{KEY!r}: load it by {cls.__name__}.from_pretrained, or, if a part of it was "
+            "factorized, load its weights into a model with that part factorized as it was"
         )
     model: Any = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
-    restructure(model, found)
-    state = _state(name_or_path, options)
+    restructure(_owner(model, found), found)
+    mark(model)
+    state = _state(name_or_path, files)
     missing, unexpected = model.load_state_dict(state, strict=False)
     model.tie_weights()
     parameters = model.state_dict(keep_vars=True)
@@ -97,6 +121,15 @@ def from_pretrained(
             f"{lost[:3]} are missing and {list(unexpected)[:3]} are none of it"
         )
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+def _owner(model: Any, found: Any) -> nn.Module:
+    """The model that was factorized: `model`, or the base model in it, by the names of layers."""
+    layers = found.get("layers") if isinstance(found, Mapping) else None
+    first = {
+        str(name).partition(".")[0] for name in (layers if isinstance(layers, Mapping) else ())
+    }
+    return model if first <= {name for name, _ in model.named_children()} else model.base_model
 
 
 def _state(place: str, options: dict[str, Any]) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modul
 
 def after_replacing(model: nn.Module) -> None:
     """What the model around replaced layers has to know."""
-    for parent in model.modules():
+    for parent in reversed(list(model.modules())):  # models in a model may share its configuration
         _avoid_fused_path(parent)
         mark(parent)
     keep_explaining(model)

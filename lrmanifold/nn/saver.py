@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -27,6 +28,9 @@ class Saver:
         from .structure import structure
 
         model: Any = self.model
+        if not _is_low_rank(model):  # a part of it was made dense, and that was all
+            mark(model)
+            return model.save_pretrained(*args, **kwargs)
         setattr(model.config, KEY, structure(model))
         warnings.warn(
             "the model is low-rank, its ranks are saved in its configuration: load it by "
@@ -38,15 +42,28 @@ class Saver:
 
 
 def mark(module: nn.Module) -> None:
-    """Give a model of transformers with low-rank layers a :class:`Saver`; take it from others."""
+    """Give a model of transformers with low-rank layers a :class:`Saver`; take it from others.
+
+    The ranks are written into its configuration at once, too: a larger model around it, which no
+    conversion sees, mostly has the same configuration object and saves that.
+    """
+    from .structure import structure
+
     kind = type(module)
     # a hub mixin has no such configuration, and builds its model by its own constructor
     if not (hasattr(kind, "save_pretrained") and hasattr(kind, "config_class")):
         return
     config = getattr(module, "config", None)
-    if any(isinstance(m, LowRankLayer) for m in module.modules()):
+    if hasattr(config, KEY):
+        delattr(config, KEY)
+    if _is_low_rank(module):
         module.__dict__["save_pretrained"] = Saver(module)
+        if config is not None:
+            with contextlib.suppress(ValueError):  # adapters: said when the model itself is saved
+                setattr(config, KEY, structure(module))
     elif isinstance(module.__dict__.get("save_pretrained"), Saver):
         del module.__dict__["save_pretrained"]
-        if hasattr(config, KEY):
-            delattr(config, KEY)
+
+
+def _is_low_rank(model: nn.Module) -> bool:
+    return any(isinstance(m, LowRankLayer) for m in model.modules())

@@ -79,6 +79,61 @@ def test_a_densified_model_is_saved_as_always(tmp_path):
         huggingface.from_pretrained(type(model), str(tmp_path / "dense"))
 
 
+def test_a_model_whose_base_model_was_factorized_comes_back_with_its_ranks_at_saving(tmp_path):
+    model, ids = gpt2(), torch.randint(60, (2, 9))
+    lrm.factorize(model.transformer, 8, exclude="h.0.*")
+    model.save_pretrained(tmp_path / "part")
+    again = huggingface.from_pretrained(type(model), str(tmp_path / "part"))
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    before = lrm.nn.structure(model)
+    assert lrm.nn.structure(again) == before
+    assert next(iter(before["layers"])).startswith("transformer.h.1.")
+    saved(again, tmp_path / "whole")  # it is known as low-rank now
+    third = huggingface.from_pretrained(type(model), str(tmp_path / "whole"))
+    assert lrm.nn.structure(third) == before
+    # ranks that changed since come from the weights
+    other = lrm.factorize(gpt2(), 3, exclude="transformer.h.0.*")
+    model.load_state_dict(other.state_dict())
+    model.save_pretrained(tmp_path / "changed")
+    fourth = huggingface.from_pretrained(type(model), str(tmp_path / "changed"))
+    torch.testing.assert_close(fourth(ids).logits, other(ids).logits)
+
+
+def test_a_model_of_which_a_smaller_part_was_factorized_is_refused_at_loading(tmp_path):
+    model = gpt2()
+    lrm.factorize(model.transformer.h[0], 8)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="if a part of it was factorized"):
+        huggingface.from_pretrained(type(model), str(tmp_path))
+
+
+def test_a_model_whose_base_model_was_densified_is_saved_as_always(tmp_path):
+    model, ids = lrm.factorize(gpt2(), 8), torch.randint(60, (2, 9))
+    lrm.densify(model.transformer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path)
+    assert "lrmanifold" not in (tmp_path / "config.json").read_text()
+    assert "save_pretrained" not in vars(model)
+    again = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_options_are_taken_or_refused_by_name(tmp_path):
+    saved(lrm.factorize(gpt2(), 8), tmp_path)
+
+    def load(**options):
+        return huggingface.from_pretrained(type(gpt2()), str(tmp_path), **options)
+
+    assert load(torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    again = load(local_files_only=True, revision="main", attn_implementation="eager")
+    assert (again.dtype, again.config._attn_implementation) == (torch.float32, "eager")
+    with pytest.raises(TypeError, match="give dtype or torch_dtype, not both"):
+        load(dtype=torch.float64, torch_dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"attributes of GPT2Config, got device_map, rank"):
+        load(device_map="auto", rank=3)
+
+
 def test_a_model_with_the_hub_mixin_factorizes_in_its_constructor(tmp_path):
     """The example of lrmanifold.interop.huggingface."""
     hub = pytest.importorskip("huggingface_hub")
