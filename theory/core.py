@@ -9,15 +9,16 @@ same check must reject.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, SupportsFloat
+from typing import Any, Literal, SupportsFloat, TypeVar
 
 import torch
 
 Tag = Literal["published", "classical", "ours"]
 Kind = Literal["inequality", "identity", "order"]
 Sample = Mapping[str, Any]
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Evidence:
         the largest deviation and its tolerance. For an order of convergence, the deviation of the
         fitted slope from the claimed one and what is allowed.
     holds : bool
-        Whether the claim holds on this sample, tolerance included.
+        Whether the claim holds on this sample, tolerance included. Inside the hypotheses it is
+        False if `measured`, `bound` or one of `ratios` is NaN, whatever the check says.
     hypotheses_met : bool
         False: the sample is outside the claim. It is skipped and counted, never passed.
     independent : int
@@ -67,6 +69,11 @@ class Evidence:
     detail: Mapping[str, Any] = field(default_factory=dict)
     ratios: Sequence[float] = ()
 
+    def __post_init__(self) -> None:
+        numbers = (self.measured, self.bound, *self.ratios)
+        if self.hypotheses_met and any(map(math.isnan, numbers)):
+            object.__setattr__(self, "holds", False)
+
     @property
     def ratio(self) -> float:
         """``measured / bound``; 0 if both vanish, NaN where the hypotheses are not met."""
@@ -76,6 +83,12 @@ class Evidence:
             return 0.0 if self.measured == 0.0 else math.inf
         return self.measured / self.bound
 
+    @property
+    def severity(self) -> tuple[bool, float]:
+        """Order of samples, the worst last: a violation is worse than any ratio, NaN than that."""
+        # Tolerances differ from sample to sample, so the ratio alone does not order violations.
+        return not self.holds, math.inf if math.isnan(self.ratio) else self.ratio
+
 
 def inequality(
     measured: SupportsFloat, bound: SupportsFloat, *, tolerance: float = 0.0, **more: Any
@@ -83,6 +96,31 @@ def inequality(
     """Evidence for ``measured <= bound`` up to an absolute rounding `tolerance`."""
     measured, bound = float(measured), float(bound)
     return Evidence(measured, bound, bool(measured <= bound + tolerance), **more)
+
+
+def largest(values: Iterable[SupportsFloat]) -> float:
+    """The largest value, NaN if one is NaN: Python's ``max`` drops a NaN that is not the first."""
+    numbers = [float(x) for x in values]
+    return math.nan if any(map(math.isnan, numbers)) else max(numbers)
+
+
+def smallest(values: Iterable[SupportsFloat]) -> float:
+    """The smallest value, NaN if one is NaN."""
+    return -largest(-float(x) for x in values)
+
+
+def worst_of(defects: Mapping[K, SupportsFloat]) -> tuple[K, float]:
+    """Name and size of the largest defect; NaN is larger than any number."""
+    sizes = {key: float(x) for key, x in defects.items()}
+    worst = max(sizes, key=lambda key: (math.isnan(sizes[key]), sizes[key]))
+    return worst, sizes[worst]
+
+
+def violated(defects: Mapping[K, SupportsFloat], tolerance: float) -> Evidence | None:
+    """Evidence against the claim from its largest defect; None if all are within the tolerance."""
+    what, size = worst_of(defects)
+    # `size > tolerance` would be false for NaN.
+    return None if size <= tolerance else inequality(size, tolerance, detail={"what": what})
 
 
 def identity(deviation: float, *, tolerance: float, **more: Any) -> Evidence:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .catalogue import select
-from .core import Claim, Control, Evidence, Sample
+from .core import Claim, Control, Evidence, Sample, largest, smallest
 from .statistics import violation_bound
 
 __all__ = [
@@ -187,6 +187,7 @@ def verify(claim: Claim, settings: Settings, *, on_step: Callable[[], None] = _n
     ratios: list[float] = []
     failures: list[str] = []
     worst: dict[str, Any] = {}
+    worst_rank = (False, -math.inf)
     met = skipped = independent = violations = 0
     seeds = settings.seeds(claim.trials)
     for seed, found in evidence(claim.sample, claim.check, seeds, settings, on_step):
@@ -202,10 +203,8 @@ def verify(claim: Claim, settings: Settings, *, on_step: Callable[[], None] = _n
         if not found.holds:
             violations += 1
             failures.append(f"seed {seed}: measured {found.measured:.6g}, bound {found.bound:.6g}")
-        # A violation is worse than any ratio: tolerances differ from sample to sample.
-        rank = (not found.holds, found.ratio)
-        if not worst or rank > (not worst["holds"], worst["ratio"]):
-            worst = {"seed": seed, **described(found)}
+        if not worst or found.severity > worst_rank:
+            worst_rank, worst = found.severity, {"seed": seed, **described(found)}
     attained, missed = _attained(claim, settings)
     failures += missed
     searched = math.nan
@@ -218,7 +217,9 @@ def verify(claim: Claim, settings: Settings, *, on_step: Callable[[], None] = _n
             failures.append(f"search from seed {found_by_search.seed}: ratio {searched:.6g}")
         worst["search"] = found_by_search.as_dict()
     spread = (
-        (min(ratios), math.fsum(ratios) / len(ratios), max(ratios)) if ratios else (math.nan,) * 3
+        (smallest(ratios), math.fsum(ratios) / len(ratios), largest(ratios))
+        if ratios
+        else (math.nan,) * 3
     )
     return Verdict(
         id=claim.id,
@@ -263,7 +264,7 @@ def _attained(claim: Claim, settings: Settings) -> tuple[float, list[str]]:
     # Constants are attained in exact arithmetic: float64, whatever the run is in.
     exact = Settings(settings.seed, EXTREMAL_TRIALS, torch.float64, settings.device)
     for k, extremal in enumerate(claim.extremal):
-        name, largest = f"extremal example {k + 1}", -math.inf
+        name, top = f"extremal example {k + 1}", -math.inf
         for seed, found in evidence(extremal.sample, claim.check, exact.seeds(3), exact):
             if isinstance(found, str):
                 failures.append(f"{name}, seed {seed}: {found}")
@@ -272,13 +273,13 @@ def _attained(claim: Claim, settings: Settings) -> tuple[float, list[str]]:
             elif not found.holds:
                 failures.append(f"{name}, seed {seed}: ratio {found.ratio:.6g}, does not hold")
             else:
-                largest = max(largest, found.ratio)
-        if largest < extremal.least:
+                top = max(top, found.ratio)  # not NaN: it holds
+        if top < extremal.least:
             failures.append(
                 f"{name}: the largest ratio must be at least {extremal.least:g}, got "
-                f"{largest:.4g}: a constant is too large"
+                f"{top:.4g}: a constant is too large"
             )
-        least = largest if math.isnan(least) else min(least, largest)
+        least = top if math.isnan(least) else min(least, top)
     return least, failures
 
 

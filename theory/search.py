@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core import Claim, Evidence
+from .core import Claim, Evidence, not_met
 from .runner import Settings, described
 from .sampling import Entry, taped
 
@@ -78,12 +78,12 @@ def search(claim: Claim, settings: Settings) -> Found:
 
 
 def _outside() -> Evidence:
-    return Evidence(math.nan, math.nan, False, hypotheses_met=False)
+    return not_met("the claim's code could not compute the sample")
 
 
 def _key(found: Evidence) -> tuple[bool, bool, float]:
-    met = found.hypotheses_met and not math.isnan(found.ratio)
-    return met, met and not found.holds, found.ratio if met else -math.inf
+    # NaN inside the hypotheses is a violation: what cannot be compared was not shown.
+    return (True, *found.severity) if found.hypotheses_met else (False, False, -math.inf)
 
 
 def _evaluate(

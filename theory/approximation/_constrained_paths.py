@@ -9,6 +9,7 @@ from lrmanifold import linalg
 
 from ..core import Sample
 from ..sampling import Draw
+from ._evidence import below
 from .constrained_flow import ConstrainedPath, cone, integrate, project, reach_constant
 from .flows import GRID, Measured, from_the_start, inner, norm, refine
 from .problems import Problem, problem
@@ -127,4 +128,4 @@ def run(
 
     watched = ("d", "e", "B", "C")
     q, moved = refine(at_steps, watched, tolerance=STEP_TOLERANCE, first=2 * GRID, most=16 * GRID)
-    return q, (moved[GRID // 10 :] <= STEP_TOLERANCE).all(0), moved
+    return q, below(moved[GRID // 10 :], STEP_TOLERANCE).all(0), moved

@@ -15,6 +15,11 @@ LATE = 0.1
 ROUNDING = 1e-11
 
 
+def below(x: Tensor, limit: Tensor | float) -> Tensor:
+    """``x < limit``, and true where one is NaN: what cannot be compared is to fail, not to skip."""
+    return ~(x >= limit)
+
+
 def along_paths(
     measured: Tensor,
     bound: Tensor,
@@ -31,7 +36,7 @@ def along_paths(
     measured, bound : Tensor, shape (times, B)
     met : Tensor of bool, shape (B,)
         Problems outside the hypotheses are left out and counted; if there is no other, the sample
-        is skipped, with `reason`.
+        is skipped, with `reason`. Made with :func:`below`.
     moved : Tensor, shape (times, B), or float
         Relative error of the comparison in time, from step doubling: the tolerance.
     """

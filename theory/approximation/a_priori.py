@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
-from ._evidence import along_paths
+from ._evidence import along_paths, below
 from .extremal import constant_defect, sharp_lipschitz
 from .flows import GRID, Measured, integrate, measure
 from .problems import Problem, problem
@@ -70,7 +70,7 @@ def check(
     assert at.lipschitz is not None
     assert at.one_sided is not None
     q, c = measured(at)
-    met = ((c["eps"] < c["s"]) & (q["tail"] < q["s_X"])).all(0)
+    met = (below(c["eps"], c["s"]) & below(q["tail"], q["s_X"])).all(0)
     a = at.one_sided + curvature * c["mu"] / c["s"]
     b = lipschitz * at.lipschitz + defect * c["mu"] / (c["s"] - c["eps"])
     bound = c["eps"] * b * growth(a, q["t"])

@@ -29,7 +29,7 @@ from torch import Tensor
 from lrmanifold import linalg
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
-from ._evidence import along_paths
+from ._evidence import along_paths, below
 from .a_priori import growth
 from .a_priori import sample as draw
 from .extremal import attracted_path
@@ -99,7 +99,7 @@ def check(sample: Sample, *, start: float = START, defect: float = DEFECT) -> Ev
     t = path.times[:, None]
     eps, mu = norm((path.W[0] - X,)).amax(0), q["mu"].amax(0)
     s = linalg.svdvals(X)[..., at.rank - 1].amin(0)
-    met = eps < SHARE * s
+    met = below(eps, SHARE * s)
     s_star = torch.minimum(s - eps, q["s_Y"].amin(0))
     gap = (s - 2.0 * eps).clamp_min(1e-12)
     a, b = at.one_sided + mu / s_star, at.lipschitz + defect * mu / gap

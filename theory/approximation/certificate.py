@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
-from ._evidence import LATE, along_paths, summary
+from ._evidence import LATE, along_paths, below, summary
 from .extremal import constant_defect, sharp_exponent, sharp_lipschitz
 from .flows import GRID, Measured, comparison, integrate, measure, refine
 from .problems import FAMILIES, Problem, problem
@@ -73,8 +73,8 @@ def certificate(
 
     q, moved = refine(run, ("e", "E"), tolerance=STEP_TOLERANCE)
     s = torch.minimum(q["s_X"], q["s_Y"]).amin(0)
-    met = (q["eps"].amax(0) < s) & (q["tail"] < q["s_X"]).all(0)
-    met &= (moved[GRID // 10 :] <= STEP_TOLERANCE).all(0)
+    met = below(q["eps"].amax(0), s) & below(q["tail"], q["s_X"]).all(0)
+    met &= below(moved[GRID // 10 :], STEP_TOLERANCE).all(0)
     return q, met, moved
 
 

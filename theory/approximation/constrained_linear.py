@@ -50,7 +50,7 @@ from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ..paths import Rotation
 from . import _constrained_paths
 from ._constrained_paths import theorem_B, theorem_C, trapezoid
-from ._evidence import along_paths
+from ._evidence import along_paths, below
 from .constrained_flow import ETA, ConstrainedPath, integrate, project, reach_constant
 from .extremal import constant_defect, sharp_lipschitz, sharp_reach, sharp_stretch
 from .flows import GRID, Measured, from_the_start, inner, norm, normal_part, refine, spectral_norm
@@ -151,10 +151,10 @@ def measure(
         gaps = torch.stack(
             (1.0 / gap_top, kappa / gap_low, (1.0 + kappa) / (top - low), kappa / low)
         )
-        simple = (gap_top > psi / one) & (gap_low > kappa * psi / one)
+        simple = below(psi / one, gap_top) & below(kappa * psi / one, gap_low)
     else:
         gaps = torch.stack(((1.0 + kappa) / gap_top, kappa / low))
-        simple = gap_top > (1.0 + kappa) * psi / one
+        simple = below((1.0 + kappa) * psi / one, gap_top)
     theta = psi / one * gaps.amax(0)
     M = U.mT @ FW @ V
     U_p, V_p = FW @ V - U @ M, FW.mT @ U - V @ M.mT
@@ -177,7 +177,7 @@ def measure(
         "D": D,
         "d": norm((path.Y - path.W,)),
         "eps": norm((path.W - project(path.W, r, tau),)),
-        "simple": (simple & (tail < low)).to(e.dtype),
+        "simple": (simple & below(tail, low)).to(e.dtype),
         "size": norm((path.Y,)),
         "t": path.times[:, None].expand_as(e),
     }
@@ -204,7 +204,7 @@ def check(
         first=first,
         most=8 * first,
     )
-    met = (q["simple"] > 0.5).all(0) & (moved[GRID // 10 :] <= STEP_TOLERANCE).all(0)
+    met = (q["simple"] > 0.5).all(0) & below(moved[GRID // 10 :], STEP_TOLERANCE).all(0)
     # P_{T_K} is a difference quotient with step η: its rounding, eps ‖Y‖/η, adds up over time.
     rounding = 8.0 * torch.finfo(moved.dtype).eps / ETA * q["size"] * q["t"]
     moved = moved + rounding / q["D"].clamp_min(1e-300)

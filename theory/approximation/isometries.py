@@ -26,7 +26,7 @@ import torch
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from . import _constrained_paths as paths
-from ._evidence import along_paths
+from ._evidence import along_paths, below
 from .constrained_flow import integrate, reach_constant
 from .extremal import sharp_reach
 from .flows import GRID, Measured, refine
@@ -53,7 +53,7 @@ def check(sample: Sample, *, reach: float = REACH, defect: float = DEFECT) -> Ev
         return q
 
     q, moved = refine(run, ("e", "E"), tolerance=STEP_TOLERANCE, first=2 * GRID, most=8 * GRID)
-    met = (q["q"] < 1.0 - 1e-6).all(0) & (moved[GRID // 10 :] <= STEP_TOLERANCE).all(0)
+    met = below(q["q"], 1.0 - 1e-6).all(0) & below(moved[GRID // 10 :], STEP_TOLERANCE).all(0)
     detail = {"problem": at.name, "ε, largest": float(q["eps"].max())}
     reason = "2cε >= σ_r(X), or not resolved"
     return along_paths(q["e"], q["E"], met, moved=moved, reason=reason, detail=detail)

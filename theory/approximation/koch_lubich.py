@@ -21,7 +21,7 @@ from functools import partial
 import torch
 
 from ..core import Claim, Control, Evidence, Sample, Source
-from ._evidence import ROUNDING, along_paths
+from ._evidence import ROUNDING, along_paths, below
 from .a_priori import growth, measured
 from .a_priori import sample as draw
 from .extremal import constant_defect
@@ -49,11 +49,11 @@ def bounds(
     rate = beta * c["mu"] / rho
     exponent = ((rate + at.one_sided) * q["t"]).exp()
     classical = (leading * rate + at.lipschitz) * exponent * cumulative(q["t"][:, 0], q["eps"])
-    near = c["eps"] <= NEAR * rho
+    near = below(c["eps"], NEAR * rho)
     a, b = at.one_sided + c["mu"] / c["s"], at.lipschitz + c["mu"] / (c["s"] - c["eps"])
     ours = c["eps"] * b * growth(a, q["t"])
-    valid = near & (classical <= VALID * rho)
-    ours_valid = c["eps"] < c["s"]
+    valid = near & below(classical, VALID * rho)
+    ours_valid = below(c["eps"], c["s"])
     return q, {"classical": classical, "ours": ours, "valid": valid, "ours valid": ours_valid}
 
 

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
-from ._evidence import along_paths
+from ._evidence import along_paths, below
 from .a_priori import measured
 from .a_priori import sample as draw
 from .extremal import sharp_lipschitz
@@ -38,7 +38,7 @@ def check(sample: Sample, *, factor: float = FACTOR, growth: float = GROWTH) -> 
     at: Problem = sample["problem"]
     assert at.lipschitz is not None
     q, c = measured(at)
-    met = ((c["eps"] <= SHARE * c["s"]) & (q["tail"] < q["s_X"])).all(0)
+    met = (below(c["eps"], SHARE * c["s"]) & below(q["tail"], q["s_X"])).all(0)
     exponent = growth * (at.lipschitz + c["mu"] / c["s"])
     bound = c["eps"] * (factor * (exponent * q["t"]).exp() - OFFSET)
     detail = {"problem": at.name, "with 2ε exp instead": _plain(q["distance"], bound, c["eps"])}

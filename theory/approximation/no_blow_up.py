@@ -47,7 +47,7 @@ from torch import Tensor
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
 from ..paths import Rotation
 from ..sampling import Draw
-from ._evidence import along_paths
+from ._evidence import along_paths, below
 from .a_priori import growth, measured
 from .a_priori import sample as draw_problem
 from .extremal import constant_defect
@@ -155,7 +155,8 @@ def check(
     at: Problem = sample["problem"]
     q, c = measured(at, 4 * GRID)
     bound = theorem_E(at, q, c, source=source, linear=linear, quadratic=quadratic)
-    met = ((c["eps"] < SHARE * c["s"]) & (q["tail"] < q["s_X"])).all(0) & (bound[-1] < c["s"][-1])
+    met = (below(c["eps"], SHARE * c["s"]) & below(q["tail"], q["s_X"])).all(0)
+    met &= below(bound[-1], c["s"][-1])
     detail: dict = {"problem": at.name}
     if bool(met.any()):
         loose = theorem_A(at, q, c) / bound

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
-from ._evidence import along_paths
+from ._evidence import along_paths, below
 from .a_priori import measured
 from .extremal import constant_defect
 from .problems import Problem, problem
@@ -36,7 +36,7 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
 def check(sample: Sample, *, factor: float = FACTOR, growth: float = GROWTH) -> Evidence:
     at: Problem = sample["problem"]
     q, c = measured(at)
-    met = ((c["eps"] <= SHARE * c["s"]) & (q["tail"] < q["s_X"])).all(0)
+    met = (below(c["eps"], SHARE * c["s"]) & below(q["tail"], q["s_X"])).all(0)
     bound = c["eps"] * (factor * (growth * c["mu"] / c["s"] * q["t"]).exp() - OFFSET)
     detail = {"with 2ε exp instead": float((q["distance"] / (bound + OFFSET * c["eps"])).max())}
     return along_paths(q["distance"], bound, met, reason="ε > s/2", detail=detail)

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from ..core import Claim, Control, Evidence, Sample, Source
-from ._evidence import along_paths
+from ._evidence import along_paths, below
 from .a_priori import measured
 from .extremal import attracted_path
 from .problems import Problem, problem
@@ -44,7 +44,7 @@ def check(sample: Sample, *, lipschitz: float = LIPSCHITZ, curvature: float = BE
     assert at.one_sided is not None
     q, c = measured(at)
     m, bend = -at.one_sided, c["mu"] / c["s"]
-    met = ((c["eps"] <= SHARE * c["s"]) & (m > bend) & (q["tail"] < q["s_X"])).all(0)
+    met = (below(c["eps"], SHARE * c["s"]) & below(bend, m) & below(q["tail"], q["s_X"])).all(0)
     bound = c["eps"] * (1.0 + (lipschitz * at.lipschitz + curvature * bend) / (m - bend))
     detail = {"μ/s over m": float((bend / m)[:, met].mean()) if bool(met.any()) else None}
     reason = "m <= μ/s or ε > s/2"

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source
-from ._evidence import ROUNDING, along_paths
+from ._evidence import ROUNDING, along_paths, below
 from .a_priori import growth, measured, short
 from .a_priori import sample as draw
 from .problems import Problem
@@ -39,11 +39,11 @@ def check(sample: Sample, *, size: float = SIZE, curvature: float = CURVATURE) -
     assert at.one_sided is not None
     q, c = measured(at)
     s = q["s_X"].cummin(0).values
-    met = ((c["eps"] < s) & (q["tail"] < q["s_X"])).all(0)
+    met = (below(c["eps"], s) & below(q["tail"], q["s_X"])).all(0)
     a = at.one_sided + curvature * c["mu"] / s
     b = size * (at.lipschitz + c["mu"] / (s - c["eps"]))
     E = c["eps"] * b * growth(a, q["t"])
-    valid = (SHARE * s) >= E
+    valid = below(E, SHARE * s)
     # Both conclusions in one number: how far e, or the loss of σ_r below s, reaches into E.
     lost = torch.maximum(q["e"], (s - q["s_Y"]).clamp_min(0.0))
     detail = {"problem": at.name, "share of time with E <= s/2": float(valid.double().mean())}

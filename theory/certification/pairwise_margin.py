@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality, not_met
+from ..core import Claim, Control, Evidence, Sample, Source, inequality, not_met, smallest
 from ..sampling import eps
 from ._networks import aligned, body, norms, random_network
 
@@ -39,7 +39,7 @@ def _fall(sample: Sample, x: Tensor, y: int, radius: float) -> float:
         z = body(sample, x + delta) @ sample["head"].mT
         margins = torch.cat((z[y] - z[:y], z[y] - z[y + 1 :]))
         margin = margins.min()
-        least = min(least, float(margin.detach()))
+        least = smallest((least, margin.detach()))
         (g,) = torch.autograd.grad(margin, delta)
         size = float(g.norm())
         if size == 0.0:
@@ -59,13 +59,13 @@ def check(sample: Sample, *, constant: float = CONSTANT, pairwise: bool = True) 
     L = math.prod(norms(sample))
     gaps = [float((A[y] - A[j]).norm() if pairwise else A[y].norm()) for j in others]
     margins = [float(z[y] - z[j]) for j in others]
-    if L == 0.0 or min(margins) <= 0.0 or min(gaps) == 0.0:
+    if L == 0.0 or smallest(margins) <= 0.0 or smallest(gaps) == 0.0:
         return not_met("no margin")
-    radius = min(m / (L * g) for m, g in zip(margins, gaps, strict=True)) / constant
+    radius = smallest(m / (L * g) for m, g in zip(margins, gaps, strict=True)) / constant
     least = _fall(sample, x, y, radius)
     tolerance = ROUNDING * eps(x) * (L * float(A.norm()) * (float(x.norm()) + radius))
     # the margin may fall by all of itself, and not below 0
-    start = min(margins)
+    start = smallest(margins)
     return inequality(start - least, start, tolerance=tolerance)
 
 

@@ -26,7 +26,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Sample, Source, largest
 from ._enclosure import box, intervals, upper
 
 CELLS, PARTS = 240, 4
@@ -96,7 +96,7 @@ def check(
         "clip": clip(k, threshold),
         "penalty": penalty(k, logarithm),
     }
-    worst = max(found.values())
+    worst = largest(found.values())
     return Evidence(worst, 1.0, worst <= 1.0 + SLACK, True, 1, found)
 
 

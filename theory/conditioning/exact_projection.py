@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Sample, Source, inequality, smallest, violated
 from ..sampling import Draw, eps
 from .spectra import core_sample, respectral
 
@@ -87,7 +87,7 @@ def check(sample: Sample, *, project: Callable[[Tensor, float], Tensor] = projec
     # Competitors: every matrix of the set reached from around Π(S), and the best t for S itself.
     around = linalg.spectral_clip(nearest + s.mean() * sample["moves"], kappa - 1.0)
     distances = [best_bracketed(s, kappa), *torch.linalg.matrix_norm(around - S)]
-    best = min(float(d) for d in distances)
+    best = smallest(distances)
     measured = float((S - nearest).norm())
 
     rounding = ROUNDING * eps(S) * float(S.norm())
@@ -98,9 +98,8 @@ def check(sample: Sample, *, project: Callable[[Tensor, float], Tensor] = projec
         "not idempotent": float((project(nearest, kappa) - nearest).norm()),
         "library differs": float((linalg.spectral_clip(S, kappa - 1.0) - nearest).norm()),
     }
-    worst = max(defects, key=lambda key: defects[key])
-    if defects[worst] > rounding * (1.0 + kappa):
-        return inequality(defects[worst], rounding * (1.0 + kappa), detail={"what": worst})
+    if (found := violated(defects, rounding * (1.0 + kappa))) is not None:
+        return found
     return inequality(measured, best, tolerance=rounding)
 
 

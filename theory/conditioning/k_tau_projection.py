@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lrmanifold import WellConditioned, linalg
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality, not_met
+from ..core import Claim, Control, Evidence, Sample, Source, inequality, not_met, violated
 from ..sampling import Draw, eps
 from .spectra import draw_tau
 
@@ -63,13 +63,14 @@ def check(sample: Sample, *, project: Callable[[Tensor, int, float], Tensor] = p
     library = manifold.to_dense(manifold.from_dense(A))
     rounding = ROUNDING * eps(A) * float(A.norm()) * (1.0 + tau)
     gap = float((s[r - 1] - s[r]) / s[0]) if r < len(s) else 1.0
-    defects = (
-        float(found[0] - (1.0 + tau) * found[r - 1]),
-        float((library - nearest).norm()) * gap,  # singular vectors are known to eps/gap
-        float(found[r:].sum()),
-    )
-    if max(defects) > rounding:
-        return inequality(max(defects), rounding, detail={"what": defects.index(max(defects))})
+    defects = {
+        "infeasible": found[0] - (1.0 + tau) * found[r - 1],
+        # Singular vectors are known to eps/gap.
+        "library differs": (library - nearest).norm() * gap,
+        "rank above r": found[r:].sum(),
+    }
+    if (against := violated(defects, rounding)) is not None:
+        return against
     # Points of K_τ around the claimed one, around A, and anywhere; made by the map under test, but
     # any map into K_τ would do.
     size = s.mean()

@@ -29,7 +29,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, largest
 from ..sampling import Draw, eps
 from .k_tau_projection import project
 from .spectra import draw_tau
@@ -80,16 +80,16 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
 def check(sample: Sample, *, half: float = HALF, factor: float = 1.0) -> Evidence:
     D, N, sigma = sample["D"], sample["N"], sample["sigma"]
     # A negative left side says nothing; it would only blur the statistics of the ratio.
-    measured = max(float((D * N).sum()), 0.0)
+    measured = largest(((D * N).sum(), 0.0))
     squared = float(D.square().sum()) / sigma
     first = half * (sample["normal"] + sample["minus"]) * squared
     kappa, r = 1.0 + sample["tau"], sample["r"]
     second = factor * (constant(kappa, r) if sample["active"] else 0.5) * squared
     rounding = ROUNDING * eps(D) * (float(D.norm()) + squared)
     detail = {"first": first, "second": second, "1/√2": squared / math.sqrt(2.0)}
-    if first > second + rounding and factor == 1.0:
+    if factor == 1.0 and not first <= second + rounding:
         return inequality(first, second, detail=detail)
-    if measured > second + rounding:
+    if not measured <= second + rounding:
         return inequality(measured, second, detail=detail)
     return inequality(measured, first, tolerance=rounding, detail=detail)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Sample, Source, inequality, violated
 from ..sampling import eps
 from .spectra import core_sample
 
@@ -69,9 +69,8 @@ def check(sample: Sample, *, moved=moved, idempotent: bool = False) -> Evidence:
     }
     if idempotent:
         defects["not idempotent"] = float((again - once).norm() / once.norm())
-    worst = max(defects, key=lambda key: defects[key])
-    if defects[worst] > scale:
-        return inequality(defects[worst], scale, detail={"what": worst})
+    if (found := violated(defects, scale)) is not None:
+        return found
     distance, nearest = (S - once).norm(), (S - linalg.spectral_clip(S, tau)).norm()
     return inequality(nearest, distance, tolerance=scale * float(S.norm()))
 

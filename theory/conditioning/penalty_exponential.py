@@ -24,7 +24,7 @@ import torch
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, smallest
 from ..sampling import Draw, eps
 from .spectra import core_sample, with_spectrum
 
@@ -44,10 +44,10 @@ def check(sample: Sample, *, constant: float = CONSTANT, sharp: float = SHARP) -
     R = float(linalg.conditioning_penalty(S)) / float(s[-1]) ** 2
     rounding = ROUNDING * eps(S) * kappa**2  # of R/σ_r²
     detail = {
-        "κ/exp": kappa * math.exp(-min(constant * R, 700.0)),
+        "κ/exp": kappa * math.exp(-smallest((constant * R, 700.0))),
         "sharp": kappa**2 / (1 + sharp * R),
     }
-    if kappa**2 > 1.0 + sharp * R + rounding:
+    if not kappa**2 <= 1.0 + sharp * R + rounding:
         return inequality(kappa**2, 1.0 + sharp * R, detail=detail)
     return inequality(math.log(kappa), constant * R, tolerance=rounding, detail=detail)
 

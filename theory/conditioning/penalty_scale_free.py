@@ -65,7 +65,7 @@ def check(sample: Sample, *, half: float = 1.0 / TWO) -> Evidence:
     measured = (kappa**2 - 1) / (kappa**2 + 1)
     theta, weaker = sharp(rho, r, 1.0 / half), samuelson(rho, r)
     rounding = ROUNDING * eps(S) * (1.0 + theta**3)
-    if half == 1.0 / TWO and theta > weaker + rounding:
+    if half == 1.0 / TWO and not theta <= weaker + rounding:
         return inequality(theta, weaker)
     detail = {"r": r, "rho": rho, "kappa": kappa, "Samuelson": measured / weaker if weaker else 0.0}
     return inequality(measured, theta, tolerance=rounding, detail=detail)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Sample, Source, identity, not_met
+from ..core import Claim, Control, Evidence, Sample, Source, identity, not_met, worst_of
 from ..sampling import eps
 from .spectra import core_sample
 
@@ -76,11 +76,11 @@ def check(
         "⟨∇R, S⟩ - 2R": ((claimed * S).sum() - 2 * R).abs() / size,
         "‖∇R‖ - 2‖S‖₂": (claimed.norm() - 2 * s[0]) / s[0],
     }
-    worst = max(deviations, key=lambda key: float(deviations[key]))
+    worst, size_of_worst = worst_of(deviations)
     # The direction (SᵀS - α²I)/R loses ‖S‖²/R of its digits.
     condition = float(size / R)
     return identity(
-        float(deviations[worst]),
+        size_of_worst,
         tolerance=ROUNDING * eps(S) * condition,
         detail={"worst": worst},
     )

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, not_met
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, largest, not_met
 from ..sampling import Draw, eps
 from .spectra import draw_core
 
@@ -64,7 +64,7 @@ def check(sample: Sample, *, factor: float = FACTOR) -> Evidence:
         return not_met("R(S) = 0 to roundoff: no gradient")
     D = Z - S
     defect = R_S - R_Z + (linalg.conditioning_penalty_grad(S) * D).sum()
-    measured = max(float(defect), 0.0)
+    measured = largest((defect, 0.0))
     bound = factor * constant(len(S)) * float(D.square().sum())
     size = float(S.square().sum() + Z.square().sum())
     # The gradient's direction is lost by ‖S‖²/R, times ‖S‖₂ ‖D‖.

@@ -25,7 +25,7 @@ import torch
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Sample, Source, inequality, violated
 from ..sampling import Draw, eps
 
 LARGEST = 2.0
@@ -50,11 +50,13 @@ def check(sample: Sample, *, off: float = OFF_DIAGONAL, largest: float = LARGEST
     # Third order in E, and the rounding of residuals of size ‖E‖.
     size, root = float(E.norm()), S.shape[-1] ** 0.5
     slack = 8.0 * size**3 + ROUNDING * eps(S) * root * size
-    defects = (polar - diagonal - 0.5 * upper, qr - diagonal - off * upper)
-    worst = max(float(d.abs()) for d in defects)
-    if worst > slack:
-        return inequality(worst, slack, detail={"what": "expansion"})
-    if float(qr) > largest * float(polar) + 2 * slack:
+    expansions = {
+        "expansion, polar": (polar - diagonal - 0.5 * upper).abs(),
+        "expansion, QR": (qr - diagonal - off * upper).abs(),
+    }
+    if (found := violated(expansions, slack)) is not None:
+        return found
+    if not float(qr) <= largest * float(polar) + 2 * slack:
         return inequality(qr, largest * polar)
     return inequality(polar, qr, tolerance=slack)
 

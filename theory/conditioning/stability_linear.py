@@ -67,8 +67,7 @@ def check(sample: Sample, *, factor: float = FACTOR, convexity: float = 2.0) -> 
     late = slice(len(t) // 10, None)
     ratio = (measured / bound.clamp_min(float(slack.max())))[late].amax(0)
     held = bool((measured <= bound + slack).all())
-    if float(gradient.max()) > 2.0 * float(torch.linalg.matrix_norm(M, 2).max()) * (1 + 1e-5):
-        held = False
+    held &= bool(gradient.max() <= 2.0 * torch.linalg.matrix_norm(M, 2).max() * (1 + 1e-5))
     return Evidence(
         measured=float(ratio.max()),
         bound=1.0,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Sample, Source, inequality, smallest, violated
 from ..sampling import Draw, eps
 from .spectra import core_sample, respectral
 
@@ -65,18 +65,18 @@ def check(
     turned = Q @ torch.linalg.matrix_exp(sample["turns"] - sample["turns"].mT)
     alpha = sample["stretch"][:, None, None] * average
     competitors = [S - alpha * turned, S - alpha * Q, S - average * turned]
-    least = min(float(c.square().sum((-2, -1)).min()) for c in competitors)
+    least = smallest(c.square().sum((-2, -1)).min() for c in competitors)
 
     scale = ROUNDING * eps(S) * float(s.square().sum()) * (1.0 + float(s[0] / s[-1]) * eps(S))
-    defects = (
-        abs(float(best - r * (rms**2 - average**2))),
-        abs(float(other - 2 * r * rms * (rms - average))),
-        float((linalg.spectral_clip(S, 0.0) - centre(s) * Q).square().sum()),
-        float(other) - largest_quotient(r) * float(best),
-        float(best) - float(other),
-    )
-    if max(defects) > scale:
-        return inequality(max(defects), scale, detail={"what": defects.index(max(defects))})
+    defects = {
+        "error with the mean": (best - r * (rms**2 - average**2)).abs(),
+        "error with the rms": (other - 2 * r * rms * (rms - average)).abs(),
+        "library differs": (linalg.spectral_clip(S, 0.0) - centre(s) * Q).square().sum(),
+        "quotient above its upper end": other - largest_quotient(r) * best,
+        "quotient below 1": best - other,
+    }
+    if (found := violated(defects, scale)) is not None:
+        return found
     return inequality(best, least, tolerance=scale)
 
 

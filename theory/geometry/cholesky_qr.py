@@ -72,10 +72,10 @@ def check(sample: Sample, *, constant: float = CONSTANT, power: float = POWER) -
     delta2 = 64.0 * cond**2 * (n * r + r * (r + 1)) * unit
     if delta2 > 1.0:
         return not_met("δ > 1: Cholesky may fail")
-    if cond > claimed * (1 + ROUNDING * eps(A) * claimed):
+    if not cond <= claimed * (1 + ROUNDING * eps(A) * claimed):
         return inequality(cond, claimed)
     twice = defect(linalg.orthonormalize(A))
-    if twice > 6.0 * (n * r + r * (r + 1)) * unit:  # the library's, Cholesky-QR twice
+    if not twice <= 6.0 * (n * r + r * (r + 1)) * unit:  # the library's, Cholesky-QR twice
         return inequality(twice, 6.0 * (n * r + r * (r + 1)) * unit)
     measured = defect(one_pass(A))
     bound = constant * delta2 * cond ** (power - 2.0)

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, largest
 from ..sampling import Draw, eps
 from ._pairs import circle, pair, projector_distance, smallest
 
@@ -31,7 +31,7 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
 
 def check(sample: Sample, *, constant: float = CONSTANT) -> Evidence:
     X, Y, D = sample["X"], sample["Y"], sample["D"]
-    bound = constant * torch.linalg.matrix_norm(D, 2) / max(smallest(X), smallest(Y))
+    bound = constant * torch.linalg.matrix_norm(D, 2) / largest((smallest(X), smallest(Y)))
     tolerance = ROUNDING * eps(D) * float(1 + bound)
     return inequality(projector_distance(X, Y), bound, tolerance=tolerance)
 

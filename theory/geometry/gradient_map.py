@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lrmanifold import Factors, FixedRank
 
-from ..core import Claim, Control, Evidence, Sample, Source, identity
+from ..core import Claim, Control, Evidence, Sample, Source, identity, worst_of
 from ..sampling import Draw, dense, eps
 
 ROUNDING = 64.0
@@ -75,15 +75,16 @@ def check(
     claimed = manifold.pack(left_block(X.U, g_U, X.S), g_S, left_block(X.V, g_V, X.S.mT))
     library = manifold.egrad2rgrad(packed, manifold.pack(g_U, g_S, g_V))
     s = torch.linalg.svdvals(X.S)
-    deviation = max(
-        float((claimed - exact).norm() / G.norm()),
-        float((library - exact).norm() / G.norm()),
-        float((X.U.mT @ g_U - gauge(g_S, X.S)).norm() / (G.norm() * s[0])),
-        float((X.V.mT @ g_V - gauge(g_S.mT, X.S.mT)).norm() / (G.norm() * s[0])),
-    )
+    deviations = {
+        "blocks": (claimed - exact).norm() / G.norm(),
+        "library's": (library - exact).norm() / G.norm(),
+        "gauge, U": (X.U.mT @ g_U - gauge(g_S, X.S)).norm() / (G.norm() * s[0]),
+        "gauge, V": (X.V.mT @ g_V - gauge(g_S.mT, X.S.mT)).norm() / (G.norm() * s[0]),
+    }
+    worst, size = worst_of(deviations)
     # G itself moves with the rounding of W: its Lipschitz constant is 1, ‖W‖ <= sqrt(r) σ_1.
     condition = float(s[0] / s[-1]) + float(W.detach().norm() / G.norm())
-    return identity(deviation, tolerance=ROUNDING * eps(A) * condition)
+    return identity(size, tolerance=ROUNDING * eps(A) * condition, detail={"worst": worst})
 
 
 def wide_core(seed: int, dtype: torch.dtype, device: torch.device) -> Sample:

@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Sample, Source, inequality, largest, violated
 from ..sampling import Draw, eps
 from .cholesky_qr import CONSTANT, defect
 
@@ -84,15 +84,16 @@ def check(sample: Sample, *, true: bool = True) -> Evidence:
     carried = torch.linalg.solve_triangular(L, E, upper=False)
     carried = torch.linalg.solve_triangular(L, carried.mT, upper=False)
     old, new = (step(bent, Delta, true=kind) for kind in (False, True))
-    identities = max(
-        float((old.mT @ old - eye - carried).norm()), float((new.mT @ new - eye).norm())
-    )
-    if identities > ROUNDING * eps(bent) * r:
-        return inequality(identities, ROUNDING * eps(bent) * r)
+    identities = {
+        "known increment": (old.mT @ old - eye - carried).norm(),
+        "true Gram matrix": (new.mT @ new - eye).norm(),
+    }
+    if (found := violated(identities, ROUNDING * eps(bent) * r)) is not None:
+        return found
     # cond(A)² <= 1 + ‖Δ‖² up to the defect itself
     bound = CONSTANT * 64.0 * (n * r + r * (r + 1)) * unit * (1.0 + 2.0 * SIZE**2)
     sizes = history(sample, true=true)
-    return inequality(max(sizes), bound, detail={"last": sizes[-1], "first": sizes[0]})
+    return inequality(largest(sizes), bound, detail={"last": sizes[-1], "first": sizes[0]})
 
 
 def slow_but_long(seed: int, dtype: torch.dtype, device: torch.device) -> Sample:

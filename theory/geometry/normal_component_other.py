@@ -26,7 +26,7 @@ import torch
 
 from lrmanifold import Factors
 
-from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, largest
 from ..sampling import Draw, dense, eps
 from ._pairs import circle, pair, smallest, tangent
 
@@ -43,7 +43,7 @@ def check(sample: Sample, *, half: float = 0.5, factor: float = 1.0) -> Evidence
     measured = (D - tangent(Y, D)).norm()  # (I - P_Y) Y = 0, and D is not the larger of the two
     sigma, d = float(smallest(X)), float(torch.linalg.matrix_norm(D, 2))
     # Where d >= σ the second line is the smaller one, or the only one.
-    root = max(sigma**2 / half - d**2, sigma**2)
+    root = largest((sigma**2 / half - d**2, sigma**2))
     bound = factor * d * float(D.norm()) / math.sqrt(root)
     tolerance = ROUNDING * eps(D) * (float(D.norm()) + bound)
     return inequality(measured, bound, tolerance=tolerance)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lrmanifold import FixedRank, retractions
 
-from ..core import Claim, Control, Evidence, Sample, Source, identity
+from ..core import Claim, Control, Evidence, Sample, Source, identity, largest
 from ..sampling import Draw, eps
 
 ROUNDING = 8.0
@@ -104,7 +104,7 @@ def check(
     # Truncation h² ‖D³P‖ with derivatives like 1/σ³, rounding eps cond/h.
     scale = 1.0 + float(of_X[-1]) ** -3 + float(of_X[0] / of_X[-1])
     return identity(
-        max(float(d.abs().max()) for d in deviations),
+        largest(d.abs().max() for d in deviations),
         tolerance=ROUNDING * eps(X) ** (2 / 3) * scale,
         detail={"measured": measured.tolist(), "claimed": claimed.tolist()},
     )

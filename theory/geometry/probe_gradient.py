@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lrmanifold import Factors
 
-from ..core import Claim, Control, Evidence, Sample, Source, not_met
+from ..core import Claim, Control, Evidence, Sample, Source, largest, not_met
 from ..sampling import Draw
 from .gradient_map import left_block
 
@@ -88,7 +88,7 @@ def check(sample: Sample, *, route: str = "probe", scaled: bool = False) -> Evid
     errors = [relative_errors(**p, scaled=scaled) for p in sample["problems"]]
     solve = sorted(e["solve"] / (UNIT_ROUNDOFF * cond) for e in errors)
     bound = UPPER * UNIT_ROUNDOFF
-    measured = max(e[route] for e in errors)
+    measured = largest(e[route] for e in errors)
     typical = solve[len(solve) // 2]
     return Evidence(
         measured,

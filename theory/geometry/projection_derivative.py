@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lrmanifold import FixedRank
 
-from ..core import Claim, Control, Evidence, Sample, Source, identity
+from ..core import Claim, Control, Evidence, Sample, Source, identity, largest
 from ..sampling import Draw, eps
 from .principal_curvatures import shape_operator, tangent_basis
 
@@ -69,7 +69,7 @@ def check(sample: Sample, *, sign: float = SIGN, norm: float = NORM) -> Evidence
     formula = (dense_basis.mT @ inner).mT
     size = float(torch.linalg.matrix_norm(found.flatten(1), 2))
     claimed = norm / (1.0 - gap)
-    deviation = max(float((found.flatten(1) - formula).abs().max()), abs(size - claimed))
+    deviation = largest(((found.flatten(1) - formula).abs().max(), abs(size - claimed)))
     # Third derivatives of Π grow like (σ_r (1 - gap))⁻³; rounding eps ‖A‖/(h gap of the SVD).
     room = float(manifold.svdvals(X)[-1]) * (1.0 - gap)
     scale = (1.0 + room**-3) * (1.0 + float(A.norm()))

@@ -24,7 +24,7 @@ import torch
 
 from lrmanifold import FixedRank, retractions
 
-from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, not_met
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, largest, not_met
 from ..sampling import Draw, eps
 
 CONSTANT = 1.0
@@ -63,7 +63,7 @@ def check(sample: Sample, *, constant: float = CONSTANT) -> Evidence:
     rounding = ROUNDING * eps(X) * float(W.norm() + xi.norm() + normal.norm()) * (1 + sigma / room)
     chain = [float(error), float(normal.norm()), bound, weaker]
     ordered = all(a <= b + rounding for a, b in pairwise(chain))
-    exact = max(float(identity), float(back)) <= rounding * (1 + float(manifold.cond(X)))
+    exact = largest((identity, back)) <= rounding * (1 + float(manifold.cond(X)))
     evidence = inequality(error, bound, tolerance=rounding, detail={"chain": chain})
     return evidence if ordered and exact else inequality(float("inf"), bound)
 

@@ -27,7 +27,7 @@ import torch
 
 from lrmanifold import FixedRank, retractions
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality, not_met
+from ..core import Claim, Control, Evidence, Sample, Source, inequality, largest, not_met
 from ..plotting import slope
 from ..sampling import Draw, eps
 
@@ -69,9 +69,13 @@ def errors(sample: Sample) -> dict[str, list[tuple[float, float]]]:
     floor = FLOOR * eps(X) * float(targets["line"][0].norm())
     found = {}
     for key, target in targets.items():
-        error = torch.linalg.matrix_norm(Y - target).tolist()
-        found[key] = [(t, e) for t, e in zip(steps, error, strict=True) if e > floor]
+        found[key] = above(floor, steps, torch.linalg.matrix_norm(Y - target).tolist())
     return found
+
+
+def above(floor: float, steps: list[float], errors: list[float]) -> list[tuple[float, float]]:
+    """(step, error) where the error is not rounding; NaN is none, and spoils the slope."""
+    return [(t, e) for t, e in zip(steps, errors, strict=True) if not e <= floor]
 
 
 def tail_slope(points: list[tuple[float, float]]) -> float:
@@ -104,7 +108,7 @@ def check(sample: Sample, *, order: Mapping[str, int] = ORDER) -> Evidence:
     if min(len(points) for points in found.values()) < TAIL:
         return not_met("fewer than three errors above the rounding")
     slopes = {key: tail_slope(points) for key, points in found.items()}
-    deviation = max(abs(slopes["line"] - 2.0), abs(slopes["geodesic"] - 1.0 - order[name]))
+    deviation = largest((abs(slopes["line"] - 2.0), abs(slopes["geodesic"] - 1.0 - order[name])))
     return inequality(deviation, allowed(sample["X"].dtype), detail={"name": name, **slopes})
 
 

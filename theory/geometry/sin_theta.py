@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, largest
 from ..sampling import Draw, dense, eps
 from ._pairs import angle, one_sided, pair, smallest, truncated
 
@@ -35,8 +35,8 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
 
 def check(sample: Sample, *, constant: float = CONSTANT) -> Evidence:
     X, Y, D = sample["X"], sample["Y"], sample["D"]
-    measured = max(angle(X.U, Y.U), angle(X.V, Y.V))
-    bound = constant * torch.linalg.matrix_norm(D, 2) / max(smallest(X), smallest(Y))
+    measured = largest((angle(X.U, Y.U), angle(X.V, Y.V)))
+    bound = constant * torch.linalg.matrix_norm(D, 2) / largest((smallest(X), smallest(Y)))
     return inequality(measured, bound, tolerance=ROUNDING * eps(D) * float(1 + bound))
 
 

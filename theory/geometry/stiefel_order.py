@@ -30,9 +30,9 @@ from torch import Tensor
 
 from lrmanifold import Stiefel
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Sample, Source, inequality, largest, not_met
 from ..sampling import Draw, eps
-from .retraction_order import FLOOR, TAIL, allowed, tail_slope
+from .retraction_order import FLOOR, TAIL, above, allowed, tail_slope
 
 Key = tuple[str, str, str]  # retraction, kind of vector, compared with
 
@@ -81,7 +81,7 @@ def errors(sample: Sample, key: Key) -> list[tuple[float, float]]:
         error = Y - Z if target == "euclidean" else Y - Z @ (Z.mT @ Y)
     sizes = torch.linalg.matrix_norm(error).tolist()
     floor = FLOOR * eps(X)
-    return [(t, e) for t, e in zip(steps, sizes, strict=True) if e > floor]
+    return above(floor, steps, sizes)
 
 
 def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Sample:
@@ -101,12 +101,11 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
 
 def check(sample: Sample, *, order: Mapping[Key, int] = ORDER) -> Evidence:
     dtype = sample["X"].dtype
-    slopes, deviation = {}, 0.0
-    for key, p in order.items():
-        points = errors(sample, key)
-        if len(points) >= TAIL:
-            slopes[key] = tail_slope(points)
-            deviation = max(deviation, abs(slopes[key] - (p + 1)))
+    found = {key: errors(sample, key) for key in order}
+    if few := [key for key, points in found.items() if len(points) < TAIL]:
+        return not_met(f"fewer than {TAIL} errors above the rounding: {few}")
+    slopes = {key: tail_slope(points) for key, points in found.items()}
+    deviation = largest(abs(slopes[key] - (p + 1)) for key, p in order.items())
     return inequality(deviation, allowed(dtype), detail={"slopes": slopes})
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lrmanifold import Factors, FixedRank
 
-from ..core import Claim, Control, Evidence, Sample, Source, identity
+from ..core import Claim, Control, Evidence, Sample, Source, identity, worst_of
 from ..sampling import Draw, eps
 
 ROUNDING = 64.0
@@ -83,8 +83,8 @@ def check(
         ).abs(),
         "UᵀU_p, VᵀV_p": torch.maximum((X.U.mT @ blocks.U).norm(), (X.V.mT @ blocks.V).norm()),
     }
-    worst = max(deviations, key=lambda key: float(deviations[key]))
-    return identity(float(deviations[worst]), tolerance=ROUNDING * eps(Z), detail={"worst": worst})
+    worst, size = worst_of(deviations)
+    return identity(size, tolerance=ROUNDING * eps(Z), detail={"worst": worst})
 
 
 def without_overlap(X: Factors, Z: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core import Claim, Control, Evidence, Sample, Source, identity
+from ..core import Claim, Control, Evidence, Sample, Source, identity, largest, smallest
 from ..sampling import Draw, eps
 from .schemes import SCHEMES, dense, from_dense
 
@@ -62,14 +62,14 @@ def check(
     r = sample["S0"].shape[-1]
     start, end = from_dense(A0, r), from_dense(A1, r)
     overlaps = [Q.mT @ P for Q, P in ((start.U, end.U), (start.V, end.V))]
-    smallest = min(float(torch.linalg.svdvals(X)[-1]) for X in overlaps)
+    least = smallest(torch.linalg.svdvals(X)[-1] for X in overlaps)
 
     def force(t: float, Y: Tensor) -> Tensor:
         return velocity(sample, t)
 
     size = float(A0.norm() + A1.norm())
     # An overlap near singular magnifies rounding: K = A(t₁)V₀ is then nearly rank-deficient.
-    unit = eps(A0) * size / smallest**2
+    unit = eps(A0) * size / least**2
     errors = {}
     for name in (*exact, *not_exact):
         Y = SCHEMES[name](force, 0.0, 1.0, start)
@@ -79,8 +79,8 @@ def check(
     corner = corner - (corner @ start.V) @ start.V.mT
     visible = float(corner.norm()) > VISIBLE * unit
     missed = not visible or all(errors[name] > ROUNDING * unit for name in not_exact)
-    detail = {**{name: e / unit for name, e in errors.items()}, "smallest overlap": smallest}
-    worst = max(errors[name] for name in exact)
+    detail = {**{name: e / unit for name, e in errors.items()}, "smallest overlap": least}
+    worst = largest(errors[name] for name in exact)
     evidence = identity(worst, tolerance=ROUNDING * unit, detail=detail)
     return Evidence(worst, evidence.bound, evidence.holds and missed, detail=detail)
 

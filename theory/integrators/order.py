@@ -26,7 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Sample, Source, inequality, largest
 from ..plotting import slope
 from ..sampling import Draw
 from .schemes import SCHEMES, dense, dlra, from_dense, integrate, tangent
@@ -93,7 +93,7 @@ def check(sample: Sample, *, orders: dict[str, float] = ORDERS) -> Evidence:
     fitted = {name: -slope(STEPS, e) for name, e in found.items()}
     deviations = [abs(fitted[name] - p) for name, p in orders.items()]
     return inequality(
-        max(deviations),
+        largest(deviations),
         TOLERANCE,
         independent=BATCH,
         detail={name: round(p, 2) for name, p in fitted.items()},

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import lrmanifold as lrm
 
-from ..core import Claim, Control, Evidence, Sample, Source, identity
+from ..core import Claim, Control, Evidence, Sample, Source, identity, largest
 from ..sampling import Draw, eps
 from .schemes import SCHEMES, dense
 
@@ -59,7 +59,7 @@ def check(sample: Sample, *, pairs: dict[str, str] = PAIRS) -> Evidence:
     core = M.unpack(X).S + t * M.unpack(xi).S
     # The bases of K and L are determined up to rounding over their smallest singular value.
     smallest = float(torch.linalg.svdvals(core)[-1])
-    unit = eps(X) * size * max(1.0, size / smallest)
+    unit = eps(X) * size * largest((1.0, size / smallest))
 
     def force(s: float, Y: Tensor) -> Tensor:
         return Z
@@ -70,7 +70,7 @@ def check(sample: Sample, *, pairs: dict[str, str] = PAIRS) -> Evidence:
         Y = SCHEMES[scheme](force, 0.0, t, M.unpack(X))
         deviations[name] = float((M.to_dense(ours(M, X, t * xi)) - dense(Y)).norm())
     detail = {name: d / unit for name, d in deviations.items()}
-    return identity(max(deviations.values()), tolerance=ROUNDING * unit, detail=detail)
+    return identity(largest(deviations.values()), tolerance=ROUNDING * unit, detail=detail)
 
 
 # A step so long, and of rank 3, that different schemes differ visibly in float32 too.

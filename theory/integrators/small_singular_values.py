@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Sample, Source, inequality, largest
 from ..paths import Rotation
 from ..sampling import Draw
 from .schemes import ROBUST, SCHEMES, dense, from_dense, integrate
@@ -76,12 +76,12 @@ def check(
 ) -> Evidence:
     names = (*robust, *(() if naive is None else (naive,)))
     rows = [run(sample, sigma, names) for sigma in SIGMAS]
-    worst = {name: max(row[name] for row in rows[1:]) / rows[0][name] for name in names}
-    measured = max(worst[name] for name in robust)
+    worst = {name: largest(row[name] for row in rows[1:]) / rows[0][name] for name in names}
+    measured = largest(worst[name] for name in robust)
     grows = naive is None or rows[-1][naive] >= GROWTH * rows[0][naive]
     evidence = inequality(measured, 1.0, independent=BATCH)
     detail = {f"{name}, error at σ_r = 1e-15": rows[-1][name] for name in names}
-    detail["error at σ_r = 6e-2, largest"] = max(rows[0].values())
+    detail["error at σ_r = 6e-2, largest"] = largest(rows[0].values())
     ratios = tuple(worst[name] for name in robust)
     return Evidence(measured, 1.0, evidence.holds and grows, True, BATCH, detail, ratios)
 

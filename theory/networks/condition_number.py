@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lrmanifold import robustness
 
-from ..core import Claim, Control, Evidence, Sample, Source, identity
+from ..core import Claim, Control, Evidence, Sample, Source, identity, largest
 from ..sampling import Draw, eps
 from .random_networks import jacobian
 
@@ -62,8 +62,8 @@ def check(sample: Sample, *, ord: int | str = 2) -> Evidence:
     attained = float(amplified(worst)[0])
     random = float(amplified(sample["directions"]).max())
     library = float(robustness.condition_number(f, x[None])[0])
-    deviation = max(
-        abs(attained / claimed - 1.0), random / claimed - 1.0, abs(library / claimed - 1.0)
+    deviation = largest(
+        (abs(attained / claimed - 1.0), random / claimed - 1.0, abs(library / claimed - 1.0))
     )
     # Central differences with step eps^(1/3): truncation and rounding are both eps^(2/3), magnified
     # by ‖W₁‖³‖x‖² (third derivative) and by 1/cond.

@@ -22,7 +22,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality, not_met
+from ..core import Claim, Control, Evidence, Sample, Source, inequality, largest, not_met
 from ..sampling import Draw, eps
 from .convolutions import matricised, operator
 
@@ -82,7 +82,7 @@ def check_any_rank(sample: Sample) -> Evidence:
     s, t = torch.linalg.svdvals(K), torch.linalg.svdvals(T)
     floor = float(eps(T) * t[0])
     bound = float(s[0] / s[-1]) * factor(sample["padding"], sample["kernel"].shape[-1])
-    return inequality(float(t[0]) / max(float(t[-1]), floor), bound)
+    return inequality(float(t[0]) / largest((t[-1], floor)), bound)
 
 
 BORDERS = partial(sample, orthonormal=True, paddings=("same", "valid"), k=3)

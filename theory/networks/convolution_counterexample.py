@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Sample, Source, largest
 from ..sampling import Draw, eps
 from .convolutions import matricised, operator
 
@@ -57,7 +57,7 @@ def check(sample: Sample) -> Evidence:
     # As an operator on images T has as many singular values as pixels; the missing ones are 0.
     smallest = float(t[-1]) if T.shape[0] >= T.shape[1] else 0.0
     floor = eps(T) * float(t[0])
-    kappa_T = float(t[0]) / max(smallest, floor)
+    kappa_T = float(t[0]) / largest((smallest, floor))
     detail = {"kind": sample["kind"], "κ(K)": kappa_K, "κ(T)": kappa_T}
     # The statement is an inequality the other way: κ(K) <= κ(T)/1.2.
     return Evidence(LEAST * kappa_K, kappa_T, LEAST * kappa_K <= kappa_T, True, 1, detail)

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 import lrmanifold as lrm
 
 from ..approximation.constrained_flow import project
-from ..core import Claim, Control, Evidence, Extremal, Sample, Source
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, largest
 from ..sampling import Draw
 from .projected_step import turned
 
@@ -105,6 +105,8 @@ def _run(
             loss(net).backward()
             rule.step()
         rows.append(monitor.step())
+    if optimizer.skipped_steps:
+        raise ArithmeticError(f"CondLR left out {optimizer.skipped_steps} steps: NaN or Inf")
     return rows
 
 
@@ -158,9 +160,9 @@ def check(sample: Sample, *, nonexpansive: bool = False, without: tuple[str, ...
     for row in rows:
         square = row["flow/certificate"] ** 2
         if nonexpansive:
-            square -= max(0.0, row["flow/part/clip"])
+            square -= largest((0.0, row["flow/part/clip"]))
         square -= sum(row[f"flow/part/{name}"] for name in without)
-        squares.append([max(square, 0.0)])
+        squares.append([largest((square, 0.0))])
     bound = torch.tensor(squares, dtype=torch.float64).sqrt()
     ratio = measured / bound.clamp_min(1e-300)
     place = int(ratio.argmax())

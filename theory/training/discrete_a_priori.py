@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..approximation.problems import Batch, Layers
-from ..core import Claim, Control, Evidence, Sample, Source
+from ..core import Claim, Control, Evidence, Sample, Source, largest
 from ..plotting import slope
 from ._steps import Training, run, stacked
 
@@ -86,7 +86,7 @@ def bound(at: Training, q: dict[str, Tensor], size: float) -> tuple[Tensor, Tens
     C = ell * eps + mu * (eps + 1.5 * h * mu) / gap + h * mu.square() / (2.0 * (s - h * mu))
     alpha = (1.0 + 2.0 * h * a + (h * g).square()).sqrt()
     growth = (alpha.pow(at.steps) - 1.0) / (alpha - 1.0)
-    return size * C * h * (1.0 + h * g) / alpha * growth, gap > 1e-9
+    return size * C * h * (1.0 + h * g) / alpha * growth, ~(gap <= 1e-9)
 
 
 def check(
@@ -96,7 +96,8 @@ def check(
     order_h: float = ORDER_H,
     size: float = SIZE,
 ) -> Evidence:
-    inside, slopes, ratios, worst = True, {}, [], 0.0
+    inside, slopes, ratios = True, {}, []
+    deviations = []
     for name, ladder in (("eps", sample["eps"]), ("h", sample["h"])):
         errors, sizes = [], []
         for at in ladder:
@@ -104,14 +105,15 @@ def check(
             limit, met = bound(at, q, size)
             e = q["next"].amax(0)
             inside = inside and bool((e <= limit)[met].all())
-            ratios.append(float((e / limit)[met].max()))
+            ratios += (e / limit)[met].tolist()
             errors.append(math.sqrt(float(e.square().mean())))
             sizes.append(math.sqrt(float(q["eps"].amax(0).square().mean())))
         steps = [at.h for at in ladder]
         slopes[name] = slope(sizes if name == "eps" else steps, errors)
         wanted = order_eps if name == "eps" else order_h
-        worst = max(worst, abs(slopes[name] - wanted))
-    detail = {"slopes": slopes, "e / bound, largest": max(ratios)}
+        deviations.append(abs(slopes[name] - wanted))
+    worst = largest(deviations)
+    detail = {"slopes": slopes, "e / bound, largest": largest(ratios)}
     independent = sample["eps"][0].batch
     return Evidence(worst, TOLERANCE, worst <= TOLERANCE and inside, True, independent, detail)
 

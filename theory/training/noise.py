@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from ..approximation.problems import Batch
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Sample, Source, inequality, largest
 from ..paths import Rotation
 from ._steps import best, retracted, tangent
 
@@ -124,10 +124,10 @@ def check(sample: Sample, *, order: float = ORDER, size: float = SIZE) -> Eviden
         if met:
             shares.append(float(q["to X"].mean()) / limit)
             inside = inside and shares[-1] <= size
-    worst = max(abs(low - order), abs(high - order))
+    worst = largest((abs(low - order), abs(high - order)))
     detail = {
         "slope, 95 % bootstrap interval": [low, high],
-        "E‖Y-X‖² / bound, largest": max(shares, default=float("nan")),
+        "E‖Y-X‖² / bound, largest": largest(shares) if shares else float("nan"),
         "steps with met hypotheses": len(shares),
     }
     return Evidence(worst, TOLERANCE, worst <= TOLERANCE and inside, True, SEEDS, detail)
@@ -147,7 +147,7 @@ def path_in_the_manifold(given: Sample, steps: int, retraction: str) -> tuple[fl
     for k in range(steps):
         increment = at(k + 1) - at(k)
         Y = retracted(Y, tangent(best(Y, r), increment), r, retraction)
-        eps = max(eps, float((at(k + 1) - best(at(k + 1), r).dense).norm()))
+        eps = largest((eps, (at(k + 1) - best(at(k + 1), r).dense).norm()))
     return float((Y - at(steps)).norm()), eps
 
 

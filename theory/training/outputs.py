@@ -26,7 +26,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..core import Claim, Control, Evidence, Extremal, Sample, Source
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, largest
 from ..sampling import Draw, eps
 
 FACTOR = 1.0  # of B
@@ -116,7 +116,7 @@ def check(
     B = factor * bound(Y, W, x, phi, drop)
     moved = (f_Y - f_W).norm(dim=-1)
     sizes = [float(torch.linalg.matrix_norm(w, 2)) for w in (*Y, *W)]
-    rounding = ROUNDING * eps(x) * float(x.norm(dim=-1).max()) * max(1.0, max(sizes)) ** len(W)
+    rounding = ROUNDING * eps(x) * float(x.norm(dim=-1).max()) * largest((1.0, *sizes)) ** len(W)
     top = f_W.topk(min(2, f_W.shape[-1]), dim=-1)
     certified = top.values[:, 0] - top.values[:, -1] > margin * B + rounding
     flips = certified & (f_Y.argmax(-1) != top.indices[:, 0])

@@ -17,14 +17,14 @@ Ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..conditioning import k_tau_prox
-from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, largest, smallest
 from ..sampling import Draw, eps
 
 FACTOR = 1.0  # of the sharp c_i
@@ -58,15 +58,11 @@ def constant(layer: Sample) -> float:
     return k_tau_prox.constant(1.0 + layer["tau"], layer["r"])
 
 
-def largest(curvatures: list[float]) -> float:
-    return max(curvatures)
-
-
 def check(
     sample: Sample,
     *,
     factor: float = FACTOR,
-    together: Callable[[list[float]], float] = largest,
+    together: Callable[[Iterable[float]], float] = largest,
 ) -> Evidence:
     layers = sample["layers"]
     measured = sum(float((x["D"] * x["N"]).sum()) * x["size"] for x in layers)
@@ -76,19 +72,15 @@ def check(
     D: Tensor = layers[0]["D"]
     size = sum(float(x["D"].norm()) * x["size"] for x in layers)
     tolerance = ROUNDING * eps(D) * (size + bound)
-    detail = {"curvatures": curvatures, "max / sum": max(curvatures) / sum(curvatures)}
-    return inequality(max(measured, 0.0), bound, tolerance=tolerance, detail=detail)
+    detail = {"curvatures": curvatures, "max / sum": largest(curvatures) / sum(curvatures)}
+    return inequality(largest((measured, 0.0)), bound, tolerance=tolerance, detail=detail)
 
 
 def check_sum_is_as_good(sample: Sample) -> Evidence:
     """That the sum of the curvatures is no larger than the largest."""
     layers = sample["layers"]
     curvatures = [constant(x) * x["size"] / x["sigma"] for x in layers]
-    return inequality(sum(curvatures), max(curvatures), tolerance=1e-12)
-
-
-def smallest(curvatures: list[float]) -> float:
-    return min(curvatures)
+    return inequality(sum(curvatures), largest(curvatures), tolerance=1e-12)
 
 
 CLAIM = Claim(

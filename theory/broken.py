@@ -1,0 +1,189 @@
+"""Does a claim notice a library function that returns NaN? Break one call at a time.
+
+Each place where a check calls `lrmanifold` is found by running it, then run again with NaN in
+place of the floating point numbers of what that call returns. No comparison with NaN is true, so a
+check that passes has lost it on the way: a maximum that drops NaN, or ``if defect > tolerance``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .core import Claim, Evidence, Sample
+from .runner import Settings
+
+LIBRARY = "lrmanifold"
+HERE = __name__.split(".")[0]
+
+
+class Site(NamedTuple):
+    """Where a check calls the library: the function, the caller with its module, and the line."""
+
+    function: str
+    caller: str
+    line: int
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> dict[CodeType, tuple[Any, str, FunctionType]]:
+    """Where each function of the library is kept, (module or class, name, it), by its code."""
+    found: dict[CodeType, tuple[Any, str, FunctionType]] = {}
+
+    def add(holder: Any, name: str, value: Any) -> None:
+        if isinstance(value, FunctionType) and value.__module__.split(".")[0] == LIBRARY:
+            found.setdefault(inspect.unwrap(value).__code__, (holder, name, value))
+
+    for module in _modules(LIBRARY):
+        for name, value in list(vars(module).items()):
+            add(module, name, value)
+            if inspect.isclass(value) and value.__module__.split(".")[0] == LIBRARY:
+                for key, member in list(vars(value).items()):
+                    add(value, key, getattr(member, "__func__", member))
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _decorators() -> set[CodeType]:
+    """Code of the library's decorated functions, which stands between function and caller."""
+    return {f.__code__ for code, (_, _, f) in _library().items() if f.__code__ is not code}
+
+
+def _modules(*packages: str) -> list[ModuleType]:
+    return [m for key, m in list(sys.modules.items()) if key.split(".")[0] in packages]
+
+
+def _caller(frame: FrameType | None) -> FrameType | None:
+    """The nearest caller that is a claim's; None if the library called itself."""
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        package = module.split(".")[0]
+        if package == LIBRARY and frame.f_code not in _decorators():
+            return None
+        if package == HERE and module != __name__:
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def _site(code: CodeType, frame: FrameType) -> Site:
+    holder, name, _ = _library()[code]
+    module = frame.f_globals["__name__"].partition(".")[2]
+    caller = f"{module}.{frame.f_code.co_name}"
+    return Site(f"{holder.__name__.split('.')[-1]}.{name}", caller, frame.f_lineno)
+
+
+def poisoned(x: Any) -> Any:
+    """`x` with NaN for each floating point number in it; functions return such values too."""
+    if isinstance(x, Tensor):
+        return x * torch.nan if x.is_floating_point() or x.is_complex() else x
+    if isinstance(x, float):
+        return float("nan")
+    if isinstance(x, tuple):
+        parts = [poisoned(part) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    if isinstance(x, list):
+        return [poisoned(part) for part in x]
+    if isinstance(x, Mapping):
+        return {key: poisoned(value) for key, value in x.items()}
+    if isinstance(x, FunctionType):
+        return lambda *args, **kwargs: poisoned(x(*args, **kwargs))
+    return x
+
+
+def _changed(x: Any) -> bool:
+    """Whether :func:`poisoned` changes `x`."""
+    if isinstance(x, Tensor):
+        return x.is_floating_point() or x.is_complex()
+    if isinstance(x, (tuple, list)):
+        return any(map(_changed, x))
+    if isinstance(x, Mapping):
+        return any(map(_changed, x.values()))
+    return isinstance(x, (float, FunctionType))
+
+
+@contextmanager
+def _recording() -> Iterator[dict[Site, CodeType]]:
+    """The calls of the library whose result has floating point numbers."""
+    found: dict[Site, CodeType] = {}
+    known, before = _library(), sys.getprofile()
+
+    def on_event(frame: FrameType, event: str, result: Any) -> None:
+        if event == "return" and frame.f_code in known and _changed(result):
+            caller = _caller(frame.f_back)
+            if caller is not None:
+                found.setdefault(_site(frame.f_code, caller), frame.f_code)
+
+    sys.setprofile(on_event)
+    try:
+        yield found
+    finally:
+        sys.setprofile(before)
+
+
+@contextmanager
+def broken(site: Site, code: CodeType) -> Iterator[None]:
+    """Within it the library's function returns NaN to this one caller."""
+    holder, name, function = _library()[code]
+    original = vars(holder)[name]
+
+    @functools.wraps(function)
+    def returns_nan(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        caller = _caller(sys._getframe(1))
+        return result if caller is None or _site(code, caller) != site else poisoned(result)
+
+    # A function may be imported by name, or be in a table: it is replaced wherever it is known.
+    wrapper: Any = type(original)(returns_nan) if function is not original else returns_nan
+    places: list[tuple[dict[str, Any], str]] = []
+    if inspect.isclass(holder):
+        setattr(holder, name, wrapper)
+    else:
+        for module in _modules(LIBRARY, HERE):
+            tables = [vars(module), *(x for x in vars(module).values() if type(x) is dict)]
+            places += [(t, k) for t in tables for k, x in list(t.items()) if x is original]
+    for table, key in places:
+        table[key] = wrapper
+    try:
+        yield
+    finally:
+        if inspect.isclass(holder):
+            setattr(holder, name, original)
+        for table, key in places:
+            table[key] = original
+
+
+def unnoticed(claim: Claim, settings: Settings) -> tuple[list[Site], int]:
+    """Calls whose NaN no longer shows in the evidence of a sample; and how many were broken.
+
+    Noticed is what fails: a sample that is skipped now, though it was not before, hides the NaN.
+    """
+    lost, tried = list[Site](), set[Site]()
+    for seed in settings.seeds(claim.trials):
+        sample = claim.sample(seed, settings.dtype, settings.device)
+        with _recording() as calls:
+            clean = claim.check(sample)
+        for site, code in calls.items() if clean.hypotheses_met else ():
+            if site not in tried:
+                with broken(site, code):
+                    found = judged(claim, sample)
+                tried.add(site)
+                lost += [site] if found.holds or not found.hypotheses_met else []
+    return lost, len(tried)
+
+
+def judged(claim: Claim, sample: Sample) -> Evidence:
+    """The check's evidence; a violation if it cannot be computed, as in a run."""
+    try:
+        return claim.check(sample)
+    except Exception:
+        return Evidence(math.nan, math.nan, holds=False)
