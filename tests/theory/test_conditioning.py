@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lrmanifold as lrm
@@ -63,6 +63,38 @@ def test_closed_forms_are_enclosed_on_whole_boxes(k, device):
     pytest.importorskip("mpmath")
     evidence = enclosed.check(enclosed.sample(k, torch.float64, device))
     assert evidence.holds, evidence
+
+
+boxes = st.integers(0, enclosed.CELLS - 1)
+#: Farther from 1 than the allowance: in q it changes 4c² = 1 + q by a third of itself at least.
+wrong_factors = st.one_of(st.floats(0.1, 0.8), st.floats(1.2, 3.0))
+
+
+@given(k=boxes, factor=wrong_factors)
+def test_no_box_holds_for_another_prox_constant(k, factor):
+    """Too small, and the inequality fails; too large, and it is not attained."""
+    pytest.importorskip("mpmath")
+    share = enclosed.share_of_normal
+    evidence = enclosed.check({"k": k}, share=lambda kappa, r: factor * share(kappa, r))
+    assert not evidence.holds, evidence.detail
+
+
+@given(k=boxes, factor=st.one_of(st.floats(0.1, 0.9), st.floats(1.1, 3.0)))
+def test_no_box_holds_for_another_zero_of_the_derivative(k, factor):
+    pytest.importorskip("mpmath")
+    found = enclosed.clip(k, factor, enclosed.threshold_of)
+    assert max(found.values()) > 1.0, found
+
+
+@pytest.mark.parametrize("control", enclosed.CLAIM.controls, ids=lambda c: c.name)
+@settings(max_examples=8)
+@given(k=boxes)
+def test_no_box_holds_for_a_wrong_closed_form(control, k):
+    """q = 0.3 or κ, and κp + q in place of κ²p + q, on which both sides once agreed."""
+    pytest.importorskip("mpmath")
+    if control.name == "0.9 of the penalty's ½":
+        k %= enclosed.CELLS // 10  # sharp for κ → 1 only
+    assert not control.check({"k": k}).holds
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 
@@ -26,6 +28,32 @@ def box(k: int, cells: int, low: float, high: float) -> Any:
 
 def upper(x: Any) -> float:
     """Upper end, rounded up to a float."""
-    import math
-
     return math.nextafter(float(x.b), math.inf)
+
+
+def positive(x: Any) -> Any:
+    """max(x, 0)."""
+    iv = intervals()
+    return iv.mpf([max(x.a, 0), max(x.b, 0)])
+
+
+def bounded(f: Callable[[Any], Any], x: Any, limit: float, halvings: int) -> float:
+    """Upper end of f over the interval x > 0, halved where a half is not seen to be below `limit`.
+
+    Intervals forget that the same x occurs twice, which costs less on smaller ones. Both halves
+    together cover x, so this is an upper bound with any number of halvings; the first half that
+    stays above the limit ends the search.
+    """
+    top = upper(f(x))
+    if top <= limit or not halvings:
+        return top
+    iv = intervals()
+    middle = iv.sqrt(x.a * x.b)
+    halves = (iv.mpf([x.a, middle.b]), iv.mpf([middle.a, x.b]))
+    top = -math.inf
+    for half in halves:
+        found = bounded(f, half, limit, halvings - 1)
+        if not found <= limit:
+            return found
+        top = max(top, found)
+    return top
