@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from theory import certification
+from theory.certification import convex_potential, grid
+from theory.sampling import Entry, taped
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -31,3 +33,28 @@ def test_every_wrong_version_is_rejected(device, claim, control):
     # the same samples agree with the claim itself
     kept = [claim.check(sample) for sample in samples]
     assert all(e.holds or not e.hypotheses_met for e in kept)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+@given(seed=seeds)
+def test_the_grid_is_sampled_in_every_dimension_and_attained_there(device, d, seed):
+    sample = grid.sample(3 * (seed // 3) + d - 1, torch.float64, device)
+    assert sample["kernel"].ndim == d + 2
+    assert len(sample["N"]) == d
+    assert grid.check(sample).holds
+    attained = grid.check(grid.between(seed, torch.float64, device, d=d))
+    assert attained.holds
+    assert attained.ratio > 1.0 - 1e-12
+    # The factor of each dimension is needed.
+    assert not grid.check(grid.between(seed, torch.float64, device, d=d), dimensions=d - 1).holds
+
+
+@given(seed=seeds)
+def test_search_moves_the_slopes_of_a_convex_potential(device, seed):
+    with taped() as tape:
+        before = convex_potential.sample(seed, torch.float64, device)["slopes"]
+    moved = [Entry(e.kind, 0.5 * e.value if e.value.ndim == 1 else e.value) for e in tape.entries]
+    with taped(moved):
+        after = convex_potential.sample(seed, torch.float64, device)["slopes"]
+    if not bool((before == before.round()).all()):  # half of the samples have slopes 0 and 1 only
+        torch.testing.assert_close(after, 0.5 * before)

@@ -21,6 +21,7 @@ from theory.conditioning import (
     penalty_weakly_convex,
     stability,
     stability_linear,
+    tau_zero,
 )
 from theory.runner import Settings, verify_control
 
@@ -47,6 +48,28 @@ def test_claim_holds(claim, dtype, device, r, log_cond, tau, seed):
     sample = claim.sample(seed, dtype, device, r=r, cond=10.0**log_cond, tau=tau)
     evidence = claim.check(sample)
     assert agrees(evidence), evidence
+
+
+def errors_at_tau_zero(S) -> tuple[float, float]:
+    """‖S - mean Q‖² and ‖S - rms Q‖²."""
+    s, Q = torch.linalg.svdvals(S), lrm.linalg.polar(S)
+    return tuple(float((S - a * Q).square().sum()) for a in (s.mean(), s.square().mean().sqrt()))
+
+
+@given(r=st.integers(2, 8), log_cond=st.floats(0.1, 3), seed=seeds)
+def test_the_quotient_at_tau_zero_lies_inside_its_open_interval(device, r, log_cond, seed):
+    S = tau_zero.sample(seed, torch.float64, device, r=r, cond=10.0**log_cond)["S"]
+    nearest, rms = errors_at_tau_zero(S)
+    if nearest > 1e-6 * float(S.square().sum()):
+        assert 1.0 < rms / nearest < tau_zero.largest_quotient(r)
+
+
+@given(r=st.integers(1, 8), seed=seeds)
+def test_multiples_of_orthogonal_matrices_have_no_quotient_at_tau_zero(device, r, seed):
+    sample = dict(tau_zero.sample(seed, torch.float64, device, r=r, cond=1.0))
+    sample["S"] = 2.0 * torch.linalg.qr(sample["S"]).Q
+    assert max(errors_at_tau_zero(sample["S"])) < 1e-25
+    assert tau_zero.check(sample).holds
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -481,6 +482,14 @@ def test_no_private_name_is_imported_from_another_folder():
                 names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
                 private = [n for n in names if n.startswith("_") and not n.endswith("__")]
                 assert not private, f"{path}, line {node.lineno}: {private}"
+
+
+def test_files_that_are_cited_exist():
+    root = Path(theory.__file__).parent
+    for path in root.rglob("*.py"):
+        for name in re.findall(r"``([\w/]+\.(?:py|png|json))``", path.read_text("utf-8")):
+            places = (root.parent / name, root / name, path.parent / name)
+            assert any(place.exists() for place in places), f"{path} cites {name}"
 
 
 def test_ids_are_unique():

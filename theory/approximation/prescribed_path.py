@@ -6,7 +6,7 @@ r"""Corollary A2: following a given path A(t), whose increments alone are seen.
 
 **Proof.** λ = ℓ = 0 in theorem A: a = μ/s, b = μ/(s - ε) <= 2a. ∎
 
-The exponent is the one of the sharp example (see ``sharp_exponent.py``). Koch and Lubich (2007,
+The exponent is the one of the sharp example (see ``exponent.py``). Koch and Lubich (2007,
 theorem 5.1, from memory) have 2βe^{βt}∫‖X - A‖ with β = 8μ/ρ, for a limited time; see
 ``koch_lubich.py``. Source: mathematics 4.1, A2 (ours; there without the -1).
 """

@@ -26,7 +26,7 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
     m, n, r = draw.size(full_rank=True)
     W = draw.normal(m, r) @ draw.normal(r, n)
     Q = W / torch.linalg.matrix_norm(W, 2)
-    slopes = torch.rand(m, dtype=torch.float64, generator=draw.generator)
+    slopes = draw.shares(m)
     if draw.choose(True, False):
         slopes = slopes.round()
     return {"Q": draw.give(Q), "slopes": draw.give(slopes)}

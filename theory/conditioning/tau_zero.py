@@ -3,13 +3,17 @@ r"""τ = 0: the best multiple of an orthogonal matrix.
 **Statement.** S = P diag(σ) Oᵀ nonsingular, Q = POᵀ its polar factor, mean and rms those of σ. Over
 all α and orthogonal Q' the distance ‖S - αQ'‖ is least for Q' = Q, α = mean(σ), and
 
-    ‖S - mean(σ) Q‖² = r (rms² - mean²),     ‖S - rms(σ) Q‖² = 2r rms (rms - mean),
-    quotient = 2 rms/(rms + mean) ∈ [1, 2√r/(√r + 1)).
+    ‖S - mean(σ) Q‖² = r (rms² - mean²),     ‖S - rms(σ) Q‖² = 2r rms (rms - mean).
 
-So keeping ‖S‖ (the rms) costs up to nearly twice the squared error of keeping the nuclear norm.
+Both vanish if S is a multiple of an orthogonal matrix, as it always is for r = 1. If it is none,
+
+    quotient of the second and the first = 2 rms/(rms + mean) ∈ (1, 2√r/(√r + 1)):
+
+keeping ‖S‖ (the rms) costs up to nearly twice the squared error of keeping the nuclear norm.
 
 **Proof.** ‖S - αQ'‖² = ‖S‖² - 2α⟨S, Q'⟩ + rα², ⟨S, Q'⟩ <= Σσ_i = r mean with equality for Q' = Q.
-mean >= rms/√r because ‖σ‖₁ >= ‖σ‖₂; equality only for rank 1, which is excluded. ∎
+rms > mean unless all σ_i are equal. mean >= rms/√r because ‖σ‖₁ >= ‖σ‖₂, with equality only for
+rank 1, which is excluded for r >= 2. ∎
 
 The ratio is (least error) / (error of the best competitor found). mathematics 5 (ours); the upper
 end 2√r/(√r + 1) sharpens the 2 given there.
@@ -98,10 +102,13 @@ CLAIM = Claim(
     title="τ = 0: mean(σ) times the polar factor",
     statement=(
         r"\min_{\alpha,Q}\|S-\alpha Q\|^2=r(\mathrm{rms}^2-\mathrm{mean}^2),\quad"
-        r"1\le\frac{\|S-\mathrm{rms}\,Q\|^2}{\|S-\mathrm{mean}\,Q\|^2}="
+        r"1<\frac{\|S-\mathrm{rms}\,Q\|^2}{\|S-\mathrm{mean}\,Q\|^2}="
         r"\frac{2\,\mathrm{rms}}{\mathrm{rms}+\mathrm{mean}}<\frac{2\sqrt r}{\sqrt r+1}"
     ),
-    hypotheses=("S nonsingular",),
+    hypotheses=(
+        "S nonsingular",
+        "for the quotient: r >= 2, and S no multiple of an orthogonal matrix",
+    ),
     source=Source("ours", "mathematics 5"),
     sample=sample,
     check=check,
