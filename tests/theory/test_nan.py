@@ -187,9 +187,10 @@ def test_evidence_with_nan_never_holds_whatever_the_check_says(found):
     assert verdict.violations == 5
 
 
-def test_a_sample_of_nan_is_the_worst_one():
+@pytest.mark.parametrize("first", [True, False])
+def test_a_sample_of_nan_is_the_worst_one(first):
     def check(sample):
-        return inequality(NAN if sample["u"] > 0.5 else 2.0, 1.0)
+        return inequality(NAN if (sample["u"] > 0.5) == first else 2.0, 1.0)
 
     verdict = verify(claim(check), Settings(trials=20))
     assert math.isnan(verdict.worst["measured"])
