@@ -355,6 +355,34 @@ def test_a_function_can_be_measured_as_a_retraction():
     assert not report.ok
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [(lambda size: True, "17 of 17 steps"), (lambda size: size < 1e-3, "of 17 steps, the first")],
+)
+@pytest.mark.parametrize("manifold", [lrm.FixedRank(7, 5, 2), lrm.Stiefel()])
+def test_a_retraction_that_returns_no_numbers_is_not_confirmed(manifold, bad, where, told):
+    def broken(manifold, X, xi):
+        Y = manifold.retr(X, xi)
+        return Y * bad if where(float(xi.norm())) else Y
+
+    for order in (1, 2):
+        report = check_retraction(manifold, broken, order=order)
+        assert not report.ok
+        assert "is NaN or Inf at" in report.complaints[0]
+        assert told in report.complaints[0]
+        assert "order" in str(report)
+
+
+def test_a_geodesic_that_is_no_number_confirms_nothing():
+    class BrokenGeodesic(lrm.Stiefel):
+        def expmap(self, x, u):
+            return super().expmap(x, u) * math.nan
+
+    report = check_retraction(BrokenGeodesic(), order=2)
+    assert report.complaints[0].startswith("‖R(tξ) − Exp(tξ)‖ is NaN or Inf at 17 of 17 steps")
+
+
 def test_the_plot_has_both_errors_named_axes_and_the_fitted_slopes():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")

@@ -33,8 +33,11 @@ LABELS = {
 def _fit(t: Tensor, error: Tensor, floor: float) -> float:
     """Least squares slope of log error against log t over the errors above roundoff.
 
-    Infinite if all are roundoff: the curve is exact. NaN if too few are above it to tell.
+    Infinite if all are roundoff: the curve is exact. NaN if too few are above it to tell, or if
+    some are no numbers: they would fail every comparison with the floor and look like roundoff.
     """
+    if not bool(torch.isfinite(error).all()):
+        return math.nan
     above = error > floor
     if not bool(above.any()):
         return math.inf
@@ -60,7 +63,8 @@ class RetractionReport:
         "tangent" is ‖R(tξ) − (W + tξ)‖ and "geodesic" ‖R(tξ) − Exp(tξ)‖; no "geodesic" where
         the manifold has no ``expmap``.
     slopes : dict of str to float
-        Fitted to the errors above roundoff; ``inf`` where R agrees to roundoff for all t.
+        Fitted to the errors above roundoff; ``inf`` where R agrees to roundoff for all t, NaN where
+        an error is NaN or Inf, or too few are above roundoff.
     floor : float
         The roundoff.
     """
@@ -91,6 +95,12 @@ class RetractionReport:
             slope = self.slopes.get(key)
             if slope is None and self.order > 1:
                 found.append(f"order {self.order} cannot be verified: no expmap")
+            elif slope is not None and not bool(torch.isfinite(self.errors[key]).all()):
+                where = self.t[~torch.isfinite(self.errors[key])].tolist()
+                found.append(
+                    f"{LABELS[key]} is NaN or Inf at {len(where)} of {len(self.t)} steps, the first "
+                    f"at t = {where[0]:.1e}"
+                )
             elif slope is not None and math.isnan(slope):
                 found.append(f"{LABELS[key]}: too few errors above roundoff to fit a slope")
             elif slope is not None and slope < want - self.slack:
