@@ -37,6 +37,12 @@ OURS |= {
     for shape in ((7, 5, 3), (4, 6, 4), (6, 6, 1))
     for name in lrm.retractions.available()
 }
+OURS |= {
+    f"WellConditioned {shape} tau = {tau}, scale = {scale}": (
+        lrm.WellConditioned(*shape, tau=tau, scale=scale), None)
+    for shape in ((7, 5, 3), (4, 4, 4), (3, 5, 1))
+    for tau, scale in ((0.0, 1.0), (0.1, 1.0), (0.1, 100.0), (1.0, 1e-3))
+}  # fmt: skip
 GEOOPT = {
     "EuclideanStiefel": (geoopt.EuclideanStiefel(), (8, 3)),
     "EuclideanStiefelExact": (geoopt.EuclideanStiefelExact(), (8, 3)),
@@ -63,6 +69,28 @@ def test_our_manifolds_obey_all_statements(name, device):
 def test_our_manifolds_obey_all_statements_in_float32(name, device):
     manifold, size = OURS[name]
     check_manifold(manifold, size=size, dtype=torch.float32, device=device).raise_if_failed()
+
+
+@pytest.mark.parametrize("scale", ["free", 1.0])
+@pytest.mark.parametrize("tau", [1e-1, 1e-4, 1e-6])
+def test_sets_with_hardly_an_inside_are_accepted_in_float32(tau, scale, device):
+    manifold = lrm.WellConditioned(7, 5, 3, tau=tau, scale=scale)
+    check_manifold(manifold, dtype=torch.float32, device=device).raise_if_failed()
+
+
+@pytest.mark.parametrize("tau", [0.0, 1e-4, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [(7, 5, 3), (3, 5, 1)])
+@pytest.mark.parametrize(("retraction", "order"), [("svd", 2), ("factored", 1)])
+def test_retractions_onto_sets_of_fixed_size_have_their_order(tau, shape, retraction, order):
+    manifold = lrm.WellConditioned(*shape, tau=tau, scale=1.0)
+    check_retraction(manifold, retraction, order=order).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("check", [check_manifold, check_retraction])
+def test_half_precision_is_refused_as_its_rounding_hides_every_formula(check, dtype):
+    with pytest.raises(TypeError, match=r"dtype must be one of torch.float64, torch.float32, got"):
+        check(lrm.Stiefel(), dtype=dtype)
 
 
 @pytest.mark.parametrize("name", GEOOPT)

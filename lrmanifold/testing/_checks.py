@@ -149,9 +149,11 @@ def _egrad2rgrad(c: Case) -> Iterator[Finding]:
     """g = egrad2rgrad(x, ∇f) is tangent, and <g, ξ>_x = d/dt f(R(x, tξ)) at t = 0 for a smooth f"""
     M, (x, xi) = c.manifold, where_smooth(c.manifold, c.x, c.u)
     weights = torch.randn_like(dense(M, x))
+    # In units of the point: of tiny ones the differences would drown in the rounding of f.
+    unit = dense(M, x).abs().max().clamp_min(torch.finfo(x.dtype).tiny)
 
     def f(W: Tensor) -> Tensor:
-        return (weights * torch.sin(W + weights)).sum()
+        return (weights * torch.sin(W / unit + weights)).sum()
 
     rgrad = M.egrad2rgrad(x, euclidean_gradient(M, f, x))
     size = M.norm(x, rgrad).sum()

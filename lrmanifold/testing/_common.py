@@ -68,7 +68,8 @@ def check_options(manifold: Any, dtype: Any, device: Any, seed: Any, trials: Any
     check_instance("manifold", manifold, geoopt.Manifold, "a geoopt.Manifold")
     if dtype is None or device is None:
         raise TypeError(f"dtype and device must be given, got dtype={dtype}, device={device}")
-    check_dtype("dtype", dtype, (torch.float64, torch.float32, torch.float16, torch.bfloat16))
+    # The probes are roundoff in half precision, so that what is right would fail.
+    check_dtype("dtype", dtype, (torch.float64, torch.float32))
     check_device("device", device)
     check_integer("seed", seed, low=-(2**63), high=2**64 - 1)
     check_integer("trials", trials, low=1)
@@ -81,26 +82,40 @@ def point_size(manifold: geoopt.Manifold, size: Sequence[int] | None) -> tuple[i
     return tuple(getattr(manifold, "point_shape", (7, 3)[: manifold.ndim or 0]))
 
 
+def _inside(manifold: WellConditioned, S: Tensor) -> Tensor:
+    """The core drawn to the middle of its bounds, to half the ratio that τ allows."""
+    if manifold.scale == "free":
+        return linalg.spectral_clip(S, 0.5 * manifold.tau)
+    U, s, Vh = linalg.svd(S)
+    high = manifold.scale
+    low = high / (1.0 + manifold.tau)
+    return (U * s.clamp(low + 0.25 * (high - low), high - 0.25 * (high - low))) @ Vh
+
+
 def where_smooth(manifold: geoopt.Manifold, x: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
     """A point near `x` and a direction near `xi` at which the retraction is smooth.
 
     On :class:`~lrmanifold.WellConditioned` a retraction never leaves the set, so that it follows ξ
-    only inside: the core is drawn inside. For τ = 0 there is no inside, and ξ is made tangent to
-    the scaled isometries, M = S (a I + skew). The length of the direction is the natural one: σ_r,
-    the distance to lower rank, times min(1, τ), about the distance to the boundary; 1 where there
-    is no rank.
+    only inside. The core is drawn inside. Of M = S A the skew part, and the multiple of I where the
+    size is free, move the bounded ratios to second order only; the rest moves them to first. With a
+    direction of length √τ and the rest of length τ, for τ < 1, both stay within the room there is,
+    about τ. Without room (τ = 0) the first ones alone are tangent to the set, at length 1. All in
+    units of σ_r, the distance to lower rank, or of 1 where there is no rank.
     """
     length = 1.0
     if isinstance(manifold, WellConditioned):
         X, (U_p, M, V_p) = manifold.unpack(x), manifold.unpack(xi)
-        S = linalg.spectral_clip(X.S, 0.5 * manifold.tau)
+        S = _inside(manifold, X.S)
         x = manifold.pack(X.U, S, X.V)
-        if manifold.tau == 0:
-            A = torch.linalg.solve(S, M)
-            mean = A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device)
-            xi = manifold.pack(U_p, S @ (0.5 * (A - A.mT) + mean), V_p)
-        else:
-            length = min(1.0, manifold.tau)
+        A = torch.linalg.solve(S, M)
+        free = 0.5 * (A - A.mT)
+        if manifold.scale == "free":
+            free = free + A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device)
+        # A room of little more than roundoff is none: nothing could be measured in it.
+        some = manifold.tau > torch.finfo(x.dtype).eps ** 0.75
+        room = min(1.0, manifold.tau) if some else 0.0
+        xi = manifold.pack(U_p, S @ (free + room**0.5 * (A - free)), V_p)
+        length = room**0.5 if room else 1.0
     if hasattr(manifold, "svdvals"):
         length *= float(manifold.svdvals(x)[..., -1])
     return x, xi * (length / manifold.norm(x, xi).clamp_min(torch.finfo(x.dtype).tiny))

@@ -116,7 +116,8 @@ def check_manifold(
         Shape of one point. By default ``manifold.point_shape`` or, lacking that, (7, 3) for
         manifolds of matrices and (7,) for those of vectors.
     dtype, device
-        Of the points. Use float64 for a verdict on formulas, float32 for one on rounding.
+        Of the points. Use float64 for a verdict on formulas, float32 for one on rounding. Half
+        precision is refused: the differences that are measured would be roundoff.
     seed : int
         The global random state is left as it was.
     trials : int
