@@ -16,9 +16,18 @@ class Factors(NamedTuple):
     V: Tensor
 
 
+def joined(*blocks: Tensor, dim: int) -> Tensor:
+    """``torch.cat`` of matrices along one of their two dimensions; batches are broadcast."""
+    lead = {block.shape[:-2] for block in blocks}
+    if len(lead) > 1:
+        whole = torch.broadcast_shapes(*lead)
+        blocks = tuple(block.expand(*whole, *block.shape[-2:]) for block in blocks)
+    return torch.cat(blocks, dim)
+
+
 def pack(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
     """Stack the rows of U (m), S (r), V (n) into one tensor of shape (..., m + r + n, r)."""
-    return torch.cat((U, S, V), dim=-2)
+    return joined(U, S, V, dim=-2)
 
 
 def unpack(X: Tensor, m: int, n: int) -> Factors:

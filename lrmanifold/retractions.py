@@ -2,7 +2,7 @@ r"""Integrators: maps from a point and a tangent vector to a point, one signatur
 
 A low-rank retraction *is* an integrator for the increment ξ: every function here takes
 ``(manifold, X, xi)``, with `X` a packed point U S Vᵀ, `xi` a packed tangent vector (U_p, M, V_p),
-both of shape (..., m + r + n, r), and returns a packed point near W + ξ. All end with
+both of shape (..., m + r + n, r), their batches broadcast, and returns a packed point near W + ξ. All end with
 ``manifold.project_core``, so that on :class:`~lrmanifold.WellConditioned` the result is in the set.
 Costs count flops in units of (m+n) r², beside O(r³) for the cores.
 
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from . import linalg
 from ._arguments import check_callable, check_choice, check_flag, check_text
+from .factors import joined
 
 if TYPE_CHECKING:
     from .manifolds import FixedRank
@@ -162,8 +163,8 @@ def svd(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
     """
     Xf, xif = manifold.unpack(X), manifold.unpack(xi)
     r = manifold.rank
-    Q_u, R_u = linalg.qr(torch.cat((Xf.U, xif.U), -1), rank_deficient=True)
-    Q_v, R_v = linalg.qr(torch.cat((Xf.V, xif.V), -1), rank_deficient=True)
+    Q_u, R_u = linalg.qr(joined(Xf.U, xif.U, dim=-1), rank_deficient=True)
+    Q_v, R_v = linalg.qr(joined(Xf.V, xif.V, dim=-1), rank_deficient=True)
     core = R_u[..., :r] @ ((Xf.S + xif.S) @ R_v[..., :r].mT + R_v[..., r:].mT)
     core = core + R_u[..., r:] @ R_v[..., :r].mT
     return _truncate(manifold, Q_u, core, Q_v)
@@ -267,8 +268,8 @@ def augmented_bug(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
     """
     Xf, xif = manifold.unpack(X), manifold.unpack(xi)
     D = Xf.S + xif.S
-    U = _basis(torch.cat((Xf.U, Xf.U @ D + xif.U), -1))
-    V = _basis(torch.cat((Xf.V, Xf.V @ D.mT + xif.V), -1))
+    U = _basis(joined(Xf.U, Xf.U @ D + xif.U, dim=-1))
+    V = _basis(joined(Xf.V, Xf.V @ D.mT + xif.V, dim=-1))
     return _truncate(manifold, U, _galerkin(Xf, xif, U, V), V)
 
 
@@ -283,7 +284,7 @@ def parallel_bug(manifold: FixedRank, X: Tensor, xi: Tensor) -> Tensor:
     r, D = manifold.rank, Xf.S + xif.S
     K, L = Xf.U @ D + xif.U, Xf.V @ D.mT + xif.V
     # A positive diagonal of R makes the first r columns U and V themselves; the rest is new.
-    U, V = _basis(torch.cat((Xf.U, K), -1)), _basis(torch.cat((Xf.V, L), -1))
+    U, V = _basis(joined(Xf.U, K, dim=-1)), _basis(joined(Xf.V, L, dim=-1))
     new_K, new_L = U[..., r:].mT @ K, V[..., r:].mT @ L
     zero = new_K.new_zeros(*new_K.shape[:-1], new_L.shape[-2])
     core = torch.cat((torch.cat((D, new_L.mT), -1), torch.cat((new_K, zero), -1)), -2)

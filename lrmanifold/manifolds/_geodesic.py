@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import linalg
 from ..errors import GeometryError
-from ..factors import Factors
+from ..factors import Factors, joined
 
 _State = tuple[Tensor, ...]
 
@@ -58,8 +58,8 @@ def geodesic(X: Factors, xi: Factors, *, tol: float = 1e-13, max_steps: int = 40
         return X
     X, xi = (Factors(*(b.double() for b in f)) for f in (X, xi))
     # The geodesic stays in span[U, U_p] x span[V, V_p]: integrate 2r coordinates, not m + n.
-    Q_u, R_u = linalg.qr(torch.cat((X.U, xi.U), -1), rank_deficient=True)
-    Q_v, R_v = linalg.qr(torch.cat((X.V, xi.V), -1), rank_deficient=True)
+    Q_u, R_u = linalg.qr(joined(X.U, xi.U, dim=-1), rank_deficient=True)
+    Q_v, R_v = linalg.qr(joined(X.V, xi.V, dim=-1), rank_deficient=True)
     start = (R_u[..., :r], X.S, R_v[..., :r], R_u[..., r:], xi.S, R_v[..., r:])
     # U_p S⁻¹ is only known to eps cond(S): no two runs agree better, however small the steps.
     rounding = torch.finfo(torch.float64).eps * float(linalg.condition_number(X.S.detach()).max())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import linalg, retractions
 from .._arguments import check_choice, check_integer, check_tensor, shown
-from ..factors import Factors, change_of_base, pack, perp, unpack
+from ..factors import Factors, change_of_base, joined, pack, perp, unpack
 from ..precision import STORAGE_DTYPES, in_compute_dtype
 from ._geodesic import geodesic
 from ._hessian import ehess2rhess, lift
@@ -291,8 +291,8 @@ class FixedRank(geoopt.Manifold):
         cancellation of ‖X‖² + ‖Y‖² - 2⟨X, Y⟩. `keepdim` keeps the last two dimensions.
         """
         X, Y = self.unpack(x), self.unpack(y)
-        _, R_u = linalg.qr(torch.cat((X.U, Y.U), -1), rank_deficient=True)
-        _, R_v = linalg.qr(torch.cat((X.V, Y.V), -1), rank_deficient=True)
+        _, R_u = linalg.qr(joined(X.U, Y.U, dim=-1), rank_deficient=True)
+        _, R_v = linalg.qr(joined(X.V, Y.V, dim=-1), rank_deficient=True)
         r = self.rank
         small = R_u[..., :r] @ X.S @ R_v[..., :r].mT - R_u[..., r:] @ Y.S @ R_v[..., r:].mT
         return torch.linalg.matrix_norm(small, keepdim=keepdim)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import linalg
 from .._arguments import check_choice
+from ..factors import joined
 from ..precision import in_compute_dtype
 
 StiefelRetraction = Literal["polar", "qr", "cayley"]
@@ -135,7 +136,7 @@ class Stiefel(geoopt.Manifold):
         r = x.shape[-1]
         Pu = u - 0.5 * (x @ (x.mT @ u))
         # W = A Bᵀ of rank 2r; Sherman-Morrison-Woodbury leaves a 2r x 2r system.
-        A, B = torch.cat((Pu, x), -1), torch.cat((x, -Pu), -1)
+        A, B = joined(Pu, x, dim=-1), joined(x, -Pu, dim=-1)
         eye = torch.eye(2 * r, dtype=x.dtype, device=x.device)
         small, _ = torch.linalg.solve_ex(eye - 0.5 * (B.mT @ A), B.mT @ x)
         y = x + A @ small
@@ -149,8 +150,8 @@ class Stiefel(geoopt.Manifold):
         a, s = x.mT @ u, u.mT @ u
         a = 0.5 * (a - a.mT)
         eye = torch.eye(r, dtype=x.dtype, device=x.device).expand_as(a)
-        block = torch.cat((torch.cat((a, -s), -1), torch.cat((eye, a), -1)), -2)
-        y = torch.cat((x, u), -1) @ torch.linalg.matrix_exp(block)[..., :r]
+        block = joined(joined(a, -s, dim=-1), joined(eye, a, dim=-1), dim=-2)
+        y = joined(x, u, dim=-1) @ torch.linalg.matrix_exp(block)[..., :r]
         return y @ torch.linalg.matrix_exp(-a)
 
     @in_compute_dtype
