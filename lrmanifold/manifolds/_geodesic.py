@@ -34,15 +34,39 @@ def _add(state: _State, h: float, *slopes: tuple[float, _State]) -> _State:
     return tuple(out)
 
 
-def _rk4(state: _State, steps: int) -> _State:
-    h = 1.0 / steps
+def _rk4(state: _State, steps: int) -> tuple[_State, Tensor]:
+    """The state after unit time, and the cores S on the way, shape (steps + 1, ..., r, r)."""
+    h, cores = 1.0 / steps, [state[1].detach()]
     for _ in range(steps):
         k1 = _velocity(state)
         k2 = _velocity(_add(state, h, (0.5, k1)))
         k3 = _velocity(_add(state, h, (0.5, k2)))
         k4 = _velocity(_add(state, h, (1.0, k3)))
         state = _add(state, h, (1 / 6, k1), (1 / 3, k2), (1 / 3, k3), (1 / 6, k4))
-    return state
+        cores.append(state[1].detach())
+    return state, torch.stack(torch.broadcast_tensors(*cores))
+
+
+def _check_sign(cores: Tensor) -> None:
+    """Raise if det S vanishes or changes sign: where U_p and V_p are 0 nothing else tells."""
+    sign = torch.linalg.slogdet(cores).sign.reshape(len(cores), -1)
+    lost = ((sign[1:] != sign[:-1]) | (sign[1:] == 0)).any(-1).nonzero()
+    if lost.numel():
+        k, steps = int(lost[0]), len(cores) - 1
+        raise GeometryError(
+            f"the geodesic loses rank: det S vanishes between the times {k / steps:.3g} and "
+            f"{(k + 1) / steps:.3g} of 1; shorten ξ"
+        )
+
+
+def _is_apart(cores: Tensor) -> bool:
+    """Whether no segment between two successive cores holds, or is near to, a singular matrix.
+
+    S_k + θ (S_{k+1} - S_k) is singular for a θ in (0, 1) just if S_k⁻¹ S_{k+1} has a negative
+    eigenvalue. An even number of them leaves the sign of det S as it was.
+    """
+    change = torch.linalg.solve_ex(cores[:-1], cores[1:])[0].cpu()
+    return bool((torch.linalg.eigvals(change).real > 0).all())
 
 
 def geodesic(X: Factors, xi: Factors, *, tol: float = 1e-13, max_steps: int = 4096) -> Factors:
@@ -51,7 +75,8 @@ def geodesic(X: Factors, xi: Factors, *, tol: float = 1e-13, max_steps: int = 40
     Raises
     ------
     GeometryError
-        If the steps stop agreeing: the geodesic runs into a matrix of lower rank.
+        If the geodesic passes through a matrix of lower rank, or too near to one for the steps to
+        agree.
     """
     dtype, r = X.S.dtype, X.S.shape[-1]
     if X.S.numel() == 0:
@@ -64,14 +89,15 @@ def geodesic(X: Factors, xi: Factors, *, tol: float = 1e-13, max_steps: int = 40
     # U_p S⁻¹ is only known to eps cond(S): no two runs agree better, however small the steps.
     rounding = torch.finfo(torch.float64).eps * float(linalg.condition_number(X.S.detach()).max())
     tol = max(tol, min(rounding, 1e-6))
-    steps, previous = 8, _rk4(start, 4)
+    steps, (previous, _) = 8, _rk4(start, 4)
     while steps <= max_steps:
-        state = _rk4(start, steps)
+        state, cores = _rk4(start, steps)
         size = sum(float(x.detach().abs().max()) for x in state[:3])
-        change = max(
-            float((a - b).detach().abs().max()) for a, b in zip(state, previous, strict=True)
-        )
-        if change <= tol * max(1.0, size):
+        gaps = [(a - b).detach().abs().max() for a, b in zip(state, previous, strict=True)]
+        settled = float(torch.stack(gaps).max()) <= tol * max(1.0, size)  # NaN is not
+        if settled:
+            _check_sign(cores)
+        if settled and _is_apart(cores):
             U, S, V = linalg.polar(state[0]), state[1], linalg.polar(state[2])
             return Factors((Q_u @ U).to(dtype), S.to(dtype), (Q_v @ V).to(dtype))
         steps, previous = 2 * steps, state

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import dense, dense_tangent, project, relative
-from strategies import gaussian, orthonormal, packed_point, points
+from strategies import batches, gaussian, orthonormal, packed_point, points, seeds
 
 import lrmanifold as lrm
+from lrmanifold.manifolds._geodesic import geodesic
 
 double = st.just(torch.float64)
 mild = {"dtypes": double, "conds": st.sampled_from((1.0, 3.0))}
@@ -130,6 +131,41 @@ def test_a_geodesic_that_loses_rank_is_an_error_in_words():
     M.unpack(xi).U[2, 0] = 1e-3
     with pytest.raises(lrm.GeometryError, match="too near to a matrix of lower rank"):
         M.expmap(X, xi)
+
+
+@given(st.sampled_from(((3, 3, 3), (6, 5, 2), (4, 7, 4))), st.floats(1.01, 5.0), seeds, batches)
+@settings(max_examples=10)
+def test_straight_geodesics_through_a_matrix_of_lower_rank_raise(shape, far, seed, batch):
+    """With U_p = V_p = 0 the core goes straight on through det S = 0, at t = 1/far here."""
+    m, n, r = shape
+    M = lrm.FixedRank(m, n, r)
+    X = packed_point(m, n, r, batch, 3.0, seed)
+    P, s, Qh = torch.linalg.svd(M.unpack(X).S)
+    gone = -far * P[..., -1:] @ (s[..., -1:, None] * Qh[..., -1:, :])
+    xi = torch.zeros_like(X)
+    M.unpack(xi).S.copy_(gone)
+    with pytest.raises(lrm.GeometryError, match="loses rank: det S vanishes between the times"):
+        M.expmap(X, xi)
+    assert relative(M.to_dense(M.expmap(X, 0.9 / far * xi)), dense(X + 0.9 / far * xi, m, n)) <= 1e-12
+
+
+def test_a_core_that_loses_two_singular_values_at_once_raises_though_det_s_keeps_its_sign():
+    M = lrm.FixedRank(5, 4, 2)
+    X = torch.Tensor(M.random(dtype=torch.float64))
+    xi = torch.zeros_like(X)
+    M.unpack(xi).S.copy_(-3.0 * M.unpack(X).S)
+    with pytest.raises(lrm.GeometryError, match="lower rank"):
+        geodesic(M.unpack(X), M.unpack(xi), max_steps=64)
+
+
+def test_a_core_that_turns_half_around_keeps_its_rank():
+    """det S > 0 all the way, eigenvalues (1 - 2t) ± it: the geodesic of full rank is a line."""
+    M = lrm.FixedRank(2, 2, 2)
+    X = torch.Tensor(M.origin(dtype=torch.float64))
+    xi = torch.zeros_like(X)
+    M.unpack(xi).S.copy_(torch.tensor([[-2.0, 1.0], [-1.0, -2.0]]))
+    expected = torch.tensor([[-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+    assert relative(M.to_dense(M.expmap(X, xi)), expected) <= 1e-13
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
