@@ -222,7 +222,7 @@ def orthonormalize(A: Tensor) -> Tensor:
     return qr(A)[0]
 
 
-def polar(A: Tensor) -> Tensor:
+def polar(A: Tensor, *, rank_deficient: bool = False) -> Tensor:
     """Orthonormal polar factor ``A (AᵀA)^(-1/2)``: the orthonormal matrix nearest to `A`.
 
     Unlike the Q of a QR it commutes with rotations, ``polar(B A C) = B polar(A) C`` for orthogonal
@@ -236,6 +236,9 @@ def polar(A: Tensor) -> Tensor:
     ----------
     A : Tensor, shape (..., n, r)
         Of full column rank, ``n >= r``.
+    rank_deficient : bool
+        Accept dependent columns on the CPU: one of the nearest orthonormal matrices, with the
+        SVD's own bases.
 
     Returns
     -------
@@ -244,13 +247,14 @@ def polar(A: Tensor) -> Tensor:
     Raises
     ------
     ValueError
-        On the CPU, if `A` is wide, not finite or rank-deficient to working precision.
+        On the CPU, if `A` is wide, not finite or, unless accepted, rank-deficient to working
+        precision.
 
     References
     ----------
     N. J. Higham, *Functions of Matrices*, 2008, ch. 6 and 8.
     """
-    return _polar(A)[0]
+    return _polar(A, rank_deficient)[0]
 
 
 def polar_decomposition(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,7 +276,7 @@ def polar_with_root(A: Tensor) -> tuple[Tensor, Tensor]:
     return Q, (inverse(Q.mT.to(wide) @ A.to(wide)) if K is None else K).to(A.dtype)
 
 
-def _polar(A: Tensor) -> tuple[Tensor, Tensor | None]:
+def _polar(A: Tensor, rank_deficient: bool = False) -> tuple[Tensor, Tensor | None]:
     """The polar factor, and the inverse square root of AᵀA where that was formed."""
     dtype = A.dtype
     check_matrix(A, "A")
@@ -296,8 +300,9 @@ def _polar(A: Tensor) -> tuple[Tensor, Tensor | None]:
     A = checked(A, "A")
     if A.ndim > 2:
         flat = A.reshape(-1, *A.shape[-2:])
-        return torch.stack([polar(B) for B in flat]).reshape(A.shape).to(dtype), None
-    Q, R = _qr_checked(A)
+        each = [polar(B, rank_deficient=rank_deficient) for B in flat]
+        return torch.stack(each).reshape(A.shape).to(dtype), None
+    Q, R = _householder(A) if rank_deficient else _qr_checked(A)
     U, _, Vh = svd(R)
     P = Q @ (U @ Vh)
     # The rounding of three factors, 20 eps in float32, by one step of Newton-Schulz.

@@ -215,6 +215,10 @@ class FixedRank(geoopt.Manifold):
         """
         return S
 
+    def project_spectrum(self, s: Tensor) -> Tensor:
+        """What :meth:`project_core` makes of the singular values `s`, (..., k), decreasing."""
+        return s
+
     # -- checks
 
     def _check_shape(self, shape, name):

@@ -91,13 +91,20 @@ class WellConditioned(FixedRank):
         """
         if self.scale == "free":
             return linalg.spectral_clip(S, self.tau, centre=self.centre, margin=margin)
+        if S.device.type == "cpu" and not bool(S.any(-1).any(-1).all()):
+            raise ValueError("S must not be the zero matrix: every direction is as near to it")
         if self.tau == 0.0:
-            return self.scale * linalg.polar(S)
+            return self.scale * linalg.polar(S, rank_deficient=True)
         U, s, Vh = linalg.svd(S)
-        clipped = s.clamp(self.scale / (1.0 + self.tau), self.scale)
+        clipped = self.project_spectrum(s)
         # what is inside stays as it is, to the bit
         inside = (clipped == s).all(-1)[..., None, None]
         return torch.where(inside, S, ((U * clipped[..., None, :]) @ Vh).to(S.dtype))
+
+    def project_spectrum(self, s: Tensor) -> Tensor:
+        if self.scale == "free":
+            return linalg.clip_values(s, self.tau, centre=self.centre)
+        return s.clamp(self.scale / (1.0 + self.tau), self.scale)
 
     def _check_spectrum(self, s: Tensor, dtype: torch.dtype) -> None:
         # A deficient matrix has nearest points (the SVD's own bases); only zero has none.

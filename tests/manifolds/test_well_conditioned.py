@@ -102,6 +102,35 @@ def test_from_dense_completes_a_deficient_matrix_but_refuses_zero():
         M.from_dense(torch.zeros(6, 5))
 
 
+@given(
+    shapes, batches, seeds, dtypes, small_taus, st.sampled_from(("free", 1.0)), st.integers(1, 4)
+)
+def test_deficient_cores_and_matrices_have_a_nearest_point(
+    shape, batch, seed, dtype, tau, scale, rank
+):
+    m, n, r = shape
+    M = lrm.WellConditioned(m, n, r, tau=tau, scale=scale)
+    s = torch.arange(r, 0, -1, dtype=torch.float64).where(torch.arange(r) < rank, 0.0)
+    for core in (torch.diag_embed(s), matrix(s.expand(*batch, r), r, seed)):
+        found = M.project_core(core.to(dtype)).double()
+        tol = TOLERANCE[dtype]
+        assert relative(torch.linalg.svdvals(found)[..., None], M.project_spectrum(s)[:, None]) <= tol
+        # As near as the spectra: von Neumann's trace inequality.
+        gap = float((M.project_spectrum(s) - s).square().sum())
+        assert float((found - core).square().sum((-2, -1)).max()) <= gap * (1 + tol) + tol
+    W = torch.nn.functional.pad(torch.diag_embed(s), (0, n - r, 0, m - r)).to(dtype)
+    assert excess(M, M.from_dense(W)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.1])
+@pytest.mark.parametrize("scale", ["free", 1.0])
+@pytest.mark.parametrize("r", [1, 3])
+def test_the_zero_core_has_no_nearest_point_whatever_the_bounds(tau, scale, r):
+    M = lrm.WellConditioned(6, 5, r, tau=tau, scale=scale)
+    with pytest.raises(ValueError, match="S must not be the zero matrix"):
+        M.project_core(torch.stack((torch.eye(r), torch.zeros(r, r))))
+
+
 def test_tau_zero_holds_the_scaled_partial_isometries():
     M = lrm.WellConditioned(6, 5, 3, tau=0.0)
     W = M.to_dense(torch.Tensor(M.random(dtype=torch.float64)))
