@@ -100,9 +100,10 @@ def rank_for_tolerance(s: Tensor, tol: float) -> int:
 def nearest_rank(manifold: FixedRank, s: Tensor, low: int, high: int) -> int:
     """The rank in low..high at which the set of `manifold` comes nearest to a matrix.
 
-    A bound on the condition number lifts every direction that is kept into a band near σ_max: to
-    keep one of singular value ε costs about σ_max, to drop it ε. With a bound this is the rank of
-    the projection onto the sets of all these ranks together; without one it is `high`.
+    A bound on the condition number lifts every direction that is kept into a band near σ_max, and
+    one on the size too into a band that is fixed: to keep one of singular value ε costs about
+    σ_max, or the size, to drop it ε. With a bound this is the rank of the projection onto the sets
+    of all these ranks together; without one it is `high`.
 
     Parameters
     ----------
@@ -117,7 +118,7 @@ def nearest_rank(manifold: FixedRank, s: Tensor, low: int, high: int) -> int:
 
     def gap(k: int) -> float:
         kept = s[..., :k]
-        moved = linalg.clip_values(kept, manifold.tau, centre=manifold.centre) - kept
+        moved = manifold.project_spectrum(kept) - kept
         return float(moved.square().sum() + s[..., k:].square().sum())
 
     return min(range(low, high + 1), key=gap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import geoopt
 import oracles
 import pytest
 import torch
@@ -11,7 +12,7 @@ from strategies import generator, seeds
 
 import lrmanifold as lrm
 from lrmanifold.nn import LowRankLinear
-from lrmanifold.optim import CondLR, CondLRAdam, CondLRMuon, resize
+from lrmanifold.optim import DLRT, CondLR, CondLRAdam, CondLRMuon, resize
 from lrmanifold.optim.rank import augment, nearest_rank, rank_for_tolerance, truncate
 
 OPTIMIZERS = {
@@ -65,10 +66,13 @@ def test_the_rank_for_a_tolerance_is_the_smallest_that_meets_it():
     assert rank_for_tolerance(batch, 0.1) == 5
 
 
-@given(tau=st.sampled_from([0.0, 0.1, 1.0]), seed=seeds, batch=st.sampled_from([1, 3]))
-def test_the_nearest_rank_is_that_of_the_nearest_well_conditioned_matrix(tau, seed, batch):
+@given(
+    tau=st.sampled_from([0.0, 0.1, 1.0]), scale=st.sampled_from(["free", 0.1, 0.5, 1.0, 3.0]),
+    seed=seeds, batch=st.sampled_from([1, 3]),
+)  # fmt: skip
+def test_the_nearest_rank_is_that_of_the_nearest_well_conditioned_matrix(tau, scale, seed, batch):
     s = torch.rand(batch, 6, generator=generator(seed)).double().sort(descending=True).values ** 3
-    M = lrm.WellConditioned(8, 6, 6, tau=tau)
+    M = lrm.WellConditioned(8, 6, 6, tau=tau, scale=scale)
     gaps = []
     for k in range(1, 7):
         S = torch.diag_embed(s[:, :k])
@@ -76,6 +80,25 @@ def test_the_nearest_rank_is_that_of_the_nearest_well_conditioned_matrix(tau, se
         gaps.append(float((near - torch.diag_embed(s)).square().sum()))
     assert gaps[nearest_rank(M, s, 1, 6) - 1] <= min(gaps) * (1 + 1e-9) + 1e-12
     assert nearest_rank(lrm.FixedRank(8, 6, 6), s, 1, 5) == 5
+
+
+def test_dlrt_cuts_to_the_rank_that_is_nearest_at_a_fixed_size():
+    """Squared distances 0.405, 0.505 and 0.605 for ranks 1, 2, 3: weak directions go."""
+    A = torch.zeros(8, 6, dtype=torch.float64)
+    A[range(3), range(3)] = torch.tensor([1.0, 0.45, 0.45], dtype=torch.float64)
+    M = lrm.WellConditioned(8, 6, 3, tau=0.0, scale=1.0)
+    p = geoopt.ManifoldParameter(M.from_dense(A), manifold=M)
+    optimizer = DLRT([p], lr=1.0, tol=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = 0.5 * (M.to_dense(p) - A).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert M.rank == 1
+    assert 2 * closure().item() == pytest.approx(0.405)
 
 
 @pytest.mark.parametrize("to", [2, 4, 6])
