@@ -256,7 +256,7 @@ class FixedRank(geoopt.Manifold):
     def _check_vector_on_tangent(self, x, u, *, atol=1e-5, rtol=1e-5):
         if not torch.isfinite(u).all():
             return False, "`u` holds NaN or Inf"
-        X, xi = self.unpack(x), self.unpack(u)
+        X, xi = (self.unpack(z.to(linalg.compute_dtype(z.dtype))) for z in (x, u))
         for key, Q, P in (("U", X.U, xi.U), ("V", X.V, xi.V)):
             defect = (Q.mT @ P).abs().amax((-2, -1))
             if bool((defect > atol + rtol * torch.linalg.matrix_norm(P)).any()):
@@ -303,10 +303,21 @@ class FixedRank(geoopt.Manifold):
 
     # -- tangent space
 
+    @in_compute_dtype
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim=False) -> Tensor:
-        """Dot product of packed vectors = Frobenius product of the dense ones, shape (...)."""
+        """Dot product of packed vectors = Frobenius product of the dense ones, shape (...).
+
+        In float16 the sum is made in float32, but it is 0 or Inf where it is beyond float16's
+        range, 6e-8 to 65504: for sizes take :meth:`norm`, which is not squared.
+        """
         return (u * (u if v is None else v)).sum((-2, -1), keepdim=keepdim)
 
+    @in_compute_dtype
+    def norm(self, x: Tensor, u: Tensor, *, keepdim=False) -> Tensor:
+        """Frobenius norm of the dense vector, shape (...)."""
+        return torch.linalg.matrix_norm(u, keepdim=keepdim)
+
+    @in_compute_dtype
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
         """The inner product of each block U_p, M, V_p, repeated over the block's entries.
 

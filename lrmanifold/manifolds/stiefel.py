@@ -90,6 +90,7 @@ class Stiefel(geoopt.Manifold):
     def _check_vector_on_tangent(self, x, u, *, atol=1e-5, rtol=1e-5):
         if not torch.isfinite(u).all():
             return False, "`u` holds NaN or Inf"
+        x, u = (z.to(linalg.compute_dtype(z.dtype)) for z in (x, u))
         defect = 2.0 * _sym(x.mT @ u).abs().amax((-2, -1))
         size = torch.linalg.matrix_norm(u)
         if bool((defect > atol + rtol * size).any()):
@@ -104,9 +105,18 @@ class Stiefel(geoopt.Manifold):
 
     # -- geometry
 
+    @in_compute_dtype
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim=False) -> Tensor:
-        """Euclidean inner product tr(uᵀv), shape (...) or (..., 1, 1) with `keepdim`."""
+        """Euclidean inner product tr(uᵀv), shape (...) or (..., 1, 1) with `keepdim`.
+
+        In float16 it is 0 or Inf beyond that range, unlike :meth:`norm`.
+        """
         return (u * (u if v is None else v)).sum((-2, -1), keepdim=keepdim)
+
+    @in_compute_dtype
+    def norm(self, x: Tensor, u: Tensor, *, keepdim=False) -> Tensor:
+        """Frobenius norm, shape (...) or (..., 1, 1) with `keepdim`."""
+        return torch.linalg.matrix_norm(u, keepdim=keepdim)
 
     @in_compute_dtype
     def proju(self, x: Tensor, u: Tensor) -> Tensor:

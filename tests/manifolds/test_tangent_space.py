@@ -201,3 +201,38 @@ def test_a_singular_core_is_an_error_for_the_gradient_on_the_cpu():
     M.unpack(X).S.zero_()
     with pytest.raises(torch.linalg.LinAlgError, match="the rank of the point has dropped"):
         M.egrad2rgrad(X, torch.ones_like(X))
+
+
+HALF = {"FixedRank": lrm.FixedRank(20, 10, 3), "Stiefel": lrm.Stiefel()}
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1.0, 1e3])
+def test_sizes_of_half_precision_vectors_are_computed_in_float32(name, dtype, size, device):
+    """In float16 squares underflow below 2e-4 and overflow above 256."""
+    M = HALF[name]
+    X = torch.Tensor(M.random(*getattr(M, "point_shape", (20, 3)), device=device)).to(dtype)
+    u = (size * torch.randn(X.shape, device=device)).to(dtype)
+    true = float(u.double().norm())
+    assert float(M.norm(X, u)) == pytest.approx(true, rel=1e-2)
+    assert M.norm(X, u).dtype == M.inner(X, u).dtype == dtype
+    wide = M.inner(X.float(), u.float()).to(dtype)
+    assert torch.equal(M.inner(X, u), wide)
+    if name == "FixedRank":
+        wide = M.component_inner(X.float(), u.float()).to(dtype)
+        assert torch.equal(M.component_inner(X, u), wide)
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tangent_vectors_in_half_precision_are_judged_in_float32(name, dtype):
+    M = HALF[name]
+    X = torch.Tensor(M.random(*getattr(M, "point_shape", (20, 3)))).to(dtype)
+    u = 300.0 * M.proju(X, torch.randn(X.shape).to(dtype))
+    for atol in (1e-5, 1.0):
+        found = M.check_vector_on_tangent(X, u, ok_point=True, explain=True, atol=atol, rtol=1e-5)
+        wide = X.float(), u.float()
+        assert found == M.check_vector_on_tangent(
+            *wide, ok_point=True, explain=True, atol=atol, rtol=1e-5
+        )
