@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -68,11 +68,24 @@ def metric_threshold(s: Tensor, kappa: float) -> Tensor:
     wide = s.double()
     rows = wide.detach().flip(-1).reshape(-1, s.shape[-1]).tolist()
     inside = wide.new_tensor([_point_of_piece(row, kappa) for row in rows]).reshape(s.shape[:-1])
-    # Weight kappa for the p values above the band, 1 for the q below it, 0 within.
     above, below = wide > kappa * inside[..., None], wide < inside[..., None]
-    weight = kappa * above.to(wide.dtype) + below.to(wide.dtype)
-    total = weight.square().sum(-1)
-    return torch.where(total > 0, (weight * wide).sum(-1) / total.clamp_min(1e-300), inside)
+    p, q = above.sum(-1, dtype=wide.dtype), below.sum(-1, dtype=wide.dtype)
+    # Over kappa, above and below the line, as its square might be beyond the largest number.
+    top = (wide * above).sum(-1) + (wide * below).sum(-1) / kappa
+    t = top / (kappa * p + q / kappa).clamp_min(1e-300)
+    low, high = _ends(wide[..., 0], kappa, s.shape[-1])
+    t = torch.minimum(torch.maximum(t, low), high)
+    # Of feasible values every t in [s_1/kappa, s_r] will do; this one leaves them to the bit.
+    return torch.where(wide[..., 0] <= kappa * wide[..., -1], wide[..., -1], t)
+
+
+def _ends(largest: Any, kappa: float, r: int) -> tuple[Any, Any]:
+    """Bounds for t where it is not feasible already; rounding blurs its piece for large kappa.
+
+    There is a value above the band, so t <= s_1/kappa, and f'(t) = 0 with at most r - 1 below it
+    gives (r - 1) t >= kappa (s_1 - kappa t).
+    """
+    return largest / (kappa + (r - 1) / kappa), largest / kappa
 
 
 def _point_of_piece(up: list[float], kappa: float) -> float:
@@ -95,10 +108,15 @@ def _point_of_piece(up: list[float], kappa: float) -> float:
 
 def _threshold(up: list[float], kappa: float) -> float:
     """:func:`metric_threshold` of one increasing spectrum."""
+    if up[-1] <= kappa * up[0]:
+        return up[0]
     t = _point_of_piece(up, kappa)
     q, below = bisect_left(up, t), bisect_right(up, kappa * t)
     p = len(up) - below
-    return (kappa * sum(up[below:]) + sum(up[:q])) / (kappa * kappa * p + q) if p + q else t
+    low, high = _ends(up[-1], kappa, len(up))
+    if not p + q:
+        return high
+    return min(max((sum(up[below:]) + sum(up[:q]) / kappa) / (kappa * p + q / kappa), low), high)
 
 
 def clip_values(s: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor:
@@ -120,12 +138,13 @@ def clip_values(s: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor:
         if s.ndim == 1 and s.device.type == "cpu" and not s.requires_grad:
             low = _threshold(s.tolist()[::-1], kappa)
             return s.clamp(low, kappa * low)
-        t = metric_threshold(s, kappa).to(s.dtype)[..., None]
-        return torch.minimum(torch.maximum(s, t), kappa * t)
+        t = metric_threshold(s, kappa)[..., None]
+        # κt from the float64 t: that of a large κ may have few digits in float32.
+        return torch.minimum(torch.maximum(s, t.to(s.dtype)), (kappa * t).to(s.dtype))
     if centre == "mean":
         mean = s.mean(-1, keepdim=True)
-        half = tau / (2.0 + tau)
-        return torch.minimum(torch.maximum(s, (1.0 - half) * mean), (1.0 + half) * mean)
+        low, high = 2.0 / (2.0 + tau), 1.0 + tau / (2.0 + tau)
+        return torch.minimum(torch.maximum(s, low * mean), high * mean)
     raise ValueError(f"centre must be 'metric' or 'mean', got {centre!r}")
 
 
@@ -149,7 +168,8 @@ def spectral_clip(
     S : Tensor, shape (..., r, r)
         Not the zero matrix. The result is unique if `S` is non-singular.
     tau : float
-        At least 0; the bound for the condition number is 1 + `tau`.
+        At least 0; the bound for the condition number is 1 + `tau`. Beyond the inverse of the
+        roundoff, 1e7 in float32, that is no more than "not singular to working precision".
     centre : {"metric", "mean"}
     margin : float
         In [0, 1). Feasible matrices stay as they are; the others are brought further inside, to a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -236,6 +237,38 @@ def test_path_of_accelerators_reports_nan_as_nan_and_leaves_the_rest_of_the_batc
 def test_rank_one_cores_and_empty_batches_are_left_alone():
     assert torch.equal(linalg.spectral_clip(torch.tensor([[-3.0]]), 0.0), torch.tensor([[-3.0]]))
     assert linalg.spectral_clip(torch.zeros(0, 4, 4), 0.1).shape == (0, 4, 4)
+
+
+@given(
+    values=st.sampled_from(([1.0, 0.5, 0.0], [1.0, 1.0, 0.3, 0.0, 0.0], [1.0, 0.9, 1e-12], [3, 0])),
+    log_tau=st.floats(0, 308),
+    size=st.sampled_from((1e-3, 1.0, 1e3)),
+)
+def test_the_largest_bounds_still_give_the_nearest_spectrum(values, log_tau, size):
+    """For kappa beyond 1/√eps rounding blurs the piece of t; its square may overflow."""
+    tau = 10.0**log_tau
+    s = size * torch.tensor(values, dtype=torch.float64)
+    exact = [Fraction(float(x)) for x in s]
+    kappa, r = Fraction(1.0 + tau), len(exact)
+    if exact[0] > kappa * exact[-1]:
+        pieces = [
+            (kappa * sum(exact[:p]) + sum(exact[r - q :])) / (kappa**2 * p + q)
+            for p in range(1, r) for q in range(1, r - p + 1)
+        ]  # fmt: skip
+
+        def distance(t):
+            return sum((x - min(max(x, t), kappa * t)) ** 2 for x in exact)
+
+        t = min(pieces, key=distance)
+        expected = [float(min(max(x, t), kappa * t)) for x in exact]
+    else:
+        expected = s.tolist()
+    for found in (linalg.clip_values(s, tau), linalg.clip_values(s[None], tau)[0]):
+        assert found.tolist() == pytest.approx(expected, rel=1e-12, abs=0.0)
+    clipped = linalg.spectral_clip(torch.diag(s), tau)
+    assert clipped.diagonal().tolist() == pytest.approx(expected, rel=1e-12, abs=0.0)
+    low = float(linalg.clip_values(s, tau, centre="mean")[-1])
+    assert low >= float(s.mean()) / (1.0 + tau)
 
 
 def test_a_singular_core_has_a_nearest_matrix_of_full_rank():
