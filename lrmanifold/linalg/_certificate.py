@@ -25,7 +25,8 @@ def condition_bound(S: Tensor) -> Tensor:
     :math:`e = \|E^{2^k}\|_F^{1/2^k}`, which falls towards ‖E‖₂ with k: k = 0 is the bound by
     Frobenius' norm, too large by up to √r; k = 3, after three products of size r, by r^(1/16).
 
-    An allowance for the rounding of the products is included.
+    An allowance for rounding is included. Cores of any size have the same bound: they are brought
+    to a largest entry of 1 first, as squares would leave the range of the dtype.
 
     Parameters
     ----------
@@ -39,6 +40,9 @@ def condition_bound(S: Tensor) -> Tensor:
     S = checked(S, "S")
     check_square(S, "S")
     bounds = []
+    if S.numel():
+        size = torch.linalg.vector_norm(S.detach(), math.inf, dim=(-2, -1), keepdim=True)
+        S = S / size.clamp_min(torch.finfo(S.dtype).tiny)
     E, _ = relative_defect(S)
     for e in _defect_bounds(E):
         bound = ((1.0 + e) / (1.0 - e)).sqrt()
@@ -67,7 +71,8 @@ def certified(E: Tensor, kappa: float) -> bool:
 def _defect_bounds(E: Tensor) -> Iterator[Tensor]:
     """Falling upper bounds for ‖E‖₂, each dearer than the last."""
     # The entries of SᵀS are sums of r terms, |fl(SᵀS) - SᵀS| <= r eps |Sᵀ||S|: with the signs of
-    # rounding at random, as they are, its 2-norm is about eps c, at most r eps c.
+    # rounding at random, as they are, its 2-norm is about eps c, at most r eps c. A division of S
+    # by its size, of relative error eps/2 an entry, adds at most as much.
     rounding = 4.0 * E.shape[-1] * torch.finfo(E.dtype).eps
     norm = torch.linalg.vector_norm(E, dim=(-2, -1), keepdim=True)
     # Of unit norm, or high powers of a small defect would underflow to a proof of everything.

@@ -30,6 +30,17 @@ def test_the_bound_is_one(core):
     assert bool((bound >= true_cond(core.S)).all())
 
 
+@given(core=cores(sizes=(1, 2, 3, 8, 30), conds=near), log_size=st.floats(-1, 1))
+def test_the_bound_is_one_at_both_ends_of_the_range(core, log_size):
+    """Squares under- and overflow beyond 1e±19 in float32, 1e±154 in float64."""
+    power = round(log_size * (120 if core.S.dtype == torch.float32 else 1000))
+    S = core.S / core.S.abs().amax((-2, -1), keepdim=True) * 2.0**power
+    s = torch.linalg.svdvals(S.double() * 2.0**-power)
+    bound = linalg.condition_bound(S)
+    assert bool((bound >= s[..., 0] / s[..., -1]).all())
+    assert bool((bound.isfinite() == linalg.condition_bound(S * 2.0**-power).isfinite()).all())
+
+
 @given(cores(sizes=(2, 3, 8, 30, 100), conds=near), taus)
 def test_what_is_certified_is_feasible(core, tau):
     E, _ = relative_defect(core.S)
@@ -79,6 +90,7 @@ def test_a_singular_core_is_not_bounded():
     S = torch.diag(torch.tensor([1.0, 0.0]))
     assert linalg.condition_bound(S).isinf()
     assert linalg.condition_bound(torch.full((3, 3), 0.5)).isinf()
+    assert linalg.condition_bound(torch.zeros(3, 3)).isinf()
 
 
 @given(kind=spectra, seed=seeds, tau=st.sampled_from((0.1, 0.5)), dtype=dtypes)
