@@ -9,6 +9,7 @@ written. An accelerator is not waited for: a mask leaves out what cannot be move
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,14 @@ _SMALL = 1_000_000
 # Entries from which an ordinary parameter moves alone, without being copied: on the CPU biases and
 # norms go together, on an accelerator all but the largest.
 _COPIED, _COPIED_THERE = 10_000, 1_000_000
+
+
+def _singular(item: Item) -> bool:
+    """Whether the core of a low-rank weight has no inverse before any step."""
+    if not isinstance(item.manifold, FixedRank):
+        return False
+    S = item.manifold.unpack(item.point.detach()).S
+    return bool(torch.linalg.inv_ex(S.to(compute_dtype(S.dtype)))[1].any())
 
 
 class Engine:
@@ -181,10 +190,7 @@ class Engine:
     def _moves(self, M: Any, items: Sequence[Item]) -> list[Callable[[], Any]]:
         """On the CPU: compute, look whether it is finite, and leave the writing for later."""
         try:
-            Y, new, _ = self._apply(M, items)
-            blocks = (t for x in (Y, *new.values()) for t in ((x,) if isinstance(x, Tensor) else x))
-            if not all(map(all_finite, blocks)):
-                raise ValueError("it overflows")
+            Y, new = self._finite_step(M, items)
         except (ValueError, RuntimeError) as error:
             # LinAlgError is a RuntimeError, as is a rate beyond the range of the dtype.
             known = isinstance(error, (ValueError, torch.linalg.LinAlgError))
@@ -196,15 +202,40 @@ class Engine:
                     Flat([x.point]) if flat else Velocities(x.manifold, M.margin) for x in items
                 )
                 return [c for M, x in zip(alone, items, strict=True) for c in self._moves(M, [x])]
-            # the kernels speak of their own arguments, which say nothing here
-            lost = "full column rank" in str(error) or isinstance(error, torch.linalg.LinAlgError)
-            why = "it is so long that the weight loses rank" if lost else str(error)
+            why, way_out = self._explained(M, items[0], error)
             raise FloatingPointError(
                 f"the step of {items[0].label} cannot be made: {why} "
-                f"(lr = {items[0].group['lr']}; nothing has moved). Lower lr or penalty, or is "
-                "optimizer.zero_grad() missing, so that gradients add up?"
+                f"(lr = {items[0].group['lr']}; nothing has moved). {way_out}"
             ) from error
         return [partial(self._write, M, items, Y, new)]
+
+    def _explained(self, M: Any, item: Item, error: Exception) -> tuple[str, str]:
+        """Why a step cannot be made, and a way out; kernels speak of arguments that say nothing."""
+        added = "is optimizer.zero_grad() missing, so that gradients add up?"
+        lost = isinstance(error, torch.linalg.LinAlgError)
+        if lost and _singular(item):
+            return "its core S is singular, and its retraction divides by S", (
+                "Give its manifold a retraction that does not, such as 'svd', 'ksl' or 'bug'."
+            )
+        if lost or "full column rank" in str(error):
+            why = "it is so long that the weight loses rank"
+            return why, f"Lower lr or penalty, or {added}"
+        try:
+            self._finite_step(M, [replace(item, group={**item.group, "lr": 0.0})])
+        except (ValueError, RuntimeError):
+            return "it overflows at every lr", (
+                "Clip gradients first (torch.nn.utils.clip_grad_norm_), scale the loss down, or "
+                f"lower penalty; or {added}"
+            )
+        return str(error), f"Lower lr or penalty, or {added}"
+
+    def _finite_step(self, M: Any, items: Sequence[Item]) -> tuple[Any, dict[str, Any]]:
+        """The rule on all of these; ValueError if anything of it is not finite."""
+        Y, new, _ = self._apply(M, items)
+        blocks = (t for x in (Y, *new.values()) for t in ((x,) if isinstance(x, Tensor) else x))
+        if not all(map(all_finite, blocks)):
+            raise ValueError("it overflows")
+        return Y, new
 
     def _write(
         self, M: Any, items: Sequence[Item], Y: Any, new: dict[str, Any], ok: Tensor | None = None

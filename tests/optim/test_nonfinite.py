@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lrmanifold as lrm
 from lrmanifold.nn import LowRankLinear
-from lrmanifold.optim import CondLR, force_accelerator
+from lrmanifold.optim import CondLR, CondLRAdam, CondLRMuon, force_accelerator
 
 BAD = [float("nan"), float("inf"), float("-inf")]
 
@@ -164,3 +164,39 @@ def test_a_step_that_overflows_on_an_accelerator_is_left_out(device):
     optimizer.step()
     assert torch.equal(layer.weight.detach(), before)
     assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("tau", [None, 0.1])
+@pytest.mark.parametrize("lr", [0.1, 1e-30])
+def test_adam_says_that_no_rate_helps_where_squares_of_gradients_overflow(tau, lr):
+    layer = LowRankLinear(6, 7, 3, tau=tau)
+    for p in layer.parameters():
+        optimizer = CondLRAdam([p], lr=lr)
+        p.grad = 1e20 * torch.randn_like(p)
+        before = p.detach().clone()
+        with pytest.raises(FloatingPointError, match="it overflows at every lr") as caught:
+            optimizer.step()
+        assert "Clip gradients first (torch.nn.utils.clip_grad_norm_)" in str(caught.value)
+        assert "Lower lr" not in str(caught.value)
+        assert torch.equal(p, before)
+
+
+def test_a_step_that_overflows_at_this_rate_only_asks_for_a_lower_one():
+    layer = LowRankLinear(6, 7, 3, tau=None, bias=False)
+    optimizer = CondLR(layer.parameters(), lr=1e30)
+    layer.weight.grad = 1e10 * torch.randn_like(layer.weight)
+    with pytest.raises(FloatingPointError, match="Lower lr"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [CondLR, CondLRAdam, CondLRMuon])
+def test_a_singular_core_is_told_from_a_long_step(kind):
+    M = lrm.FixedRank(6, 5, 3, gradient="probe", retraction="factored")
+    X = torch.Tensor(M.random())
+    M.unpack(X).S.copy_(torch.diag(torch.tensor([1.0, 0.5, 0.0])))
+    p = geoopt.ManifoldParameter(X, manifold=M)
+    p.grad = 1e-3 * torch.randn_like(p)
+    with pytest.raises(FloatingPointError, match="core S is singular") as caught:
+        kind([p], lr=0.1).step()
+    assert "a retraction that does not, such as 'svd'" in str(caught.value)
+    assert "so long" not in str(caught.value)
