@@ -454,7 +454,10 @@ class FixedRank(geoopt.Manifold):
     def random(
         self, *size, dtype=None, device=None, generator: torch.Generator | None = None
     ) -> geoopt.ManifoldTensor:
-        """Random points: Haar-uniform U and V, Gaussian core scaled so that E‖W‖² = r.
+        """Random points: Haar-uniform U and V, and the projection of a Gaussian core, E‖S‖² = r.
+
+        Here that leaves E‖W‖² = r; the sets of :class:`WellConditioned` bring it to less, or to
+        their `scale`.
 
         Parameters
         ----------

@@ -40,7 +40,8 @@ def average_points(manifold: FixedRank, X: Tensor, Y: Tensor, weight: float) -> 
         Its rank is that of the result; `X` and `Y` may have others.
     X, Y : Tensor, shapes (..., m + r_X + n, r_X) and (..., m + r_Y + n, r_Y)
     weight : float
-        In [0, 1]; 0 gives `X` and 1 gives `Y`, up to rounding.
+        In [0, 1]; 0 gives `X` and 1 gives `Y`, up to rounding and where `manifold` has their rank
+        and projects its own points to themselves, which ``centre="mean"`` does not.
 
     Returns
     -------

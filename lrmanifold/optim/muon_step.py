@@ -79,6 +79,8 @@ def muon(M: Ambient, X: Any, G: Blocks, state: State, o: Mapping[str, Any]) -> t
 def steepest(xi: Factors, damping: float = DAMPING) -> Factors:
     """The damped polar factors of the blocks (U_p, M, V_p), a vector with N <= 1.
 
+    Up to rounding, which in float32 leaves N <= 1 + 1e-5.
+
     Parameters
     ----------
     xi : Factors
