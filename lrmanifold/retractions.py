@@ -2,8 +2,9 @@ r"""Integrators: maps from a point and a tangent vector to a point, one signatur
 
 A low-rank retraction *is* an integrator for the increment ξ: every function here takes
 ``(manifold, X, xi)``, with `X` a packed point U S Vᵀ, `xi` a packed tangent vector (U_p, M, V_p),
-both of shape (..., m + r + n, r), their batches broadcast, and returns a packed point near W + ξ. All end with
-``manifold.project_core``, so that on :class:`~lrmanifold.WellConditioned` the result is in the set.
+both of shape (..., m + r + n, r), their batches broadcast, and returns a packed point near W + ξ.
+All end with ``manifold.project_core``, so that on :class:`~lrmanifold.WellConditioned` the result
+is in the set.
 Costs count flops in units of (m+n) r², beside O(r³) for the cores.
 
 ==================  ======  ==========  ==========================================================

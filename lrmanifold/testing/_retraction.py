@@ -98,8 +98,8 @@ class RetractionReport:
             elif slope is not None and not bool(torch.isfinite(self.errors[key]).all()):
                 where = self.t[~torch.isfinite(self.errors[key])].tolist()
                 found.append(
-                    f"{LABELS[key]} is NaN or Inf at {len(where)} of {len(self.t)} steps, the first "
-                    f"at t = {where[0]:.1e}"
+                    f"{LABELS[key]} is NaN or Inf at {len(where)} of {len(self.t)} steps, "
+                    f"the first at t = {where[0]:.1e}"
                 )
             elif slope is not None and math.isnan(slope):
                 found.append(f"{LABELS[key]}: too few errors above roundoff to fit a slope")
