@@ -19,11 +19,10 @@ class MeanOnlyBatchNorm(nn.Module):
 
     Batch norm multiplies channel c by :math:`\gamma_c/\sqrt{v_c + \varepsilon}`. Folded into the
     layer before it, that is another matrix :math:`DW`, and a bound on W bounds it only up to
-    cond(D) (on a trained network several times 10: docs/which-tau-and-rank.md). This norm only
-    shifts, so what holds for W holds for both together: the condition number, and with τ = 0 the
-    norm. As a map it is 1-Lipschitz in evaluation mode. It takes the place of
-    ``nn.BatchNorm1d``, ``2d`` and ``3d``; where a weight in front of it decays, its scale decays
-    too, which batch norm would undo.
+    cond(D). This norm only shifts, so what holds for W holds for both together: the condition
+    number, and with τ = 0 the norm. As a map it is 1-Lipschitz in evaluation mode. It takes the
+    place of ``nn.BatchNorm1d``, ``2d`` and ``3d``, but bears smaller rates than they do, as nothing
+    brings the size of a signal back. What it is worth on images: docs/which-tau-and-rank.md.
 
     Parameters
     ----------
