@@ -34,19 +34,24 @@ class Site(NamedTuple):
     line: int
 
 
+def _is_own(value: Any) -> bool:
+    """Whether the library defines it; what torch.compile leaves in a module is of none."""
+    return (value.__module__ or "").split(".")[0] == LIBRARY
+
+
 @functools.lru_cache(maxsize=1)
 def _library() -> dict[CodeType, tuple[Any, str, FunctionType]]:
     """Where each function of the library is kept, (module or class, name, it), by its code."""
     found: dict[CodeType, tuple[Any, str, FunctionType]] = {}
 
     def add(holder: Any, name: str, value: Any) -> None:
-        if isinstance(value, FunctionType) and value.__module__.split(".")[0] == LIBRARY:
+        if isinstance(value, FunctionType) and _is_own(value):
             found.setdefault(inspect.unwrap(value).__code__, (holder, name, value))
 
     for module in _modules(LIBRARY):
         for name, value in list(vars(module).items()):
             add(module, name, value)
-            if inspect.isclass(value) and value.__module__.split(".")[0] == LIBRARY:
+            if inspect.isclass(value) and _is_own(value):
                 for key, member in list(vars(value).items()):
                     add(value, key, getattr(member, "__func__", member))
     return found
