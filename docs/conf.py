@@ -50,7 +50,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(.*GeometricOptimizer|block_moments|FixedRank\.(egrad2rgrad|ehess2rhess))"),
     # Type aliases and private bases, which have no entry of their own.
     ("py:.*", r"(lrmanifold\.)?(\w+\.)*(Array|Clip|Gradient|Loss|Metric|Model|Norm|PerChannel)"),
-    ("py:.*", r"(lrmanifold\.)?(\w+\.)*(Retraction|Rule|Rank|Centre|Integrator|WholeWeight|_\w+)"),
+    ("py:.*", r"(lrmanifold\.)?(\w+\.)*(Retraction|Rule|Rank|Centre|Integrator|WholeWeight|ComputedWeight|_\w+)"),
 ]
 
 # -- lessons: executed at build, in the time that they promise
@@ -64,7 +64,7 @@ nb_merge_streams = True
 
 # -- reference, from the docstrings
 
-autodoc_default_options = {"exclude-members": "extra_repr"}
+autodoc_default_options = {"exclude-members": "extra_repr, get_extra_state, set_extra_state"}
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 autosummary_generate = False

@@ -211,7 +211,7 @@ class Change(WholeWeight):
             state_dict[prefix + SCALE] = state_dict.pop(prefix + "scale")
 
     def why_not_loaded(self, parts: Mapping[str, Any]) -> str:
-        """Why what a state dict has of :data:`PARTS` cannot be loaded, in words; or "".
+        """Why what a state dict has of ``PARTS`` cannot be loaded, in words; or "".
 
         The value of ``update.weight`` is left to the layer that it is the weight of.
         """
