@@ -50,7 +50,8 @@ nitpick_ignore_regex = [
     ("py:.*", r"(.*GeometricOptimizer|block_moments|FixedRank\.(egrad2rgrad|ehess2rhess))"),
     # Type aliases and private bases, which have no entry of their own.
     ("py:.*", r"(lrmanifold\.)?(\w+\.)*(Array|Clip|Gradient|Loss|Metric|Model|Norm|PerChannel)"),
-    ("py:.*", r"(lrmanifold\.)?(\w+\.)*(Retraction|Rule|Rank|Centre|Integrator|WholeWeight|ComputedWeight|_\w+)"),
+    ("py:.*", r"(lrmanifold\.)?(\w+\.)*(Retraction|Rule|Rank|Centre|Integrator|_\w+)"),
+    ("py:.*", r"(lrmanifold\.)?(\w+\.)*(WholeWeight|ComputedWeight)"),
 ]
 
 # -- lessons: executed at build, in the time that they promise
