@@ -14,6 +14,7 @@ from lrmanifold.experiments import data
 
 OPTIONS = ("--epochs", 2, "--batch-size", 64, "--rank", 5)
 STEPS = 20
+FILES = ["accuracy.png", "model.pt", "results.json", "spectra.png"]
 
 
 def few_digits() -> data.Dataset:
@@ -21,6 +22,13 @@ def few_digits() -> data.Dataset:
     part = {"train_x": whole.train_x[:640], "train_y": whole.train_y[:640]}
     part |= {"test_x": whole.test_x[:50], "test_y": whole.test_y[:50]}
     return dataclasses.replace(whole, **part)
+
+
+def use_few_digits(monkeypatch) -> None:
+    """The commands load them, and so does the demo."""
+    images = few_digits()
+    monkeypatch.setattr("lrmanifold._commands.load", lambda name, root: images)
+    monkeypatch.setattr("lrmanifold.experiments.demo.load", lambda name: images)
 
 
 def invoke(*args: object):

@@ -11,20 +11,15 @@ pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from command_line import assert_refused, few_digits, invoke, names, train
+from command_line import FILES, assert_refused, few_digits, invoke, names, train, use_few_digits
 
 from lrmanifold import _commands, _train, checkpoint
-from lrmanifold.experiments import demo as demos
 from lrmanifold.experiments import resume, runs
-
-FILES = ["accuracy.png", "model.pt", "results.json", "spectra.png"]
 
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    images = few_digits()
-    monkeypatch.setattr(_commands, "load", lambda name, root: images)
-    monkeypatch.setattr(demos, "load", lambda name: images)
+    use_few_digits(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -17,21 +17,26 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 
-from command_line import OPTIONS, STEPS, assert_refused, few_digits, invoke, names, train
+from command_line import (
+    FILES,
+    OPTIONS,
+    STEPS,
+    assert_refused,
+    few_digits,
+    invoke,
+    names,
+    train,
+    use_few_digits,
+)
 
 from lrmanifold import _lock, _train, checkpoint
 from lrmanifold._failures import explained
-from lrmanifold.experiments import demo as demos
 from lrmanifold.experiments import runs
-
-FILES = ["accuracy.png", "model.pt", "results.json", "spectra.png"]
 
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    images = few_digits()
-    monkeypatch.setattr("lrmanifold._commands.load", lambda name, root: images)
-    monkeypatch.setattr(demos, "load", lambda name: images)
+    use_few_digits(monkeypatch)
 
 
 def train_dense(folder: Path, *args: object):

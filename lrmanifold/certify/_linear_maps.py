@@ -333,28 +333,25 @@ def norm_scale(module: Any, context: Context) -> Tensor:
 
 @bounded(*NORMS)
 def _batch_norm(module: Any, context: Context) -> Bound:
-    scale = norm_scale(module, context)
-    norm = scale.abs().amax()
+    norm = norm_scale(module, context).abs().amax()
     if not context.exact:
         return Bound(norm, "largest scale")
-    channels = len(scale)
-    pixels = math.prod(context.output_shape or (channels,)) / channels
-    shift = _size(module.running_mean) * float(norm) + _size(module.bias)
-    return Bound(
-        float(norm) * _UP,
-        "largest scale of a channel, running statistics",
-        slope=16.0 * float(norm),
-        offset=16.0 * shift * math.sqrt(pixels),
-    )
+    how = "largest scale of a channel, running statistics"
+    return _shifted(module, context, float(norm) * _UP, how)
 
 
 @bounded(MeanOnlyBatchNorm)
-def _shift(module: Any, context: Context) -> Bound:
-    if not context.exact:
-        return Bound(1.0, "shift")
-    pixels = math.prod(context.output_shape or (module.num_features,)) / module.num_features
-    shift = _size(module.running_mean) + _size(module.bias)
-    return Bound(1.0, "shift, running mean", slope=16.0, offset=16.0 * shift * math.sqrt(pixels))
+def _mean_only(module: Any, context: Context) -> Bound:
+    how = "shift, running mean"
+    return _shifted(module, context, 1.0, how) if context.exact else Bound(1.0, how)
+
+
+def _shifted(module: Any, context: Context, norm: float, how: str) -> Bound:
+    """A scale a channel, at most `norm`, and the shift of a norm in evaluation mode."""
+    channels = module.num_features
+    pixels = math.prod(context.output_shape or (channels,)) / channels
+    shift = _size(module.running_mean) * norm + _size(module.bias)
+    return Bound(norm, how, slope=16.0 * norm, offset=16.0 * shift * math.sqrt(pixels))
 
 
 _MONOTONE = (nn.ReLU, nn.ReLU6, nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Hardtanh)

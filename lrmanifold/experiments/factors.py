@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .. import linalg
 from ..nn import LowRankLayer
+from ..nn.exchange import exchanged
 from ..nn.kinds import kind_of
 from ..nn.plan import make_plan
 from ..nn.two_factors import TwoFactors
-from .exchange import exchanged
 
 __all__ = ["Rank", "TwoFactors", "spectrum", "two_factors"]
 

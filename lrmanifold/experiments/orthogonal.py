@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from .. import linalg
 from .._arguments import check_module
-from .exchange import exchanged
+from ..nn.exchange import exchanged
 
 MAP = "cayley"  # at 256 x 256 ten times faster than the default, the matrix exponential
 

@@ -17,6 +17,7 @@ from .adapted import AdaptedLayer
 from .adapter import LowRankAdapter
 from .attention import LowRankMultiheadAttention
 from .embedding import LowRankEmbedding
+from .exchange import exchanged
 from .layer import LowRankLayer
 from .linear import LowRankLinear
 from .saver import mark
@@ -29,14 +30,10 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modul
             old, new = list(module.parameters()), replacements[id(module)]
             carry_over(module, new)
             note_replaced(old, new)
-    if id(model) in replacements:
-        return replacements[id(model)]
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and id(child) in replacements:
-                setattr(parent, name, replacements[id(child)])
-    after_replacing(model)
-    return model
+    found = exchanged(model, replacements)
+    if found is model:
+        after_replacing(model)
+    return found
 
 
 def after_replacing(model: nn.Module) -> None:

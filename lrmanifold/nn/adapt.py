@@ -22,6 +22,7 @@ from .attention import LowRankMultiheadAttention
 from .blocks import ConvexPotential
 from .candidates import output_layer
 from .change import Change
+from .exchange import exchanged
 
 logger = logging.getLogger("lrmanifold")
 # They read the weights of their layers and do not call them.
@@ -336,12 +337,7 @@ def _change(
 def _put(model: nn.Module, replacements: dict[int, AdaptedLayer]) -> nn.Module:
     for layer in replacements.values():  # frozen now: an optimizer of it moves no adapter
         note_frozen(layer.base_layer, layer.changes)
-    if id(model) in replacements:
-        return replacements[id(model)]
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):
-            new = None if child is None else replacements.get(id(child))
-            if new is not None and new is not parent:
-                setattr(parent, key, new)
-    after_replacing(model)
-    return model
+    found = exchanged(model, replacements)
+    if found is model:
+        after_replacing(model)
+    return found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import linalg
 from .._arguments import check_flag, check_integer, check_number
 from ._obstacles import check_model, has_hooks
+from .exchange import exchanged
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -137,13 +138,7 @@ class MeanOnlyBatchNorm(nn.Module):
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 new[id(module)] = cls._in_place_of(name or "the model", module)
-        if id(model) in new:
-            return new[id(model)]
-        for parent in list(model.modules()):
-            for name, child in list(parent._modules.items()):
-                if child is not None and id(child) in new:
-                    parent._modules[name] = new[id(child)]
-        return model
+        return exchanged(model, new)
 
     @classmethod
     def _in_place_of(cls, name: str, old: Any) -> MeanOnlyBatchNorm:

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from moved_adapters import moved
 from torch import nn
 
 import lrmanifold as lrm
 from lrmanifold import checkpoint
 from lrmanifold.checkpoint import CheckpointError
-
-
-@torch.no_grad()
-def moved(model: nn.Module) -> nn.Module:
-    """The model with another point in every adapter: a change that is not zero."""
-    for change in (m for m in model.modules() if isinstance(m, lrm.nn.Change)):
-        X = change.update.weight
-        X.copy_(change.update.manifold.random(*X.shape, dtype=X.dtype, device=X.device))
-    return model
 
 
 def adapted(rank: int, **options) -> nn.Sequential:

@@ -6,21 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from moved_adapters import moved
 from torch import nn
 
 import lrmanifold as lrm
 from lrmanifold.nn import LowRankAdapter
 
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
-
-
-@torch.no_grad()
-def moved(model: nn.Module) -> nn.Module:
-    """The model with another point in every adapter: a change that is not zero."""
-    for change in (m for m in model.modules() if isinstance(m, lrm.nn.Change)):
-        X = change.update.weight
-        X.copy_(change.update.manifold.random(*X.shape, dtype=torch.float64, device=X.device))
-    return model
 
 
 def adapted(rank: int, dtype=torch.float32, **options) -> nn.Sequential:

@@ -7,11 +7,12 @@ import math
 import warnings
 from pathlib import Path
 
+import broken_calls
 import pytest
 import torch
 
 import theory
-from theory import broken, catalogue
+from theory import catalogue
 from theory.core import (
     Claim,
     Control,
@@ -88,7 +89,7 @@ def marked(c: Claim):
 def test_every_call_of_the_library_that_returns_nan_is_noticed(claim):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an optimizer says that it leaves out steps with NaN
-        lost, tried = broken.unnoticed(claim, Settings(trials=SAMPLES.get(claim.id, 1)))
+        lost, tried = broken_calls.unnoticed(claim, Settings(trials=SAMPLES.get(claim.id, 1)))
     allowed = NO_PART_OF_THE_VERDICT.get(claim.id, set())
     assert tried >= CALLS.get(claim.id, 0)
     assert [site for site in lost if (site.function, site.caller) not in allowed] == []
@@ -104,7 +105,7 @@ def test_no_claim_holds_on_a_sample_of_nan(claim):
     sample = claim.sample(0, torch.float64, torch.device("cpu"))
     if claim.id == "conditioning/enclosed":
         pytest.skip("its samples are numbers of boxes")
-    assert not broken.judged(claim, broken.poisoned(sample)).holds
+    assert not broken_calls.judged(claim, broken_calls.poisoned(sample)).holds
 
 
 CHECKS = """
@@ -130,7 +131,7 @@ def test_a_check_that_loses_nan_is_found(name, sites):
     """The fault that this guard is for: Python's `max` keeps its first argument against NaN."""
     example = {"__name__": "theory.example"}
     exec(CHECKS, example)
-    found, tried = broken.unnoticed(claim(example[name]), Settings(trials=1))
+    found, tried = broken_calls.unnoticed(claim(example[name]), Settings(trials=1))
     assert (len(found), tried) == (sites, 1)
 
 
@@ -212,7 +213,7 @@ def test_search_takes_nan_for_a_violation():
 
 def test_checks_use_no_maximum_that_drops_nan():
     """`max` and `min` of Python are for sizes, in functions that draw or draw pictures."""
-    numbers = {"core.py", "runner.py", "search.py", "report.py", "plotting.py", "broken.py"}
+    numbers = {"core.py", "runner.py", "search.py", "report.py", "plotting.py"}
     for path in Path(theory.__file__).parent.rglob("*.py"):
         if path.name in numbers:
             continue

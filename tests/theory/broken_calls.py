@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .core import Claim, Evidence, Sample
-from .runner import Settings
+from theory.core import Claim, Evidence, Sample
+from theory.runner import Settings
 
 LIBRARY = "lrmanifold"
-HERE = __name__.split(".")[0]
+CLAIMS = "theory"
 
 
 class Site(NamedTuple):
@@ -74,7 +74,7 @@ def _caller(frame: FrameType | None) -> FrameType | None:
         package = module.split(".")[0]
         if package == LIBRARY and frame.f_code not in _decorators():
             return None
-        if package == HERE and module != __name__:
+        if package == CLAIMS:
             return frame
         frame = frame.f_back
     return None
@@ -153,7 +153,7 @@ def broken(site: Site, code: CodeType) -> Iterator[None]:
     if inspect.isclass(holder):
         setattr(holder, name, wrapper)
     else:
-        for module in _modules(LIBRARY, HERE):
+        for module in _modules(LIBRARY, CLAIMS):
             tables = [vars(module), *(x for x in vars(module).values() if type(x) is dict)]
             places += [(t, k) for t in tables for k, x in list(t.items()) if x is original]
     for table, key in places:
