@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import cached
 
 import lrmanifold as lrm
 from lrmanifold import robustness
@@ -127,10 +128,11 @@ def worst_case(
     options: dict[str, Any] = {"attacks": names, "restarts": asked.restarts}
     if not there:
         options = {"attacks": ("pgd",), "restarts": max(10, asked.restarts)}
-    found = robustness.worst_case(
-        model, images, eps, norm=norm, steps=asked.steps, queries=asked.queries,
-        batch_size=at_once(model), **options,
-    )  # fmt: skip
+    with cached():  # an orthogonal matrix is computed once, not at each pass
+        found = robustness.worst_case(
+            model, images, eps, norm=norm, steps=asked.steps, queries=asked.queries,
+            batch_size=at_once(model), **options,
+        )  # fmt: skip
     return {
         "accuracy": found.accuracy,
         "after": found.after,
@@ -203,7 +205,8 @@ def everything(
         found["condition"] = bound.compare(model, data.test_x[: asked.condition_images])
     if once and asked.masking_images and importlib.util.find_spec("pyautoattack"):
         few = (images[0][: asked.masking_images], images[1][: asked.masking_images])
-        check = robustness.check_masking(model, few, asked.eps, norm=norm, queries=4000)
+        with cached():
+            check = robustness.check_masking(model, few, asked.eps, norm=norm, queries=4000)
         found["masking"] = {
             "failed": [name for name, passed in check.verdicts.items() if not passed],
             "one_step": check.one_step,

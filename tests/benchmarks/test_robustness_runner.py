@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from benchmarks.robustness.plan import PlanError, parse, registered
 from benchmarks.robustness.runner import Runner, scored
 from benchmarks.robustness.search import Axis, Ladder, ranked, search
 from benchmarks.robustness.table import Table
+from lrmanifold import robustness
 from lrmanifold.experiments.data import Dataset
+from lrmanifold.experiments.orthogonal import orthogonalize
 
 
 def runner(folder, raw=TINY, **options):
@@ -50,6 +53,7 @@ REDUCED = {
     "fashion-mnist",
     "fashion-mnist-adversarial",
     "mnist",
+    "mnist-orthogonal",
     "cifar10",
     "mnist-adversarial",
 }
@@ -249,6 +253,19 @@ def test_networks_are_kept_on_demand(tmp_path):
     model = torch.load(path, weights_only=False)
     found = measures.layer_conds(model)["fc1"]
     assert found == pytest.approx(row["layers"]["fc1"], rel=1e-3)
+
+
+def test_an_attack_computes_an_orthogonal_matrix_once():
+    torch.manual_seed(0)
+    network = orthogonalize(torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)))
+    images, calls = (torch.rand(12, 6), torch.randint(3, (12,))), []
+    network[0].parametrizations.weight[0].register_forward_hook(lambda *_: calls.append(1))
+    asked = SimpleNamespace(attacks=("pgd", "square"), restarts=2, steps=5, queries=20)
+    found = measures.worst_case(network, images, 0.1, asked, "linf")
+    assert len(calls) == 1
+    options = {"attacks": asked.attacks, "restarts": 2, "steps": 5, "queries": 20}
+    assert found["after"] == robustness.worst_case(network, images, 0.1, **options).after
+    assert len(calls) > 20
 
 
 def test_finished_work_is_not_done_again(finished, monkeypatch):
