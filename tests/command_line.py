@@ -9,7 +9,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from lrmanifold._commands import app
+from lrmanifold.cli._commands import app
 from lrmanifold.experiments import data
 
 OPTIONS = ("--epochs", 2, "--batch-size", 64, "--rank", 5)
@@ -27,7 +27,7 @@ def few_digits() -> data.Dataset:
 def use_few_digits(monkeypatch) -> None:
     """The commands load them, and so does the demo."""
     images = few_digits()
-    monkeypatch.setattr("lrmanifold._commands.load", lambda name, root: images)
+    monkeypatch.setattr("lrmanifold.cli._commands.load", lambda name, root: images)
     monkeypatch.setattr("lrmanifold.experiments.demo.load", lambda name: images)
 
 

@@ -207,7 +207,7 @@ def test_plain_starts_as_the_identity_where_it_can():
 def invoke(*words):
     testing = pytest.importorskip("typer.testing")
     pytest.importorskip("sklearn")
-    from lrmanifold._commands import app
+    from lrmanifold.cli._commands import app
 
     return testing.CliRunner().invoke(app, ["train", *map(str, words)])
 

@@ -19,9 +19,9 @@ pytest.importorskip("sklearn")
 from typer.testing import CliRunner
 
 from lrmanifold import cli
-from lrmanifold._commands import app
 from lrmanifold._sealed import write_torch
-from lrmanifold._words import parse_rank
+from lrmanifold.cli._commands import app
+from lrmanifold.cli._words import parse_rank
 from lrmanifold.experiments import data, runs
 from lrmanifold.experiments import demo as demos
 from lrmanifold.report import report
@@ -173,7 +173,7 @@ def test_lenet5_on_mnist(tmp_path, data_dir, monkeypatch):
     few = {"train_x": whole.train_x[:96], "train_y": whole.train_y[:96]}
     few |= {"test_x": whole.test_x[:40], "test_y": whole.test_y[:40]}
     part = dataclasses.replace(whole, **few)
-    monkeypatch.setattr("lrmanifold._commands.load", lambda name, root: part)
+    monkeypatch.setattr("lrmanifold.cli._commands.load", lambda name, root: part)
     args = ("--data", "mnist", "--model", "lenet5", "--rank", "conv1=10,conv2=10,fc1=100")
     result = invoke("train", *args, "--epochs", 1, "--batch-size", 48, "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -365,7 +365,7 @@ def test_main_returns_the_exit_code_of_a_command(trained, capsys):
 @pytest.mark.parametrize("module", ["typer", "rich"])
 def test_main_without_typer_or_rich_says_what_to_install(module, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
-    ours = [f"lrmanifold.{name}" for name in ("_commands", "_failures", "_output", "_train")]
+    ours = [f"lrmanifold.cli.{name}" for name in ("_commands", "_failures", "_output", "_train")]
     for name in [n for n in sys.modules if n.startswith(f"{module}.") or n in ours]:
         monkeypatch.delitem(sys.modules, name)
     assert cli.main(["demo"]) == 2
@@ -458,6 +458,6 @@ def test_warnings_are_one_line(capsys, monkeypatch, trained):
         warnings.warn("this is odd\nand long", stacklevel=2)
         return report(torch.nn.Linear(3, 3))
 
-    monkeypatch.setattr("lrmanifold._commands.make_report", odd)
+    monkeypatch.setattr("lrmanifold.cli._commands.make_report", odd)
     assert cli.main(["report", str(trained[0])]) == 0
     assert capsys.readouterr().err == "warning: this is odd and long\n"

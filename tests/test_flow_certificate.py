@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lrmanifold as lrm
-from lrmanifold._cone import normal_core
+from lrmanifold.monitor._cone import normal_core
 from lrmanifold.nn import LowRankLinear
 
 

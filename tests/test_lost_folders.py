@@ -13,7 +13,8 @@ pytest.importorskip("matplotlib")
 
 from command_line import STEPS, assert_refused, few_digits, invoke, names, read_only, train
 
-from lrmanifold import _commands, _lock, _train
+from lrmanifold import _lock
+from lrmanifold.cli import _commands, _train
 from lrmanifold.experiments import demo as demos
 from lrmanifold.experiments import runs
 

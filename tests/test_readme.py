@@ -45,7 +45,7 @@ def test_make_targets_exist():
 
 def test_the_command_line_does_what_is_said():
     testing = pytest.importorskip("typer.testing")
-    from lrmanifold._commands import app
+    from lrmanifold.cli._commands import app
 
     shown = testing.CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
     assert all(f" {command} " in shown for command in ("train", "report", "certify", "demo"))

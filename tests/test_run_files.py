@@ -13,7 +13,8 @@ pytest.importorskip("matplotlib")
 
 from command_line import FILES, assert_refused, few_digits, invoke, names, train, use_few_digits
 
-from lrmanifold import _commands, _train, checkpoint
+from lrmanifold import checkpoint
+from lrmanifold.cli import _commands, _train
 from lrmanifold.experiments import resume, runs
 
 

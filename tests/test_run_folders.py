@@ -29,8 +29,9 @@ from command_line import (
     use_few_digits,
 )
 
-from lrmanifold import _lock, _train, checkpoint
-from lrmanifold._failures import explained
+from lrmanifold import _lock, checkpoint
+from lrmanifold.cli import _train
+from lrmanifold.cli._failures import explained
 from lrmanifold.experiments import runs
 
 
@@ -52,7 +53,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         images = few_digits()
-        patch.setattr("lrmanifold._commands.load", lambda name, root: images)
+        patch.setattr("lrmanifold.cli._commands.load", lambda name, root: images)
         result = train(folder)
     assert result.exit_code == 0, result.output
     assert names(folder) == FILES
@@ -166,8 +167,9 @@ def test_ctrl_c_says_where_it_stopped_and_the_next_run_that_it_resumes(finished,
             # a job in the background of a shell inherits that Ctrl-C is ignored
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "sys.path.insert(0, os.environ['TESTS'])\n"
-            "import test_run_folders as t, lrmanifold._commands as c, lrmanifold._train as tr\n"
+            "import test_run_folders as t\n"
             "from lrmanifold import cli\n"
+            "from lrmanifold.cli import _commands as c, _train as tr\n"
             "images = t.few_digits(); c.load = lambda name, root: images\n"
             "real, count = tr.train, 0\n"
             "def train(*args, on_step, **options):\n"
@@ -205,7 +207,7 @@ def test_ctrl_c_before_the_first_checkpoint_says_that_nothing_was_saved(tmp_path
         on_step()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lrmanifold._train.train", interrupted)
+    monkeypatch.setattr("lrmanifold.cli._train.train", interrupted)
     for every, words in ((5, " yet"), (0, ", as --save-every is 0")):
         result = train(tmp_path / "run", "--save-every", every)
         assert result.exit_code == 130
@@ -221,7 +223,7 @@ def cut_off(folder: Path, monkeypatch, *options) -> None:
     def fail(*_, **__):
         raise RuntimeError("cut off")
 
-    monkeypatch.setattr("lrmanifold._train._finish", fail)
+    monkeypatch.setattr("lrmanifold.cli._train._finish", fail)
     result = train(folder, "--save-every", 5, *options)
     monkeypatch.undo()
     assert isinstance(result.exception, RuntimeError)
@@ -230,7 +232,7 @@ def cut_off(folder: Path, monkeypatch, *options) -> None:
 
 def test_a_checkpoint_of_other_settings_is_named_with_what_differs(tmp_path, monkeypatch):
     cut_off(tmp_path, monkeypatch)
-    monkeypatch.setattr("lrmanifold._commands.load", lambda name, root: few_digits())
+    monkeypatch.setattr("lrmanifold.cli._commands.load", lambda name, root: few_digits())
     before = contents(tmp_path)
     for options, found, wanted in (
         (("--lr", 0.05), "lr 0.1", "0.05"),
@@ -255,7 +257,7 @@ def test_a_checkpoint_of_other_settings_is_named_with_what_differs(tmp_path, mon
 
 def test_without_checkpoints_that_of_a_run_that_was_cut_off_is_not_lost(tmp_path, monkeypatch):
     cut_off(tmp_path, monkeypatch)
-    monkeypatch.setattr("lrmanifold._commands.load", lambda name, root: few_digits())
+    monkeypatch.setattr("lrmanifold.cli._commands.load", lambda name, root: few_digits())
     before = contents(tmp_path)
     for options in ((), ("--lr", 0.05)):
         result = train(tmp_path, "--save-every", 0, *options)
@@ -269,7 +271,7 @@ def test_other_images_of_the_same_number_are_another_run(tmp_path, monkeypatch):
     cut_off(tmp_path, monkeypatch)
     images = few_digits()
     other = dataclasses.replace(images, train_x=images.train_x.flip(-1))
-    monkeypatch.setattr("lrmanifold._commands.load", lambda name, root: other)
+    monkeypatch.setattr("lrmanifold.cli._commands.load", lambda name, root: other)
     assert_refused(train(tmp_path), "with images (CRC-32) ")
 
 
@@ -352,7 +354,7 @@ def test_a_finished_training_survives_a_full_disk(finished, tmp_path, monkeypatc
 def test_with_a_checkpoint_it_is_not_trained_again_after_a_full_disk(tmp_path, monkeypatch):
     cut_off(tmp_path, monkeypatch)
     assert checkpoint.peek(tmp_path / "checkpoint.pt")["schedule"]["last_epoch"] == STEPS
-    monkeypatch.setattr("lrmanifold._commands.load", lambda name, root: few_digits())
+    monkeypatch.setattr("lrmanifold.cli._commands.load", lambda name, root: few_digits())
     result = train(tmp_path)
     assert f"resumes after step {STEPS} of {STEPS}" in result.stderr
     assert names(tmp_path) == FILES
@@ -384,7 +386,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_training(
         return real(path, flags, *args, **options)
 
     monkeypatch.setattr(os, "open", refusing)
-    monkeypatch.setattr("lrmanifold._train.train", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr("lrmanifold.cli._train.train", lambda *_, **__: pytest.fail("it trained"))
     result = train(tmp_path)
     assert_refused(result, "choose another folder by --out", str(tmp_path))
     assert not names(tmp_path)
@@ -435,7 +437,7 @@ def test_a_terminal_without_greek_letters_is_no_error(finished):
 def test_a_certified_run_goes_on_with_its_own_radius_only(tmp_path, monkeypatch):
     options = ("--certified", "--model", "mlp-maxmin", "--eps", "0.1", "--rank", 8)
     cut_off(tmp_path, monkeypatch, *options)
-    monkeypatch.setattr("lrmanifold._commands.load", lambda name, root: few_digits())
+    monkeypatch.setattr("lrmanifold.cli._commands.load", lambda name, root: few_digits())
     other = (*options[:4], "0.3", *options[5:])
     assert_refused(train(tmp_path, *other), "with objective certified loss, eps 0.12 instead of")
     result = train(tmp_path, *options)

@@ -25,9 +25,9 @@ gradients mislead the attacks. None of them proves anything: that is :mod:`lrman
 """
 
 from .._evaluation import evaluation_mode
-from .._local_condition import condition_number
 from ._accuracy import accuracy_under_attack
 from ._attacks import fgsm, pgd
+from ._local_condition import condition_number
 from ._loss import margin_loss
 from ._masking import Masking, check_masking
 from ._worst_case import WorstCase, worst_case

@@ -9,9 +9,9 @@ import pytest
 import torch
 from command_line import read_only
 
-from lrmanifold import _certify as command
 from lrmanifold import cli
 from lrmanifold._lock import locked
+from lrmanifold.cli import _certify as command
 from lrmanifold.experiments import methods, models, runs
 from lrmanifold.experiments.data import load
 from lrmanifold.experiments.training import Settings

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _report_table
-from ._arguments import check_flag, check_module
+from .._arguments import check_flag, check_module
+from .._evaluation import evaluation_mode
+from .._worst import worst
+from ..nn import LowRankLayer, Other
+from ..nn.candidates import candidates
+from ..nn.inventory import others_of
+from ..nn.kinds import is_quantized, kinds, weight_parameters
+from ..nn.two_factors import is_pair
+from . import _table
 from ._cost import Passed, passed
-from ._evaluation import evaluation_mode
-from ._layer_report import LayerReport, measure
-from ._worst import worst
-from .nn import LowRankLayer, Other
-from .nn.candidates import candidates
-from .nn.inventory import others_of
-from .nn.kinds import is_quantized, kinds, weight_parameters
-from .nn.two_factors import is_pair
+from ._layer import LayerReport, measure
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Report:
             As in :func:`report` by default.
         """
         wide = self.wide if wide is None else check_flag("wide", wide)
-        return (_report_table.wide if wide else _report_table.narrow)(self)
+        return (_table.wide if wide else _table.narrow)(self)
 
     def __str__(self) -> str:
         return self.table()

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import linalg
+from .. import linalg
+from .._worst import worst
+from .._wrappers import parameters_without_wrappers
+from ..factors import perp
+from ..nn import LowRankLayer
 from ._cone import normal_core
-from ._worst import worst
-from ._wrappers import parameters_without_wrappers
-from .factors import perp
-from .nn import LowRankLayer
 
 Point = dict[str, Tensor]
 

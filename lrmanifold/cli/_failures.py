@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import typer
 
-from ._lock import LockedError
-from .experiments.folder import State, claimed
+from .._lock import LockedError
+from ..experiments.folder import State, claimed
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}

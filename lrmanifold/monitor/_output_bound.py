@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
-from . import linalg
-from .nn import LowRankLayer
+from .. import linalg
+from ..nn import LowRankLayer
 
 # With Lipschitz constant 1 in the Euclidean norm. LeakyReLU is looked at: its slope is free.
 _LIPSCHITZ_1 = (

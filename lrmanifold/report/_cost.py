@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._evaluation import evaluation_mode
-from .nn import LowRankLayer
-from .nn.kinds import kinds
+from .._evaluation import evaluation_mode
+from ..nn import LowRankLayer
+from ..nn.kinds import kinds
 
 #: Matrix products run fastest at ranks that are multiples of this.
 RANK_MULTIPLE = 16

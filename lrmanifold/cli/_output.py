@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .experiments import demo as demos
-from .experiments.data import Dataset
+from ..experiments import demo as demos
+from ..experiments.data import Dataset
 
 
 @contextlib.contextmanager

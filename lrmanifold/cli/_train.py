@@ -14,18 +14,19 @@ from typing import Any
 import torch
 import typer
 
-from . import _certify, robustness, viz
+from .. import robustness, viz
+from ..checkpoint import CheckpointError
+from ..experiments import models, runs
+from ..experiments.adversarial import Adversarial
+from ..experiments.data import Dataset
+from ..experiments.folder import RUN_FILES
+from ..experiments.methods import Method, Trained, train
+from ..experiments.resume import seconds_done, steps_done
+from ..experiments.training import Settings
+from ..report import report as make_report
+from . import _certify
 from ._failures import OUT, claim_folder, fail, one_line_errors, write_somewhere
 from ._output import accuracy_words, describe, progress_bar
-from .checkpoint import CheckpointError
-from .experiments import models, runs
-from .experiments.adversarial import Adversarial
-from .experiments.data import Dataset
-from .experiments.folder import RUN_FILES
-from .experiments.methods import Method, Trained, train
-from .experiments.resume import seconds_done, steps_done
-from .experiments.training import Settings
-from .report import report as make_report
 
 # What may go wrong in the training itself and is no bug.
 _WRONG = (FloatingPointError, CheckpointError, OSError, torch.OutOfMemoryError)

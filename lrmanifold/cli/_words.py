@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .experiments import adversarial
-from .experiments.adversarial import Adversarial
-from .experiments.methods import Method
-from .nn.plan import make_plan
+from ..experiments import adversarial
+from ..experiments.adversarial import Adversarial
+from ..experiments.methods import Method
+from ..nn.plan import make_plan
 
 OPTIMIZERS = {"condlr": "sgd", "adam": "adam"}
 KINDS = ("condlr", "dense", "factors", "svd")

@@ -56,7 +56,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _say(message: Warning | str, *_: Any, **__: Any) -> None:
     """A warning in one line; where it comes from says nothing on the command line."""
     print("warning: " + " ".join(str(message).split()), file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import linalg
-from ._arguments import check_callable, check_integer, check_module
+from .. import linalg
+from .._arguments import check_callable, check_integer, check_module
+from .._worst import worst
+from .._wrappers import names_without_wrappers, unwrapped
+from ..nn import LowRankLayer
+from ..optim import GeometricOptimizer
 from ._flow_certificate import FlowCertificate
 from ._output_bound import output_bound
-from ._worst import worst
-from ._wrappers import names_without_wrappers, unwrapped
-from .nn import LowRankLayer
-from .optim import GeometricOptimizer
 
 
 class Monitor:

@@ -12,7 +12,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from . import viz
+from .. import viz
+from ..experiments import demo as demos
+from ..experiments import models, runs
+from ..experiments.data import Dataset, load
+from ..experiments.folder import DEMO_FILES
+from ..experiments.methods import Method, comparison
+from ..experiments.training import Settings
+from ..nn.plan import make_plan
+from ..report import report as make_report
 from ._certify import certify_command, parse_radii
 from ._failures import claim_folder, one_line_errors, write_somewhere
 from ._output import describe, print_demo, progress_bar
@@ -30,14 +38,6 @@ from ._words import (
     parse_strengths,
     run_name,
 )
-from .experiments import demo as demos
-from .experiments import models, runs
-from .experiments.data import Dataset, load
-from .experiments.folder import DEMO_FILES
-from .experiments.methods import Method, comparison
-from .experiments.training import Settings
-from .nn.plan import make_plan
-from .report import report as make_report
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 

@@ -18,17 +18,17 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from . import certify, robustness, viz
-from ._arguments import check_number, check_text, shown
+from .. import certify, robustness, viz
+from .._arguments import check_number, check_text, shown
+from .._files import remove_leftovers
+from .._lock import LockedError, locked
+from ..certify import CertificationError
+from ..experiments import runs
+from ..experiments.data import Dataset, load
+from ..experiments.folder import certificate_files, refuse_folders
 from ._failures import one_line_errors, write_somewhere
-from ._files import remove_leftovers
-from ._lock import LockedError, locked
 from ._output import describe, progress_bar
 from ._words import check_reach, parse_path
-from .certify import CertificationError
-from .experiments import runs
-from .experiments.data import Dataset, load
-from .experiments.folder import certificate_files, refuse_folders
 
 # l2 radii for images in [0, 1]: the usual ones of each data set
 RADII = {

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import linalg
-from ._worst import worst
-from .nn import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLayer
-from .nn.kinds import is_quantized, matrices_of, matrix_of, weight_parameters
-from .nn.plan import packed_size
-from .nn.two_factors import TwoFactors, is_pair
-from .precision import STORAGE_DTYPES, storage_tolerance
+from .. import linalg
+from .._worst import worst
+from ..nn import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLayer
+from ..nn.kinds import is_quantized, matrices_of, matrix_of, weight_parameters
+from ..nn.plan import packed_size
+from ..nn.two_factors import TwoFactors, is_pair
+from ..precision import STORAGE_DTYPES, storage_tolerance
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from ..nn.inventory import merged
 from ._cost import RANK_MULTIPLE, better_rank
-from ._layer_report import LayerReport
-from .nn.inventory import merged
+from ._layer import LayerReport
 
 WIDTH = 80
 _NAME = 30

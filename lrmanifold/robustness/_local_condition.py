@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._arguments import check_callable, check_flag, check_integer, check_number, check_tensor
-from ._evaluation import evaluation_mode
+from .._arguments import check_callable, check_flag, check_integer, check_number, check_tensor
+from .._evaluation import evaluation_mode
 
 Model = Callable[[Tensor], Tensor]
 
