@@ -182,14 +182,6 @@ class LowRankEmbedding(LowRankLayer):
         """(num_embeddings, embedding_dim)."""
         return self.num_embeddings, self.embedding_dim
 
-    def matricised(self, weight: Tensor) -> Tensor:
-        """`weight` itself."""
-        return weight
-
-    def as_weight(self, matrix: Tensor) -> Tensor:
-        """`matrix` itself."""
-        return matrix
-
     def extra_repr(self) -> str:
         pad = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{pad}, {self._geometry_repr()}"

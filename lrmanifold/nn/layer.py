@@ -212,11 +212,11 @@ class LowRankLayer(WholeWeight):
 
     def matricised(self, weight: Tensor) -> Tensor:
         """A dense layer's weight as the matrix that the manifold holds, shape (..., m, n)."""
-        raise NotImplementedError  # the abstract contract: each layer knows its dense shape
+        return weight
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`matricised`."""
-        raise NotImplementedError  # the abstract contract: each layer knows its dense shape
+        return matrix
 
     def _take_over(self, module: nn.Module, init: str) -> None:
         """Fill this layer from a dense one."""

@@ -146,14 +146,6 @@ class LowRankLinear(LowRankLayer):
         """(out_features, in_features)."""
         return self.out_features, self.in_features
 
-    def matricised(self, weight: Tensor) -> Tensor:
-        """`weight` itself."""
-        return weight
-
-    def as_weight(self, matrix: Tensor) -> Tensor:
-        """`matrix` itself."""
-        return matrix
-
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
