@@ -9,7 +9,7 @@ from typing import Any
 from lrmanifold.experiments.runs import write_atomically
 
 from . import conditioning, published
-from .picture import curves, frontier, side
+from .picture import SHOWN, curves, frontier, side
 from .results import (
     LEAST_SEEDS,
     Finding,
@@ -58,9 +58,9 @@ def write(results: Results, folder: Path) -> Path:
         f"![clean against worst-case accuracy of {plan.network.model} on {plan.network.data}]"
         "(frontier.png)",
         "Left: of each side all settings that no other one beats in both, on validation "
-        "images, with "
-        "standard errors over the seeds of the search. Right: the chosen settings on test "
-        "images, with standard deviations over the seeds of the test that did not diverge.",
+        f"images, with standard errors over the seeds of the search; not those more than "
+        f"{100 * SHOWN:.0f} points less accurate than the side's best. Right: the chosen settings "
+        "on test images, with standard deviations over the seeds of the test that did not diverge.",
         "In how many pairs of settings is one as accurate as the other (at most 0.1 points less), "
         "and in how many of these harder to fool? On validation images, all trials that did not "
         "diverge; in brackets the best of each side only.",

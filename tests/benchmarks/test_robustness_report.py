@@ -205,15 +205,23 @@ def test_efficient_points_are_those_that_nothing_beats(found):
 
 
 @pytest.mark.parametrize("behind", [0.85, 0.5])
-def test_no_side_falls_out_of_the_picture(behind, monkeypatch):
+def test_the_frontier_is_shown_whole_but_for_what_learned_little(behind, monkeypatch):
     results = made({name: [0.5] * 5 for name in ("dense", "cut", "ours", "wild")})
-    results.trials[-1]["clean"] = [behind]
+    last = results.trials[-1]
+    results.trials += [dict(last), dict(last)]
+    below = ((0, 0), (-0.14, 0.1), (-0.16, 0.2))
+    for trial, (clean, worst) in zip(results.trials[-3:], below, strict=True):
+        trial["clean"], trial["worst"] = [behind + clean], [0.3 + worst]
     drawn = []
     monkeypatch.setattr(picture, "_png", drawn.append)
     picture.frontier(results)
-    low, high = drawn[0].axes[0].get_xlim()
-    assert low < 100 * behind < 90 < high
-    assert high - low == pytest.approx(6.7 if behind == 0.85 else 41.7)
+    axis = drawn[0].axes[0]
+    (low, high), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    lines = [np.asarray(c.lines[0].get_xydata()) for c in axis.containers]
+    assert all(((low, bottom) < xy).all() and (xy < (high, top)).all() for xy in lines)
+    # of a side far behind the same is shown, and no line leads to what is left out
+    expected = [[100 * behind - 14, 40], [100 * behind, 30]]
+    assert any(len(xy) == 2 and np.allclose(xy[xy[:, 0].argsort()], expected) for xy in lines)
 
 
 def test_pairs_are_counted_by_hand():
