@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lrmanifold.experiments.runs import write_atomically
 
@@ -57,13 +60,14 @@ def write(results: Results, folder: Path) -> Path:
         "## The whole frontier",
         f"![clean against worst-case accuracy of {plan.network.model} on {plan.network.data}]"
         "(frontier.png)",
-        "Left: of each side all settings that no other one beats in both, on validation "
-        f"images, with standard errors over the seeds of the search; not those more than "
-        f"{100 * SHOWN:.0f} points less accurate than the side's best. Right: the chosen settings "
-        "on test images, with standard deviations over the seeds of the test that did not diverge.",
+        "Left: of each side all settings that no other one beats in both, on validation images, "
+        f"{_left_bars(results)}; not those more than {100 * SHOWN:.0f} points less accurate than "
+        "the side's best. Right: the chosen settings on test "
+        "images, with standard deviations over the seeds of the test that did not diverge.",
         "In how many pairs of settings is one as accurate as the other (at most 0.1 points less), "
         "and in how many of these harder to fool? On validation images, all trials that did not "
-        "diverge; in brackets the best of each side only.",
+        "diverge, those at chance too; in brackets the best of each side only. In parentheses "
+        "after a side: its trials; more trials have a better best.",
         _pairs(results),
         "## How they were chosen",
         _search(results),
@@ -82,6 +86,8 @@ def _registration(results: Results) -> str:
     where = ", ".join(sorted(f"`{c}`" if c else "none: not registered" for c in commits))
     made = {row["conditions"]["commit"] for g in results.groups for row in g.rows}
     code = ", ".join(f"`{c}`" for c in sorted(made - {None}))
+    tried = {t.get("conditions", {}).get("commit") for t in results.trials}
+    search = ", ".join(f"`{c}`" for c in sorted(tried - {None})) or "code that they do not name"
     training = ", ".join(f"{k} {v}" for k, v in plan.training.items())
     note = " ".join(plan.note.split())
     how = plan.adversarial
@@ -100,7 +106,7 @@ def _registration(results: Results) -> str:
     return (
         f"{plan.network.model} on {plan.network.data}, {training}. Accuracy in %. The plan, "
         f"`plan.toml` ({plan.digest}), was committed before the runs in {where}; rows were made by "
-        f"the code of {code or 'no commit'}. "
+        f"the code of {code or 'no commit'}, trials by {search}. "
         f"{_machine(results)}{note} {first.get('note') or ''}"
     ).strip()
 
@@ -136,7 +142,8 @@ def _findings(found: Sequence[Finding]) -> str:
     return (
         table(head, rows)
         + f"\n\nTrials of either side. Paired intervals over {over}, which hold together at "
-        f"95 % (t, Bonferroni); {VERDICTS}."
+        f"95 % (t, Bonferroni) within this table; {VERDICTS}. They are about the chosen settings: "
+        "another search may choose others, and how often a training diverges they do not cover."
     )
 
 
@@ -192,7 +199,7 @@ def _pairs(results: Results) -> str:
     for name in by_side:
         if name in ours:
             continue
-        cells = [name]
+        cells = [f"{name} ({len(by_side[name])})"]
         for mine in ours:
             for one, other in ((mine, name), (name, mine)):
                 a, b = by_side[one], by_side[other]
@@ -202,8 +209,17 @@ def _pairs(results: Results) -> str:
         rows.append(cells)
     head = ["rival"]
     for mine in ours:
-        head += [f"{mine} as accurate, and ahead", f"rival as accurate as {mine}, and ahead"]
+        head += [
+            f"{mine} ({len(by_side[mine])}) as accurate, and ahead",
+            f"rival as accurate as {mine}, and ahead",
+        ]
     return table(head, rows)
+
+
+def _left_bars(results: Results) -> str:
+    if len(results.plan.search.seeds) > 1:
+        return "with standard errors over the seeds of the search"
+    return "from one seed, so without error bars"
 
 
 def _search(results: Results) -> str:
@@ -226,14 +242,15 @@ def _search(results: Results) -> str:
         )
     head = ["family", "setting", "inside its grid", "score", "clean", "worst", "trials"]
     share, plan_eps = search.robust_share[0], results.plan.attack.eps
+    splits = len(search.seeds)
     return table(head, rows) + (
         f"\n\nScore: {1 - share:g} clean + {share:g} worst case at {strength(plan_eps)}, on the "
-        f"{100 * search.validation:.0f} % of the training images that a trial does not see, "
-        "mean over "
-        f"{len(search.seeds)} splits. Every family has {search.trials} trials; the grid grows "
-        "wherever "
-        "the search goes (`benchmarks/robustness/search.py`), and the number of trials is its only "
-        "limit. Inside its grid: all neighbours of the setting were tried."
+        f"{100 * search.validation:.0f} % of the training images that a trial does not see (the "
+        f"worst case on at most {search.images:,} of them), "
+        f"{'one split' if splits == 1 else f'mean over {splits} splits'}. Every family has "
+        f"{search.trials} trials; the grid grows wherever the search goes "
+        "(`benchmarks/robustness/search.py`), and the number of trials is its only limit. "
+        "Inside its grid: all neighbours of the setting were tried."
     )
 
 
@@ -297,7 +314,8 @@ def _cost(results: Results) -> str:
         row = group.done[0]
         compared = {n: x["cond"] for n, x in row["layers"].items() if n not in plan.network.exclude}
         conds = [cond for cond in compared.values() if cond is not None]
-        seconds = sum(r["train_cpu_seconds"] for r in group.done) / len(group.done)
+        # the median: a row that went on from a checkpoint knows only the rest of its training
+        seconds = float(np.median([r["train_cpu_seconds"] for r in group.done]))
         rows.append(
             [
                 group.family.name,
@@ -305,15 +323,18 @@ def _cost(results: Results) -> str:
                 f"{100 * row['stored_share']:.1f} %",
                 f"{100 * row['multiply_adds'] / full:.1f} %",
                 f"{max(conds):.3g}" if conds else "–",
-                percent(group, "clean", "ece"),
+                # 0 of a seed that diverged would be perfect calibration
+                percent(replace(group, rows=group.done), "clean", "ece"),
                 f"{seconds:.1f}",
             ]
         )
     head = ["family", "trained", "stored", "multiply-adds", "largest cond", "ECE", "CPU s"]
     return table(head, rows) + (
         "\n\nLargest cond: of a layer's weight as a matrix, among the layers that are low-rank in "
-        "some family. ECE: calibration error. CPU seconds of one training, on a busy machine; of a "
-        "GPU's host where it ran there."
+        "some family. ECE: calibration error, of the seeds that did not diverge. CPU seconds of "
+        "one training, median of the seeds, on a busy machine; of a GPU's host where it ran there; "
+        "of a training that was cut off only what came after. A network that is truncated and not "
+        "trained on keeps dense matrices here, so its multiply-adds are those of a dense one."
     )
 
 

@@ -19,6 +19,7 @@ from ..robustness.table import Table
 
 Row = Mapping[str, Any]
 SLACK = 0.001  # of clean accuracy: so much less is "as accurate"
+ROUNDING = 2e-6  # rows hold six digits: means that differ by less are of as many images
 LEAST_SEEDS = 5  # for a verdict
 
 
@@ -250,8 +251,11 @@ def efficient(items: Sequence[Any], at: Callable[[Any], Point]) -> list[Any]:
     """Those that no other beats in both coordinates, by falling first coordinate."""
     found: list[Any] = []
     for item in sorted(items, key=at, reverse=True):
-        if not found or at(item)[1] > at(found[-1])[1]:
-            found.append(item)
+        if found and at(item)[1] <= at(found[-1])[1] + ROUNDING:
+            continue
+        while found and at(found[-1])[0] <= at(item)[0] + ROUNDING:
+            found.pop()
+        found.append(item)
     return found
 
 
@@ -262,5 +266,5 @@ def trial_point(trial: Row) -> Point:
 
 def pairs(ours: Sequence[Point], theirs: Sequence[Point]) -> tuple[int, int]:
     """In how many pairs is ours as accurate, and in how many of these harder to fool?"""
-    equal = [(a, b) for a in ours for b in theirs if a[0] >= b[0] - SLACK]
-    return sum(a[1] > b[1] for a, b in equal), len(equal)
+    equal = [(a, b) for a in ours for b in theirs if a[0] >= b[0] - SLACK - ROUNDING]
+    return sum(a[1] > b[1] + ROUNDING for a, b in equal), len(equal)

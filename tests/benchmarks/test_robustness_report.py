@@ -28,6 +28,7 @@ from benchmarks.report.results import (
     pairs,
     read,
     strength,
+    trial_point,
 )
 from benchmarks.robustness.measures import packed, unpacked
 from benchmarks.robustness.plan import parse
@@ -232,6 +233,24 @@ def test_pairs_are_counted_by_hand():
     assert pairs(theirs, ours) == (0, 3)
 
 
+def counts(of):
+    """Accuracies of a trial as rows hold them, each a count of right images of 434."""
+    return [float(f"{count / 434:.6g}") for count in of]
+
+
+@given(st.lists(st.tuples(*[st.integers(250, 256)] * 4), min_size=1, max_size=8))
+def test_as_many_images_are_a_tie_however_they_are_split(found):
+    """Against whole numbers: a pair is counted, and a setting kept, by numbers of images."""
+    trials = [{"clean": counts(four[:2]), "worst": counts(four[2:])} for four in found]
+    at = [trial_point(t) for t in trials]
+    whole = [(sum(four[:2]), sum(four[2:])) for four in found]
+    equal = [(a, b) for a in whole for b in whole if 1000 * (b[0] - a[0]) <= 868]
+    assert pairs(at, at) == (sum(a[1] > b[1] for a, b in equal), len(equal))
+    kept = efficient(range(len(at)), lambda k: at[k])
+    best = efficient(range(len(at)), lambda k: whole[k])
+    assert [whole[k] for k in kept] == [whole[k] for k in best]
+
+
 # ---------------------------------------------------------------------------------- from files
 
 
@@ -306,6 +325,30 @@ def test_seeds_that_not_all_families_have_are_left_out_and_told(folder):
 def test_rows_of_an_earlier_plan_do_not_count(folder):
     write(folder, changed(seeds=SEEDS, title="Changed after the runs"))
     assert read(folder) is None
+
+
+def test_calibration_and_seconds_are_of_trainings_that_went_through(folder):
+    """A diverged seed is not perfectly calibrated; the rest of a training that was cut off is no
+    whole one."""
+    results = read(folder)
+    first, second, *_ = results.main()[0].rows
+    first |= {"diverged": True}
+    second |= {"train_cpu_seconds": 0.01}
+    line = next(x for x in page._cost(results).splitlines() if x.startswith("| dense |"))
+    assert line.endswith("| 1.0 ± 0.0 | 1.0 |")
+
+
+def test_the_page_says_how_many_trials_each_side_had(folder):
+    text = page._pairs(read(folder))
+    assert "| truncated, 40 % (3) |" in text
+    assert "CondLR, 40 % (3) as accurate" in text
+
+
+def test_bars_that_one_seed_cannot_have_are_not_promised(folder):
+    results = read(folder)
+    text = page.write(results, folder).read_text()
+    assert "from one seed, so without error bars" in text
+    assert "one split" in text
 
 
 def test_a_setting_at_an_end_of_its_grid_is_marked(folder):
