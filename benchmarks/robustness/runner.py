@@ -232,7 +232,7 @@ class Runner:
         first = seed == self.plan.seeds[0]
         found = measures.everything(trained, data, self.plan, source, once=first)
         self.rows.append({**head, "note": data.note, "train_cpu_seconds": seconds, **found})
-        self._checkpoint(key).unlink(missing_ok=True)
+        self._forget(key)
         self.log(
             f"run {family.name}, seed {seed}: clean {100 * found['clean']['accuracy']:.1f}, "
             f"worst {100 * found['worst'][f'{self.plan.attack.eps:g}']['accuracy']:.1f}, "
@@ -278,7 +278,7 @@ class Runner:
             self.log(f"{family.name} {values}, seed {seed}: {error}")
             trained = None
         if trial or trained is None:
-            path.unlink(missing_ok=True)
+            self._forget(key)
         return trained
 
     def _check_time(self) -> None:
@@ -315,6 +315,11 @@ class Runner:
 
     def _checkpoint(self, key: str) -> Path:
         return self.scratch / f"{key}.pt"
+
+    def _forget(self, key: str) -> None:
+        """Remove a training's checkpoint, and that of its first half if it had two."""
+        for path in self.scratch.glob(f"*{key}.pt"):
+            path.unlink(missing_ok=True)
 
     def _key(self, *parts: Any) -> str:
         text = json.dumps([self.plan.digest, *parts], sort_keys=True, ensure_ascii=False)
