@@ -255,7 +255,6 @@ def test_networks_are_kept_on_demand(tmp_path):
     assert found == pytest.approx(row["layers"]["fc1"], rel=1e-3)
 
 
-<<<<<<< HEAD
 def test_an_attack_computes_an_orthogonal_matrix_once():
     torch.manual_seed(0)
     network = orthogonalize(torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)))
@@ -267,11 +266,11 @@ def test_an_attack_computes_an_orthogonal_matrix_once():
     options = {"attacks": asked.attacks, "restarts": 2, "steps": 5, "queries": 20}
     assert found["after"] == robustness.worst_case(network, images, 0.1, **options).after
     assert len(calls) > 20
-=======
+
+
 def test_no_half_of_a_finished_training_is_left(finished):
     """A later run with other code would go on from it and say nothing."""
     assert not list((finished / "scratch").glob("first-*"))
->>>>>>> ecf194e (A finished row leaves no checkpoint of a training's first half; two sentences of the pages on robustness)
 
 
 def test_finished_work_is_not_done_again(finished, monkeypatch):
