@@ -30,11 +30,19 @@ VERDICTS = {"7-approximation": ["True", "False", "False", "False"]}  # wrong con
 
 # Mistakes in the solution of each exercise, as (right, wrong): the check must reject every one.
 MISTAKES = {
-    "1-rank-one": [("Vh[0]", "Vh[:, 0]"), ("s[0] * ", ""), ("s[0]", "s[1]")],
+    "1-rank-one": [
+        ("Vh[0]", "Vh[:, 0]"),
+        ("U[:, 0]", "U[0]"),
+        ("s[0] * ", ""),
+        ("s[0]", "s[1]"),
+        ("return s", "return -s"),
+        ("return s[0]", "A *= 1.0 + 1e-3\n    return s[0]"),
+    ],
     "2-tangent-spaces": [
         (" - U @ (U.mT @ right)", ""),
         ("U @ (U.mT @ right)", "right"),
         ("left + right - U @ (U.mT @ right)", "U @ (U.mT @ right)"),
+        ("return ", "Z -= left\n    return "),
     ],
     "3-small-singular-values": [
         ("V @ S.mT", "V @ S"),
@@ -79,6 +87,7 @@ MISTAKES = {
         ("math.expm1(a * t) / a", "math.exp(a * t) / a"),
         ("math.expm1(a * t) / a", "math.expm1(a * 1.5) / a"),
         ("math.expm1(a * t) / a", "t * math.exp(a * t)"),
+        ("if a else t", "if a else math.nan"),
     ],
     "8-certificates": [
         ("(L * (W[y] - W[j]).norm())", "(W[y] - W[j]).norm()"),
@@ -87,7 +96,69 @@ MISTAKES = {
         ("(L * (W[y] - W[j]).norm())", "(2**0.5 * L * W.norm(dim=1).max())"),
         ("/ (L * (W[y] - W[j]).norm())", "* L / (W[y] - W[j]).norm()"),
         ("(W[y] - W[j]).norm()", "(W[y] - W[j]).norm(1)"),
+        # the class itself among the others: 0 / 0
+        ("return min", "return ((z[y] - z) / (L * (W[y] - W).norm(dim=1))).min()\n    min"),
     ],
+}  # fmt: skip
+
+# The same answers by other means: NumPy, float32, other formulas.
+OTHER_ANSWERS = {
+    "1-rank-one": """
+import numpy as np
+def solution(X):
+    X = X.numpy().astype(np.float32)
+    v = np.linalg.eigh(X.T @ X)[1][:, -1:]
+    return X @ v @ v.T
+""",
+    "2-tangent-spaces": """
+import numpy as np
+def solution(u, v, a):
+    u, v, a = (np.asarray(x) for x in (u, v, a))
+    return a - (np.eye(8) - u @ u.T) @ a @ (np.eye(6) - v @ v.T)
+""",
+    "3-small-singular-values": """
+def solution(U, S, V, F):
+    U, S, V, F = (x.float() for x in (U, S, V, F))
+    U1 = torch.linalg.svd(U @ S + F @ V, full_matrices=False).U
+    V1 = torch.linalg.svd(V @ S.T + F.T @ U, full_matrices=False).U
+    return [U1.numpy(), U1.T @ U @ S @ V.T @ V1 + U1.T @ F @ V1, V1]
+""",
+    "4-well-conditioned": """
+import numpy as np
+def solution(s, kappa):
+    s, found = np.asarray(s), []
+    if s[0] <= kappa * s[-1]:
+        return s
+    for p in range(7):
+        for q in range(7 - p):
+            if p + q:
+                b = (kappa * s[:p].sum() + s[6 - q :].sum()) / (kappa**2 * p + q)
+                found.append(np.clip(s, b, kappa * b))
+    return min(found, key=lambda x: np.linalg.norm(x - s))
+""",
+    "5-robust-training": """
+import numpy as np
+def solution(layers, rank):
+    m, n = np.array(layers).T
+    return np.minimum(m * n, (m + n + rank) * rank).sum()
+""",
+    "6-attacks": """
+def solution(model, x, y, eps):
+    x.requires_grad_()
+    torch.nn.CrossEntropyLoss(reduction="sum")(model(x), y).backward()
+    return torch.clip(x + eps * x.grad.sign(), 0, 1).detach().numpy()
+""",
+    "7-approximation": """
+import numpy as np
+def solution(eps, a, b, t):
+    return np.float32(eps * b) * (np.float32(t) if a == 0 else np.float32(np.exp(a * t) - 1) / a)
+""",
+    "8-certificates": """
+import numpy as np
+def solution(z, y, W, L):
+    z, W = np.delete(z.numpy(), y, 0) - z[y].item(), np.delete(W.numpy(), y, 0) - W[y].numpy()
+    return (-z / np.linalg.norm(W, axis=1)).min() / L
+""",
 }  # fmt: skip
 
 
@@ -103,13 +174,17 @@ def test_all_cells_run(lesson, capsys):
     names = run(lesson, CELL)
     printed = capsys.readouterr().out
     verdicts = re.findall(r"\b(True|False)$", printed, flags=re.MULTILINE)
-    assert printed.endswith("not yet\n")  # the exercise, before it is solved
+    last = printed.splitlines()[-1]
+    assert last.startswith("not yet: "), last  # the exercise, before it is solved
     (solution,) = blocks(lesson, "python")
     exec(compile(solution, f"{lesson.name}, solution", "exec"), names)
     assert capsys.readouterr().out == "right\n"
+    exec(compile(OTHER_ANSWERS[lesson.stem], f"{lesson.name}, other", "exec"), names)
+    names["check"](names["solution"])
+    assert capsys.readouterr().out == "right\n"
     for wrong in mistaken(lesson, solution):
         exec(compile(wrong, f"{lesson.name}, wrong", "exec"), names)
-        assert capsys.readouterr().out == "not yet\n", wrong
+        assert capsys.readouterr().out.startswith("not yet: "), wrong
     assert verdicts == VERDICTS.get(lesson.stem, ["True"] * len(verdicts))
 
 
