@@ -119,7 +119,7 @@ def figure(dtype: torch.dtype, device: torch.device):
 
     fig, axes = new(2, width=5.4, height=4.8, sharey=True)
     given = sample(5, torch.float64, device, n=9, r=3)
-    looks = zip(ORDER.items(), COLOURS[1:7] + COLOURS[1:3], MARKERS, strict=True)
+    looks = zip(ORDER.items(), COLOURS[1:7] + COLOURS[1:3], MARKERS[:8], strict=True)
     for ((name, kind, target), p), colour, marker in looks:
         t, error = zip(*errors(given, (name, kind, target)), strict=True)
         label = f"{name}, {target}: {tail_slope([*zip(t, error, strict=True)]) - 1:.2f}"
