@@ -19,7 +19,7 @@ import torch
 
 from ._record import FOLDER, record
 from .certified.gpu import TWINS, preferred
-from .report.results import Results, read
+from .report.results import read
 
 ROOT = FOLDER.parents[1]
 PAGES = ("README.md", "docs/index.md", "docs/how-to-choose.md")
@@ -173,16 +173,10 @@ def _proved(group: str, method: str) -> str:
     return _mean([run["verified"] for run in runs]) if runs else "–"
 
 
-def page(plan: str) -> Results:
-    """What the page of a plan of the robustness benchmark is written from."""
-    found = read(FOLDER / "robustness" / plan)
-    assert found is not None, f"{plan} is not finished"
-    return found
-
-
 def attacked(plan: str) -> dict[str, float]:
     """Worst case of each family of a plan, in %, as on its page."""
-    found = page(plan)
+    found = read(FOLDER / "robustness" / plan)
+    assert found is not None, f"{plan} is not finished"
     return {g.family.name: 100 * g.mean(*found.column("worst")) for g in found.main()}
 
 
