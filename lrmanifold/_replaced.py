@@ -36,10 +36,14 @@ def note_replaced(old: list[nn.Parameter], new: nn.Module) -> None:
     """Remember that a layer with the parameters `old` gave way to `new`."""
     global _conversions
     came, stayed = _Successors(new, {id(p) for p in old}), {id(p) for p in new.parameters()}
-    for p in old:
-        if id(p) not in stayed:
-            _new[p] = came
-            _conversions += 1
+    gone = [p for p in old if id(p) not in stayed]
+    ids = {id(p) for p in gone}
+    for earlier, between in list(_new.items()):
+        if any(id(q) in ids for q in between):  # these came in its place, and die with their layer
+            _new[earlier] = came
+    for p in gone:
+        _new[p] = came
+        _conversions += 1
 
 
 def note_frozen(layer: nn.Module, new: nn.Module) -> None:

@@ -218,3 +218,13 @@ def test_neither_old_nor_new_weights_are_kept_alive(device):
     del optimizer
     gc.collect()
     assert old() is None
+
+
+def test_so_is_one_built_before_two_conversions_that_changed_the_rank(device):
+    model = lrm.factorize(dense(device), rank=4, exclude="2")
+    optimizer = lrm.optim.CondLR(model.parameters(), lr=0.1)
+    step(model, optimizer)
+    model = lrm.factorize(lrm.densify(model), rank=6, exclude="2")
+    silent(lambda: step(model, optimizer))
+    with pytest.warns(UserWarning, match=r"CondLR was built before factorize.*: 1 of its"):
+        step(model, optimizer)
