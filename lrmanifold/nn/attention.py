@@ -315,7 +315,7 @@ class LowRankMultiheadAttention(ComputedWeight):
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            scores = (q / math.sqrt(self.head_dim)) @ k.mT
+            scores = (q / math.sqrt(self.head_dim)) @ k.transpose(-2, -1)
             weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
             weights = F.dropout(weights, dropout) if dropout else weights
             y = weights @ v

@@ -138,6 +138,7 @@ class ConvexPotential(nn.Module):
         U, S, V = self.layer.factors
         Q = S / self.layer.sigma_max()
         linear = nn.functional.linear
-        hidden = self.activation(linear(linear(linear(x, V.mT), Q), U, self.layer.bias))
-        back = linear(linear(hidden, U.mT), Q.mT)
+        z = linear(x, V.transpose(-2, -1))
+        hidden = self.activation(linear(linear(z, Q), U, self.layer.bias))
+        back = linear(linear(hidden, U.transpose(-2, -1)), Q.transpose(-2, -1))
         return x - 2.0 * linear(back, V)

@@ -100,7 +100,8 @@ class _LowRankConvNd(KernelLayer):
     def _filters(self, V: Tensor) -> Tensor:
         """The columns of V as filters, shape (groups * r, in_channels / groups, *kernel_size)."""
         # One plain transpose: this is why the channels are last in V.
-        rows = V.mT.contiguous().reshape(-1, *self.kernel_size, self.in_channels // self.groups)
+        rows = V.transpose(-2, -1).contiguous()
+        rows = rows.reshape(-1, *self.kernel_size, self.in_channels // self.groups)
         return rows.movedim(-1, 1)
 
     def _translated(self, value: Tensor, version: int | None) -> Tensor:

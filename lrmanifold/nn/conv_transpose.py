@@ -121,7 +121,7 @@ class _LowRankConvTransposeNd(KernelLayer):
 
     def _first(self, x: Tensor, V: Tensor) -> Tensor:
         ones = (1,) * len(self.kernel_size)
-        mix = V.mT.reshape(-1, self.in_channels // self.groups, *ones)
+        mix = V.transpose(-2, -1).reshape(-1, self.in_channels // self.groups, *ones)
         return type(self)._mix(x, mix, None, 1, 0, 1, self.groups)
 
     def _last(self, z: Tensor, U: Tensor, S: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -139,7 +139,7 @@ class _LowRankConvTransposeNd(KernelLayer):
 
     def _filters(self, U: Tensor) -> Tensor:
         """The columns of U as filters, shape (groups * r, out_channels / groups, *kernel_size)."""
-        return U.mT.reshape(-1, self.out_channels // self.groups, *self.kernel_size)
+        return U.transpose(-2, -1).reshape(-1, self.out_channels // self.groups, *self.kernel_size)
 
     @property
     def dense_shape(self) -> tuple[int, ...]:

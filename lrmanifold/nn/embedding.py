@@ -108,12 +108,12 @@ class LowRankEmbedding(LowRankLayer):
             # the probes of LowRankLayer, with rows in the place of inputs
             U_, V_ = U.detach(), V.detach()
             rows = self._lookup(ids, U_)
-            y = F.linear(rows, V_ @ S.mT) + F.linear(self._lookup(ids, U - U_), V_)
+            y = F.linear(rows, V_ @ S.transpose(-2, -1)) + F.linear(self._lookup(ids, U - U_), V_)
             return y + F.linear(rows, V - V_)
         rows = self._lookup(ids, U)
         # V Sᵀ costs n r², a row times S r²: the cheaper one, but for exported graphs
         if is_exporting() or rows.numel() > V.numel():
-            return F.linear(rows, V @ S.mT)
+            return F.linear(rows, V @ S.transpose(-2, -1))
         return F.linear(rows @ S, V)
 
     def _lookup(self, ids: Tensor, U: Tensor) -> Tensor:

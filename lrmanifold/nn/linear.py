@@ -86,7 +86,7 @@ class LowRankLinear(LowRankLayer):
         self.reset_parameters()
 
     def _first(self, x: Tensor, V: Tensor) -> Tensor:
-        return F.linear(x, V.mT)
+        return F.linear(x, V.transpose(-2, -1))
 
     def _last(self, z: Tensor, U: Tensor, S: Tensor | None, bias: Tensor | None) -> Tensor:
         if S is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -121,3 +123,47 @@ def test_onnx_through_onnxruntime(kind, tmp_path):
     x = batch(7)
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def attention():
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+
+ONNX_CASES = {
+    "linear": lambda: (lrm.nn.LowRankLinear(8, 9, 2), torch.randn(2, 8)),
+    "grouped Conv1d": lambda: (lrm.nn.LowRankConv1d(4, 8, 3, 2, groups=2), torch.randn(2, 4, 8)),
+    "reflecting Conv2d": lambda: (
+        lrm.nn.LowRankConv2d(4, 8, 3, 2, padding=1, padding_mode="reflect"),
+        torch.randn(2, 4, 8, 8),
+    ),
+    "grouped ConvTranspose2d": lambda: (
+        lrm.nn.LowRankConvTranspose2d(4, 8, 3, 2, groups=2),
+        torch.randn(2, 4, 8, 8),
+    ),
+    "embedding": lambda: (lrm.nn.LowRankEmbedding(20, 8, 2), torch.randint(20, (2, 5))),
+    "encoder": lambda: (
+        lrm.factorize(attention(), rank=2, keep_larger=True),
+        torch.randn(2, 5, 8),
+    ),
+    "weights of attention": lambda: (
+        lrm.nn.LowRankMultiheadAttention(8, 2, 2),
+        (torch.randn(5, 2, 8),) * 3,
+    ),
+    "adapter": lambda: (lrm.nn.LowRankAdapter(nn.Linear(8, 9), 2), torch.randn(2, 8)),
+    "convex potential": lambda: (lrm.nn.ConvexPotential(8, 4), torch.randn(2, 8)),
+}
+
+
+@pytest.mark.parametrize("case", ONNX_CASES)
+def test_onnx_by_torchscript_which_is_the_default_before_torch_2_9(case):
+    """Every operator is known to it. To write the file it needs the package onnx."""
+    model, x = ONNX_CASES[case]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.onnx.export(
+                model.eval(), x if isinstance(x, tuple) else (x,), io.BytesIO(), dynamo=False
+            )
+        except torch.onnx.OnnxExporterError as error:
+            if "onnx is not installed" not in str(error):
+                raise
