@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_modules
 
+from .._wrappers import unwrapped
 from ..nn import Residual
 from ..parameter import is_sharded
 from ..robustness import evaluation_mode
@@ -80,6 +81,12 @@ def trace(model: nn.Module) -> fx.GraphModule:
 def refuse_hooks(model: nn.Module) -> None:
     """:class:`BoundError` where something beside the forwards of the types is called."""
     for name, module in model.named_modules():
+        if unwrapped(module) is not module:
+            raise BoundError(
+                f"{name or 'the model'} ({type(module).__name__}) is a wrapper of torch.compile or "
+                "for many processes, which is not followed: give the model inside, "
+                f"model.{'_orig_mod' if '_orig_mod' in module._modules else 'module'}"
+            )
         if "forward" in vars(module):
             raise BoundError(
                 f"{name or 'the model'} ({type(module).__name__}) has its own forward, put "

@@ -153,7 +153,10 @@ def dense_defect(module: nn.Module, kind: type[nn.Module]) -> str:
     if parametrize.is_parametrized(module):
         return _parametrized(module)
     if type(module) is not kind:
-        return f"a subclass ({type(module).__name__}) with a forward of its own"
+        name = type(module).__name__
+        if getattr(type(module), "forward", None) is kind.forward:
+            return f"a subclass ({name}), which may have more to it than a {kind.__name__}"
+        return f"a subclass ({name}) with a forward of its own"
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is computed by a hook (weight_norm, prune, ...)"

@@ -274,7 +274,10 @@ class GeometricOptimizer(torch.optim.Optimizer):
             if p.grad is None:
                 continue
             if p.grad.is_sparse:
-                raise RuntimeError(f"sparse gradients are not supported, got one for {label}")
+                raise RuntimeError(
+                    f"sparse gradients are not supported, got one for {label}: build its "
+                    "nn.Embedding with sparse=False, or give it to torch.optim.SparseAdam"
+                )
             state = self._state_of(p)
             # of a shape that is off the manifold the geometry speaks, below
             fits = tuple(p.shape[-2:]) == getattr(manifold, "point_shape", tuple(p.shape[-2:]))

@@ -216,7 +216,13 @@ def overridden():
     return nn.Sequential(layer)
 
 
+def compiled():
+    return torch.compile(nn.Linear(4, 4), backend="eager")
+
+
 REFUSED = [
+    (compiled, r"OptimizedModule.*model\._orig_mod"),
+    (lambda: nn.DataParallel(nn.Linear(4, 4)), r"DataParallel.*model\.module"),
     (Branches, "cannot be followed"), (InPlace, "overwrites"), (InPlaceThroughAView, "overwrites"),
     (MixesSamples, "flip"), (TwoAtATime, "apart"),
     (Random, "does not give the same"), (FromTheBatch, "batch"),

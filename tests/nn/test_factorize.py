@@ -176,11 +176,15 @@ class Loud(nn.Linear):
         return 2.0 * super().forward(x)
 
 
+class Named(nn.Linear):
+    pass
+
+
 def test_subclasses_stay_dense_and_say_so():
-    model = nn.Sequential(Loud(16, 16), nn.Linear(16, 16))
+    model = nn.Sequential(Loud(16, 16), nn.Linear(16, 16), Named(16, 16))
     plan = plan_of(model, rank=3)
-    assert plan["0"][0] is None
-    assert "subclass (Loud)" in plan["0"][1]
+    assert plan["0"] == (None, "a subclass (Loud) with a forward of its own")
+    assert plan["2"] == (None, "a subclass (Named), which may have more to it than a Linear")
     assert type(model[0]) is Loud
 
 
