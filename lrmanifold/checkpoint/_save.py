@@ -121,7 +121,11 @@ def _check_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if key in layers:
             reason = defect(layers[key], value)
             if reason is not None:
-                raise CheckpointError(f"{key!r} is not a point of {layers[key].manifold}: {reason}")
+                raise CheckpointError(
+                    f"{key!r} is not a point of {layers[key].manifold}: {reason}. If it was "
+                    "averaged, take lrmanifold.optim.retracting_average; to bring it back: "
+                    "p.data.copy_(p.manifold.projx(p))"
+                )
         reason = not_finite(value, parameter=key in parameters)
         if reason is not None:
             raise CheckpointError(f"{key!r} {reason}")

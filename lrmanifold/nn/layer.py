@@ -395,6 +395,8 @@ class LowRankLayer(WholeWeight):
         lead = "".join(f"{size}, " for size in self.__dict__["_lead"])
         if value.ndim < 2 or tuple(value.shape) != (*self.__dict__["_lead"], m + rank + n, rank):
             reason = f"its shape must be ({lead}{m} + r + {n}, r), got {tuple(value.shape)}"
+        elif "orthonormal" in reason:
+            reason += ". If it was averaged, take lrmanifold.optim.retracting_average"
         return f" is not a point of {self.manifold}: {reason}"
 
     def _is_dense(self, value: Tensor) -> bool:

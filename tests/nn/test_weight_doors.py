@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lrmanifold as lrm
-from lrmanifold import GeometryError
+from lrmanifold import GeometryError, checkpoint
 from lrmanifold.nn import LowRankConv2d, LowRankLinear
 from lrmanifold.optim import CondLR
 
@@ -177,7 +177,7 @@ def test_replicas_of_data_parallel_hold_plain_tensors(layer):
 
 
 @pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.5)])
-def test_averaged_factors_are_refused_wherever_they_are_used(average):
+def test_averaged_factors_are_refused_wherever_they_are_used(average, tmp_path):
     """The mean of packed factors is not the mean of the matrices, and off the manifold."""
     torch.manual_seed(0)
     model = nn.Sequential(LowRankLinear(7, 9, 3, tau=0.1))
@@ -188,8 +188,10 @@ def test_averaged_factors_are_refused_wherever_they_are_used(average):
     averaged.update_parameters(far)
     mixed = averaged.module[0]
     assert isinstance(mixed.weight, geoopt.ManifoldParameter)
-    with pytest.raises(RuntimeError, match=r"0\.weight is not a point of"):
+    with pytest.raises(RuntimeError, match=r"0\.weight is not a point of.*retracting_average"):
         model.load_state_dict(averaged.module.state_dict())
+    with pytest.raises(checkpoint.CheckpointError, match=r"retracting_average; to bring it back"):
+        checkpoint.save(tmp_path / "average.pt", averaged.module)
     optimizer = CondLR(averaged.parameters(), lr=0.1)
     for p in averaged.parameters():
         p.grad = torch.zeros_like(p)
