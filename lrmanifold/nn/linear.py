@@ -86,6 +86,7 @@ class LowRankLinear(LowRankLayer):
         self.reset_parameters()
 
     def _first(self, x: Tensor, V: Tensor) -> Tensor:
+        # not mT, here and in the other forwards: export through TorchScript does not know it
         return F.linear(x, V.transpose(-2, -1))
 
     def _last(self, z: Tensor, U: Tensor, S: Tensor | None, bias: Tensor | None) -> Tensor:
