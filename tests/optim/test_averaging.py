@@ -54,7 +54,7 @@ def test_torchs_average_leaves_the_manifold_and_ours_does_not(decay):
     plain = AveragedModel(model, multi_avg_fn=rule)
     train(model, 30, ours, plain, lr=0.3)
     assert drift(plain) > 1e-2
-    assert drift(ours) <= 1e-6
+    assert drift(ours) <= 5e-6  # float32: 10 roundings on some processors
     assert cond(ours) <= 1.1 + 1e-5
     assert layers(ours)[0].weight.manifold is layers(ours)[0].manifold
     # What is on no manifold is averaged as torch does it.
@@ -126,7 +126,7 @@ def test_ranks_that_were_adapted_are_followed():
     model.load_state_dict(network(rank=2).state_dict())
     average.update_parameters(model)
     assert [x.rank for x in layers(average)] == [2, 2]
-    assert drift(average) <= 1e-6
+    assert drift(average) <= 5e-6  # float32: 10 roundings on some processors
     average(torch.randn(2, 2, 4, 4)).sum().backward()
 
 
@@ -156,7 +156,7 @@ def test_state_dicts_and_copies_work_as_torchs():
     train(model, 3, average, other)
     for a, b in zip(average.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert drift(copy.deepcopy(average)) <= 1e-6
+    assert drift(copy.deepcopy(average)) <= 5e-6  # float32: 10 roundings on some processors
 
 
 def test_wrong_arguments_and_lost_manifolds_are_refused():
