@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -127,7 +128,11 @@ def test_a_reader_that_leaves_gets_silence_and_the_files_their_content(tmp_path)
 def test_an_interrupt_is_one_line(jobs, tmp_path):
     # Minutes of work, and long before its end the terminal's Ctrl-C, which all processes get.
     options = ("--only", "geometry/[st]*", "--trials", "3000", "--jobs", jobs)
-    process = _started(*options, "--plots", str(tmp_path / "new"), start_new_session=True)
+    # a job in the background of a shell inherits that Ctrl-C is ignored
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = _started(
+        *options, "--plots", str(tmp_path / "new"), start_new_session=True, preexec_fn=heard
+    )
     try:
         while not (tmp_path / "new").exists():
             assert process.poll() is None
