@@ -1,8 +1,8 @@
 """Networks for images, plain torch modules that ``factorize`` converts.
 
 For 32 x 32 images VGG16 with batch norm, WideResNet-16-4 and a small vision transformer; for small
-ones the two convolutions that are usual in adversarial training, and ``plain`` without its batch
-norms or with norms that only take the mean away. The smaller ones of
+ones the two convolutions that are usual in adversarial training, and ``plain`` twice as wide,
+without its batch norms or with norms that only take the mean away. The smaller ones of
 :mod:`lrmanifold.experiments.models` are built by :func:`build` too.
 They take normalised images (N, C, H, W) and give logits (N, classes).
 """
@@ -19,7 +19,10 @@ from lrmanifold.experiments import models as small
 from lrmanifold.experiments.data import Dataset
 from lrmanifold.nn import MeanOnlyBatchNorm
 
-NAMES = (*small.NAMES, "two-conv", "plain-no-norm", "plain-mean-norm", "vgg16", "wrn16_4", "vit")
+NAMES = (
+    *small.NAMES,
+    *("two-conv", "plain-wide", "plain-no-norm", "plain-mean-norm", "vgg16", "wrn16_4", "vit"),
+)
 _VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
 
@@ -199,6 +202,8 @@ def build(name: str, dataset: Dataset) -> nn.Module:
         return two_conv(channels, dataset.classes, height)
     if (height, width) != (32, 32):
         raise ValueError(f"{name} needs 32 x 32 images, got {height} x {width}")
+    if name == "plain-wide":
+        return small.plain(channels, dataset.classes, widths=(64, 128, 256))
     if name == "plain-no-norm":
         return plain_no_norm(channels, dataset.classes)
     if name == "plain-mean-norm":

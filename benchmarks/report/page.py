@@ -11,6 +11,7 @@ import numpy as np
 
 from lrmanifold.experiments.runs import write_atomically
 
+from ..robustness.plan import Hypothesis
 from . import conditioning, published
 from .picture import SHOWN, curves, frontier, side
 from .results import (
@@ -129,7 +130,7 @@ def _findings(found: Sequence[Finding]) -> str:
     rows = [
         [
             f.hypothesis.text,
-            f"{f.better} − {f.than}, {f.hypothesis.column}",
+            f"{f.better} − {f.than}, {_column(f.hypothesis)}",
             f"{f.trials[0]} / {f.trials[1]}",
             f"{f.difference:+.1f}" + (f" ({f.low:+.1f} to {f.high:+.1f})" if f.seeds > 1 else ""),
             f"**{f.verdict}**",
@@ -145,6 +146,11 @@ def _findings(found: Sequence[Finding]) -> str:
         f"95 % (t, Bonferroni) within this table; {VERDICTS}. They are about the chosen settings: "
         "another search may choose others, and how often a training diverges they do not cover."
     )
+
+
+def _column(hypothesis: Hypothesis) -> str:
+    eps = hypothesis.eps
+    return hypothesis.column if eps is None else f"{hypothesis.column} {strength(eps)}"
 
 
 def _accuracy(results: Results, groups: Sequence[Group]) -> str:

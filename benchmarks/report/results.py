@@ -109,9 +109,11 @@ class Results:
         """The strength of the score, as rows name it."""
         return f"{self.plan.attack.eps:g}"
 
-    def column(self, name: str) -> tuple[str, ...]:
-        """The path of "clean" or "worst" in a row."""
-        return ("clean", "accuracy") if name == "clean" else ("worst", self.eps, "accuracy")
+    def column(self, name: str, eps: float | None = None) -> tuple[str, ...]:
+        """The path of "clean" or "worst" in a row, by default at the strength of the score."""
+        if name == "clean":
+            return ("clean", "accuracy")
+        return ("worst", self.eps if eps is None else f"{eps:g}", "accuracy")
 
     def of(self, family: str) -> Sequence[Row]:
         """Its trials, in their order."""
@@ -202,7 +204,7 @@ def findings(results: Results) -> list[Finding]:
     found = []
     for hypothesis in hypotheses:
         ours, theirs = (results.speaks(names) for names in (hypothesis.better, hypothesis.than))
-        path = results.column(hypothesis.column)
+        path = results.column(hypothesis.column, hypothesis.eps)
         one, other = ours.values(*path), theirs.values(*path)
         seeds = sorted(one.keys() & other.keys())
         d = np.array([[100 * (one[s] - other[s])] for s in seeds])

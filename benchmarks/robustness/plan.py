@@ -129,13 +129,15 @@ class Family:
 @dataclass(frozen=True)
 class Hypothesis:
     """``[[hypothesis]]``: one of `better` has a larger value in `column` than one of `than`, by
-    more than `margin` points; of several families the one that validation scores best speaks."""
+    more than `margin` points; of several families the one that validation scores best speaks.
+    `eps`: the worst case at another strength than that of the score, one of `worst`."""
 
     text: str
     better: tuple[str, ...]
     than: tuple[str, ...]
     column: str = "worst"
     margin: float = 0.0
+    eps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,10 @@ def parse(raw: Mapping[str, Any], name: str) -> Plan:
     wanted = {plan.reference, *(n for h in hypotheses for n in (*h.better, *h.than))}
     if len(known) < len(families) or not wanted <= known:
         raise PlanError(f"families must have different names, and be there: {sorted(wanted)}")
+    for hypothesis in hypotheses:
+        eps, there = hypothesis.eps, plan.attack.worst if hypothesis.column == "worst" else ()
+        if eps is not None and eps not in there:
+            raise PlanError(f"eps of a hypothesis must be one of worst and not of clean, got {eps}")
     for family in families:
         plan.made(family, family.start, 0, None)  # all values are checked
     return plan

@@ -92,6 +92,20 @@ def test_the_margin_moves_the_verdict():
     assert found.verdict == "yes"
 
 
+def test_a_hypothesis_may_be_about_another_strength():
+    hypothesis = {**TINY["hypothesis"][0], "eps": 0.12}
+    attack = {**TINY["attack"], "worst": [0.12]}
+    results = with_difference(
+        [-3.0, -3.5, -2.5, -3.2, -2.8], hypothesis=[hypothesis], attack=attack
+    )
+    for group in results.groups:
+        for one in group.rows:
+            one["worst"]["0.12"] = {"accuracy": 1 - one["worst"]["0.06"]["accuracy"]}
+    (found,) = findings(results)
+    assert (found.verdict, found.difference) == ("yes", pytest.approx(3.0))
+    assert "worst 0.12" in page._findings([found])
+
+
 def test_more_hypotheses_make_wider_intervals():
     one = TINY["hypothesis"][0]
     widths = []

@@ -50,6 +50,7 @@ REDUCED = {
     "cifar10-longer",
     "cifar10-mean-norm",
     "cifar10-no-norm",
+    "cifar10-wide",
     "fashion-mnist",
     "fashion-mnist-adversarial",
     "mnist",
@@ -82,6 +83,7 @@ def test_every_plan_of_the_results_parses_and_its_network_converts():
         ({"reference": "nobody"}, "nobody"),
         ({"hypothesis": [{"text": "", "better": ["dense"], "than": ["me"]}]}, "me"),
         ({"hypothesis": [{**TINY["hypothesis"][0], "column": "fgsm"}]}, "fgsm"),
+        ({"hypothesis": [{**TINY["hypothesis"][0], "eps": 0.3}]}, "one of worst"),
     ],
 )
 def test_what_is_wrong_in_a_plan_is_named(change, word, tmp_path):
