@@ -27,6 +27,8 @@ _SMALLEST = 1e-8
 # cores move by 3e-4 of their size; with two they stay to rounding.
 _NEWTON = (3e-2, 1e-2, 1e-2, 1e-5, 1e-5)
 _FINAL = 1e-5
+# How far, in shares of ‖S‖, the two ends of a clip may be out of balance: the error of the result.
+_UNBALANCED = 1e-4
 # A clipped value below this many ulp of ‖S‖ would be lost in the rounding of the dominant ones.
 _LOST = 2e4
 # Longest step of a basis for which the root of its Gram matrix converges: ‖lr W‖₂² + 1.
@@ -149,7 +151,8 @@ def clip_by_products(
     be resolved contributes no more than its distance from it.
 
     In float32 cond exceeds 1 + tau by at most 1e-5 of it. NaN where a singular value is below
-    1e-8 ‖S‖, or where a few dominate so much that the others would be lost in their rounding.
+    1e-8 ‖S‖, where a few dominate so much that the others would be lost in their rounding, and
+    where the threshold is not found, which happens for `tau` of 10 and more.
 
     Parameters
     ----------
@@ -167,8 +170,7 @@ def clip_by_products(
     Tensor, shape (k, r, r)
     """
     k, r, _ = S.shape
-    kappa, eye = 1.0 + tau, _eye_like(S)
-    norm = _norm(S)
+    eye, norm = _eye_like(S), _norm(S)
     X = S / norm
     Q = newton_schulz(X, _SMALLEST)
     H = torch.bmm(Q.mT, X)
@@ -186,46 +188,58 @@ def clip_by_products(
         size = torch.where(defect < 1e-3, norm * average[:, None, None], math.nan)
         return Q * size
     minus = torch.addcmul(-H, average[:, None, None], eye)
-    # From here on in units in which every shifted matrix has norm <= 1 or so.
-    reach, raw = tau * average, None
+    # From here on in units in which every shifted matrix has norm <= 1 or so: a is between 0 and
+    # the average, b no further from it than the largest value.
+    reach, far, raw = min(tau, 1.0) * average, 2 if tau > 1.0 else 1, None
     if band is not None:
-        raw = constant(band, S.dtype, S.device) / norm.view(k, 1)
-        reach = (raw - average[:, None]).abs().amax(-1)
-    unit = torch.add(_norm(minus), reach[:, None, None])
-    minus, centre = minus / unit, average / unit.view(k)
-    ratio = constant((1.0, kappa), S.dtype, S.device)
+        raw = constant(band, S.dtype, S.device) / norm.view(k, 1) - average[:, None]
+        reach = raw.abs().amax(-1)
+    unit = torch.add(reach[:, None, None], _norm(minus), alpha=far)
+    minus = minus / unit
+    real = eye.expand(k, r, r) if valid is None else torch.diag_embed(valid)
 
     def shifted(ends: Tensor) -> Tensor:
-        """a - H and b - H, (k, 2, r, r)."""
-        return torch.addcmul(minus[:, None], (ends - centre[:, None])[..., None, None], eye)
+        """a - H and b - H, (k, 2, r, r), from a and b minus the average."""
+        return torch.addcmul(minus[:, None], ends[..., None, None], eye)
 
     if raw is not None:
         ends = raw / unit.view(k, 1)
     elif mean:
         half = tau / (2.0 + tau)
-        ends = centre[:, None] * constant((1.0 - half, 1.0 + half), S.dtype, S.device)
+        ends = average[:, None] / unit.view(k, 1) * constant((-half, half), S.dtype, S.device)
     else:
-        t = _threshold(shifted, minus, centre, count, kappa, valid)
-        ends = t[:, None] * ratio
+        lift = tau * average[:, None] / unit.view(k, 1)
+        ends = _ends(shifted, minus, lift, count, tau, real)
     A = shifted(ends)
     flat = A.flatten(0, 1)
     M = torch.bmm(newton_schulz(flat, _FINAL), flat).view_as(A)
-    D = M[:, 0] + A[:, 0] - M[:, 1] + A[:, 1]
-    lost = ends[:, :1, None] * unit <= _LOST * torch.finfo(S.dtype).eps
+    # twice what is added at the lower end, and what is taken away at the upper one
+    change = torch.addcmul(M, A, constant((1.0, -1.0), S.dtype, S.device).view(2, 1, 1))
+    D = change[:, 0] - change[:, 1]
+    lowest = torch.addcmul(average[:, None, None], ends[:, :1, None], unit)
+    lost = lowest <= _LOST * torch.finfo(S.dtype).eps
+    if band is None and not mean:
+        # at the threshold they are in balance; Newton's method may not have come so far
+        sums = torch.bmm(change.view(k, 2, r * r), real.reshape(k, r * r, 1))
+        half = 0.5 / max(1.0, 0.25 * tau)  # κ times its rounding is no error of κt
+        balance = torch.matmul(constant((half, -half * (1.0 + tau)), S.dtype, S.device), sums)
+        lost = lost | ((balance * unit.view(k, 1)).abs() > _UNBALANCED)[..., None]
     size = norm * torch.where(lost, math.nan, unit)
     return torch.addcmul(S, size, torch.bmm(Q, D + D.mT), value=0.25)
 
 
-def _threshold(shifted, minus: Tensor, centre: Tensor, count, kappa: float, valid) -> Tensor:
-    """t of the exact projection, (k,), by Newton's method on f' from traces of signs.
+def _ends(shifted, minus: Tensor, lift: Tensor, count, tau: float, real: Tensor) -> Tensor:
+    """a = t and b = κt of the exact projection minus the average, (k, 2).
 
-    f' = weight t - top, both linear in four traces: with the sign Z of t - H there are
-    q = (n + tr Z)/2 values below, of sum (n mean + tr ZH)/2; with Z' of κt - H, p above.
+    Newton's method on f' from traces of signs. With the sign Z of t - H there are q = (n + tr Z)/2
+    values below t, with Z' of κt - H p = (n - tr Z')/2 above κt, and of their distances x from the
+    average f' = q d + κ² p d + κ p lift - Σ x - κ Σ x'. So neither t = average + d nor the average
+    occurs, which a small τ makes large in these units: only `lift` = τ average. `real` is the
+    identity, or its part that is no padding.
     """
     k, r, _ = minus.shape
-    eye = _eye_like(minus)
-    real = eye.expand_as(minus) if valid is None else torch.diag_embed(valid)
-    inside = minus if valid is None else valid[..., None] * minus
+    kappa = 1.0 + tau
+    inside = real @ minus
     basis = torch.stack((real, inside), 1).view(k, 2, r * r).mT
     a, b = 0.5 * kappa, 0.5 * kappa**2
 
@@ -233,20 +247,24 @@ def _threshold(shifted, minus: Tensor, centre: Tensor, count, kappa: float, vali
         flat = constant(tuple(x for row in rows for x in row), minus.dtype, minus.device)
         return flat.view(len(rows), -1)
 
-    mix = small((0.5, 0.5, 0.0), (0.0, 0.0, -0.5), (-a, -b, 0.0), (0.0, 0.0, a))
-    base = (small((0.5 + a, 0.5 + b, 0.0)) * count[:, None]).expand(k, 3)
-    ratio = constant((1.0, kappa), minus.dtype, minus.device)
-    t = centre * (2.0 / (1.0 + kappa))
+    # columns: κp, q + κ²p, and the sums of the distances
+    mix = small((0.0, 0.5, 0.0), (0.0, 0.0, -0.5), (-a, -b, 0.0), (0.0, 0.0, a))
+    # the distances add up to the rounding of the average, which counts where τ is as small
+    drift = torch.bmm(basis[..., :1].mT, basis[..., 1:]).view(k, 1)
+    base = (small((a, 0.5 + b, 0.0)) * count[:, None]).expand(k, 3)
+    base = torch.addcmul(base, drift, small((0.0, 0.0, -0.5 - a)))
+    ratio, upper = small((1.0, kappa)), lift * small((0.0, 1.0))
+    d = lift * (-1.0 / (1.0 + kappa))
     for tolerance in _NEWTON:
-        A = shifted(t[:, None] * ratio).flatten(0, 1)
+        A = shifted(torch.addcmul(upper, d, ratio)).flatten(0, 1)
         Z = newton_schulz(A, tolerance, 0 if tolerance > 1e-4 else None)
         traces = torch.bmm(Z.view(k, 2, r * r), basis).view(k, 4)
-        shares, weight, rest = torch.addmm(base, traces, mix).unbind(-1)
-        top = torch.addcmul(rest, shares, centre)
+        above, weight, rest = torch.addmm(base, traces, mix).split(1, -1)
         # Nothing outside of the band: weight and slope vanish, and t stays.
-        slope = torch.addcmul(top, weight, t, value=-1.0)
-        t = torch.addcdiv(t, slope, weight.clamp_min(0.25))
-    return t
+        slope = torch.addcmul(rest, above, lift, value=-1.0)
+        slope = torch.addcmul(slope, weight, d, value=-1.0)
+        d = torch.addcdiv(d, slope, weight.clamp_min(0.25))
+    return torch.addcmul(upper, d, ratio)
 
 
 def inverse_grams(S: Tensor, kappa: float) -> Tensor:

@@ -146,6 +146,42 @@ def test_the_clip_finds_the_threshold_near_the_set(r, tau, inside, seed):
     assert float(linalg.condition_number(found)) <= (1 + tau) * (1 + 1e-5)
 
 
+@given(
+    r=st.sampled_from([2, 3, 8, 32]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    digits=st.integers(1, 15),
+    inside=st.sampled_from([0.0, 0.5, 1.0, 3.0, 1e3]),
+    seed=seeds,
+)
+def test_sets_with_hardly_an_inside_are_clipped_onto(r, dtype, digits, inside, seed):
+    """Bounds as small as the roundings: every core of a batch, none is given up."""
+    torch.manual_seed(seed)
+    tau = 10.0**-digits
+    s = 1 + inside * tau * torch.rand(20, 1, r, dtype=torch.float64)
+    Q, P = (torch.linalg.qr(torch.randn(20, r, r, dtype=torch.float64)).Q for _ in range(2))
+    S = ((Q * s) @ P).to(dtype)
+    found = linalg.clip_by_products(S, tau).double()
+    exact = linalg.spectral_clip(S.double(), tau)
+    eps = torch.finfo(dtype).eps
+    assert bool(found.isfinite().all())
+    assert float((found - exact).norm() / exact.norm()) <= 20 * eps
+    assert float(linalg.condition_number(found).max()) <= (1 + tau) * (1 + 32 * eps)
+
+
+@given(r=st.sampled_from([2, 3, 8]), tau=st.sampled_from([3.0, 10.0, 30.0, 100.0, 1e3]), seed=seeds)
+def test_a_threshold_that_is_not_found_is_told(r, tau, seed):
+    """For large bounds Newton's method may stop too early: NaN then, never a wrong core."""
+    torch.manual_seed(seed)
+    s = torch.exp(2.0 * torch.randn(200, r, dtype=torch.float64)).sort(-1, descending=True).values
+    S = torch.diag_embed(s / s[:, :1]).float()
+    found = linalg.clip_by_products(S, tau).double()
+    exact = torch.diag_embed(linalg.clip_values(S.double().diagonal(dim1=-2, dim2=-1), tau))
+    there = found.isfinite().flatten(1).all(1)
+    assert tau > 10 or float(there.double().mean()) >= 0.99
+    error = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert not there.any() or float(error[there].max()) <= 2e-4
+
+
 @pytest.mark.parametrize("tau", [0.0, 0.1])
 @pytest.mark.parametrize("size", [128, 250, 256])
 def test_cores_on_which_lapack_gives_up(data_dir, size, tau):
