@@ -26,15 +26,24 @@ _SMALLEST = 1e-8
 # Resolutions of the signs in Newton's steps for the threshold t. With one fine step feasible
 # cores move by 3e-4 of their size; with two they stay to rounding.
 _NEWTON = (3e-2, 1e-2, 1e-2, 1e-5, 1e-5)
+# Up to this tau. Beyond it few values are outside, and a step may halve the distance only; counts
+# there are multiplied by κ², so that every sign is made exact.
+_NARROW = 0.1
+_NEWTON_WIDE = (3e-2, 1e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5, 1e-5, 1e-5, 1e-5)
+# From here on signs tell on which side of the root a step is.
+_SIDES = 1e-4
 _FINAL = 1e-5
 # How far, in shares of ‖S‖, the two ends of a clip may be out of balance: the error of the result.
 _UNBALANCED = 1e-4
-# A clipped value below this many ulp of ‖S‖ would be lost in the rounding of the dominant ones.
-_LOST = 2e4
+# A clipped value below this many ulp would be lost: of ‖S‖, and of what dominant ones are changed.
+_LOST = 2e3, 2e4
+# Entries of QᵀQ - I: an orthogonal factor is nearer, that of a singular core is not.
+_DEFECT = 1e-5
 # Longest step of a basis for which the root of its Gram matrix converges: ‖lr W‖₂² + 1.
 _FAR = 1e4
-# How far the first pass for a polar factor may be off for one correction to reach the rounding.
-_CLOSE = 1e-2
+# How far from orthonormal the first pass for a polar factor may be. One correction mends that, but
+# not that the frame is turned by up to a third of it.
+_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-6}
 # Above this condition number the series for an inverse is longer than a factorisation.
 SERIES_LIMIT = 3.0
 
@@ -113,6 +122,13 @@ def newton_schulz(X: Tensor, lower: float, tidy: int | None = None) -> Tensor:
     return X
 
 
+def _signs(A: Tensor, tolerance: float, tau: float, tidy: int | None = None) -> Tensor:
+    """Signs of eigenvalues beyond `tolerance`, or finer: a wide band has a small lower end."""
+    if tolerance <= _FINAL and A.dtype == torch.float64:
+        tolerance = 1e-10
+    return newton_schulz(A, max(tolerance / max(1.0, tau), 1e-12), tidy)
+
+
 def damped_polar_by_products(X: Tensor, damping: float) -> Tensor:
     r"""X (XᵀX + δ²I)^(-1/2), singular values σ/√(σ² + δ²), by products; ‖X‖₂ <= 1.
 
@@ -152,7 +168,8 @@ def clip_by_products(
 
     In float32 cond exceeds 1 + tau by at most 1e-5 of it. NaN where a singular value is below
     1e-8 ‖S‖, where a few dominate so much that the others would be lost in their rounding, and
-    where the threshold is not found, which happens for `tau` of 10 and more.
+    where the threshold is not found, which may happen for `tau` of 10 and more, and for cores far
+    outside. For `tau` beyond 0.1 about twice as many launches.
 
     Parameters
     ----------
@@ -173,6 +190,10 @@ def clip_by_products(
     eye, norm = _eye_like(S), _norm(S)
     X = S / norm
     Q = newton_schulz(X, _SMALLEST)
+    defect = torch.linalg.vector_norm(
+        torch.baddbmm(eye, Q.mT, Q, alpha=-1.0), math.inf, dim=(-2, -1), keepdim=True
+    )
+    Q = torch.where(defect < _DEFECT, Q, math.nan)
     H = torch.bmm(Q.mT, X)
     H = torch.add(H, H.mT).mul_(0.5)
     diagonal = H.diagonal(dim1=-2, dim2=-1)
@@ -183,18 +204,18 @@ def clip_by_products(
         count = valid.sum(-1)
         average = (diagonal * valid).sum(-1) / count
     if tau == 0:
-        # The mean is at least 1/r of the norm: nothing drowns. But Q must be orthogonal.
-        defect = torch.sub(eye, torch.bmm(Q.mT, Q)).abs().amax((-2, -1), keepdim=True)
-        size = torch.where(defect < 1e-3, norm * average[:, None, None], math.nan)
-        return Q * size
+        # The mean is at least 1/r of the norm: nothing drowns.
+        return Q * (norm * average[:, None, None])
     minus = torch.addcmul(-H, average[:, None, None], eye)
     # From here on in units in which every shifted matrix has norm <= 1 or so: a is between 0 and
-    # the average, b no further from it than the largest value.
+    # the average, b no further from it than the largest value. (Σ x⁴)^(1/4) is a bound for the
+    # largest distance x that grows little with r: signs are as fine as it is close.
     reach, far, raw = min(tau, 1.0) * average, 2 if tau > 1.0 else 1, None
     if band is not None:
         raw = constant(band, S.dtype, S.device) / norm.view(k, 1) - average[:, None]
         reach = raw.abs().amax(-1)
-    unit = torch.add(reach[:, None, None], _norm(minus), alpha=far)
+    spread = _norm(torch.bmm(minus, minus)).sqrt()
+    unit = torch.add(reach[:, None, None], spread, alpha=far)
     minus = minus / unit
     real = eye.expand(k, r, r) if valid is None else torch.diag_embed(valid)
 
@@ -209,27 +230,32 @@ def clip_by_products(
         ends = average[:, None] / unit.view(k, 1) * constant((-half, half), S.dtype, S.device)
     else:
         lift = tau * average[:, None] / unit.view(k, 1)
-        ends = _ends(shifted, minus, lift, count, tau, real)
+        ends, weight = _ends(shifted, minus, lift, count, tau, real)
     A = shifted(ends)
     flat = A.flatten(0, 1)
-    M = torch.bmm(newton_schulz(flat, _FINAL), flat).view_as(A)
+    M = torch.bmm(_signs(flat, _FINAL, tau), flat).view_as(A)
     # twice what is added at the lower end, and what is taken away at the upper one
     change = torch.addcmul(M, A, constant((1.0, -1.0), S.dtype, S.device).view(2, 1, 1))
     D = change[:, 0] - change[:, 1]
     lowest = torch.addcmul(average[:, None, None], ends[:, :1, None], unit)
-    lost = lowest <= _LOST * torch.finfo(S.dtype).eps
+    ulp = max(torch.finfo(S.dtype).eps, 1e-12)  # no finer than the signs in float64
+    lost = lowest <= torch.add(ulp * _LOST[0], _norm(D) * unit, alpha=0.5 * ulp * _LOST[1])
     if band is None and not mean:
-        # at the threshold they are in balance; Newton's method may not have come so far
+        # At the threshold they are in balance; Newton's method may not have come so far. Over the
+        # weight q + κ²p, of one value at least, that is the error of t; over its root, of the core.
         sums = torch.bmm(change.view(k, 2, r * r), real.reshape(k, r * r, 1))
-        half = 0.5 / max(1.0, 0.25 * tau)  # κ times its rounding is no error of κt
-        balance = torch.matmul(constant((half, -half * (1.0 + tau)), S.dtype, S.device), sums)
-        lost = lost | ((balance * unit.view(k, 1)).abs() > _UNBALANCED)[..., None]
+        balance = torch.matmul(constant((0.5, -0.5 * (1.0 + tau)), S.dtype, S.device), sums)
+        weight = torch.maximum(weight, torch.where(balance < 0.0, (1.0 + tau) ** 2, 1.0))
+        error = balance * unit.view(k, 1) * weight.rsqrt()
+        lost = lost | (error.abs() > _UNBALANCED)[..., None]
     size = norm * torch.where(lost, math.nan, unit)
     return torch.addcmul(S, size, torch.bmm(Q, D + D.mT), value=0.25)
 
 
-def _ends(shifted, minus: Tensor, lift: Tensor, count, tau: float, real: Tensor) -> Tensor:
-    """a = t and b = κt of the exact projection minus the average, (k, 2).
+def _ends(
+    shifted, minus: Tensor, lift: Tensor, count, tau: float, real: Tensor
+) -> tuple[Tensor, Tensor]:
+    """a = t and b = κt of the exact projection minus the average, (k, 2), and the slope q + κ²p.
 
     Newton's method on f' from traces of signs. With the sign Z of t - H there are q = (n + tr Z)/2
     values below t, with Z' of κt - H p = (n - tr Z')/2 above κt, and of their distances x from the
@@ -255,16 +281,29 @@ def _ends(shifted, minus: Tensor, lift: Tensor, count, tau: float, real: Tensor)
     base = torch.addcmul(base, drift, small((0.0, 0.0, -0.5 - a)))
     ratio, upper = small((1.0, kappa)), lift * small((0.0, 1.0))
     d = lift * (-1.0 / (1.0 + kappa))
-    for tolerance in _NEWTON:
+    wide = tau > _NARROW
+    if wide:
+        low = f_low = torch.full_like(d, -math.inf)
+        high = f_high = torch.full_like(d, math.inf)
+    for tolerance in _NEWTON_WIDE if wide else _NEWTON:
         A = shifted(torch.addcmul(upper, d, ratio)).flatten(0, 1)
-        Z = newton_schulz(A, tolerance, 0 if tolerance > 1e-4 else None)
+        Z = _signs(A, tolerance, tau, 0 if tolerance > _SIDES and not wide else None)
         traces = torch.bmm(Z.view(k, 2, r * r), basis).view(k, 4)
         above, weight, rest = torch.addmm(base, traces, mix).split(1, -1)
         # Nothing outside of the band: weight and slope vanish, and t stays.
         slope = torch.addcmul(rest, above, lift, value=-1.0)
         slope = torch.addcmul(slope, weight, d, value=-1.0)
-        d = torch.addcdiv(d, slope, weight.clamp_min(0.25))
-    return torch.addcmul(upper, d, ratio)
+        weight = weight.clamp_min(0.25)
+        step = torch.addcdiv(d, slope, weight)
+        if wide and tolerance <= _SIDES:
+            # Newton's steps may go in a circle: not beyond what is known to be too far.
+            low, f_low = torch.where(slope > 0, d, low), torch.where(slope > 0, slope, f_low)
+            high, f_high = torch.where(slope < 0, d, high), torch.where(slope < 0, slope, f_high)
+            secant = (low * f_high - high * f_low) / (f_high - f_low)
+            outside = (2.0 * step - low - high).abs() > 0.98 * (high - low)
+            step = torch.where(outside, secant, step)
+        d = step
+    return torch.addcmul(upper, d, ratio), weight
 
 
 def inverse_grams(S: Tensor, kappa: float) -> Tensor:
@@ -312,7 +351,7 @@ def polar_pair(Y_u: Tensor, Y_v: Tensor) -> tuple[Tensor, Tensor]:
         eye = _eye_like(G)
         if last:
             E = torch.sub(G, eye)
-            E = torch.where(_norm(E) < _CLOSE, E, math.nan)
+            E = torch.where(_norm(E) < _CLOSE[E.dtype], E, math.nan)
             # (I + E)^(-1/2) up to 5/16 E³, which is below the rounding.
             K = torch.baddbmm(torch.sub(eye, E, alpha=0.5), E, E, alpha=0.375)
         else:

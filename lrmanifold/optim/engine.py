@@ -171,8 +171,12 @@ class Engine:
         if ok is not None:
             Y = M.join(Y)
             new = {k: v if k in rule.moments else M.join(v) for k, v in new.items()}
+            # as it will be stored: float16 ends at 65504
+            stored = real_view(items[0].point).dtype
             for value in (Y, *(new[k] for k in rule.vectors if k in new)):
-                ok = ok & M.finite(value, count)
+                ok = ok & M.finite(value.to(stored), count)
+            for value in (new[k] for k in rule.moments if k in new):
+                ok = ok & M.finite(value[..., None], count)
             Y = torch.where(M.mask(ok, Y), Y, X)
             new = {k: torch.where(M.mask(ok, v), v, old[k]) for k, v in new.items()}
         return Y, new, ok
@@ -232,8 +236,11 @@ class Engine:
     def _finite_step(self, M: Any, items: Sequence[Item]) -> tuple[Any, dict[str, Any]]:
         """The rule on all of these; ValueError if anything of it is not finite."""
         Y, new, _ = self._apply(M, items)
-        blocks = (t for x in (Y, *new.values()) for t in ((x,) if isinstance(x, Tensor) else x))
-        if not all(map(all_finite, blocks)):
+        # as it will be stored: float16 ends at 65504
+        dtype = real_view(items[0].point).dtype
+        vectors = (Y, *(x for k, x in new.items() if k not in self.rule.moments))
+        blocks = [t.to(dtype) for x in vectors for t in ((x,) if isinstance(x, Tensor) else x)]
+        if not all(map(all_finite, (*blocks, *(new[k] for k in self.rule.moments if k in new)))):
             raise ValueError("it overflows")
         return Y, new
 

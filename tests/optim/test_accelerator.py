@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import geoopt
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import ForbidHostSynchronisation
 from strategies import seeds
@@ -182,6 +183,78 @@ def test_a_threshold_that_is_not_found_is_told(r, tau, seed):
     assert not there.any() or float(error[there].max()) <= 2e-4
 
 
+def cores(s: Tensor) -> Tensor:
+    """With these singular values (k, r) and bases at random, (k, r, r) in float64."""
+    Q, P = (torch.linalg.qr(torch.randn(*s.shape, s.shape[-1], dtype=s.dtype)).Q for _ in range(2))
+    return (Q * s[:, None]) @ P
+
+
+def distances(found: Tensor, exact: Tensor) -> Tensor:
+    """Of the cores that are no NaN, relative."""
+    there = found.isfinite().flatten(1).all(1)
+    return ((found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1))[there]
+
+
+@given(
+    r=st.sampled_from([4, 16, 64, 128]),
+    tau=st.sampled_from([0.1, 0.5, 1.0, 3.0, 10.0]),
+    skew=st.sampled_from([1 / 3, 1.0, 3.0]),
+    step=st.sampled_from([0.0, 3e-3, 3e-2, 0.3]),
+    seed=seeds,
+)
+@settings(max_examples=40)
+def test_cores_in_training_are_clipped(r, tau, skew, step, seed):
+    """Many values at either bound, and a small step: the usual core, whatever the bound."""
+    torch.manual_seed(seed)
+    s = 0.5 + 3 * torch.rand(10, r, dtype=torch.float64) ** skew
+    S = linalg.spectral_clip(cores(s), tau)
+    size = tau * torch.linalg.matrix_norm(S, keepdim=True) / r
+    S = (S + step * size * torch.randn_like(S)).float()
+    found = linalg.clip_by_products(S, tau).double()
+    error = distances(found, linalg.spectral_clip(S.double(), tau))
+    assert len(error) >= (10 if tau < 10 else 8)
+    assert float(error.max()) <= 1e-4
+
+
+@given(r=st.sampled_from([4, 64]), tau=st.sampled_from([3.0, 30.0, 100.0]), seed=seeds)
+def test_wide_bands_leave_feasible_cores_as_they_are(r, tau, seed):
+    torch.manual_seed(seed)
+    S = cores(1 + 0.3 * torch.rand(10, r, dtype=torch.float64)).float()
+    error = distances(linalg.clip_by_products(S, tau), S)
+    assert len(error) >= (10 if tau < 100 else 8)
+    assert float(error.max()) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("small", [0.0, 1e-12, 1e-9, 6e-9])
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("tau", [0.0, 0.1, 3.0])
+def test_singular_cores_are_told(tau, mean, small, dtype):
+    """Their polar factor is not orthogonal, and the clip had cond up to infinity."""
+    S = torch.stack((torch.eye(4), torch.diag(torch.tensor([1.0, 1.0, 1.0, small])))).to(dtype)
+    found = linalg.clip_by_products(S, tau, mean=mean)
+    assert found.isfinite().flatten(1).all(1).tolist() == [True, False]
+
+
+@given(
+    tau=st.sampled_from([1e-6, 0.1, 3.0, 100.0]),
+    size=st.sampled_from([1e-6, 1e-2, 1.0, 3.0, 300.0, 1e4]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=seeds,
+)
+def test_cores_far_outside_of_a_fixed_band(tau, size, dtype, seed):
+    torch.manual_seed(seed)
+    low = 1 / (1 + tau)
+    s = low + (1 - low) * torch.rand(10, 16, dtype=torch.float64)
+    s[:, 0] *= size
+    S, band = cores(s).to(dtype), (low, 1.0)
+    found = linalg.clip_by_products(S, tau, band=band).double()
+    U, s, Vh = linalg.svd(S.double())
+    error = distances(found, (U * s.clamp(*band)[:, None]) @ Vh)
+    assert len(error) >= (10 if size <= 1 else 0)
+    assert not len(error) or float(error.max()) <= (2e-4 if dtype == torch.float32 else 1e-6)
+
+
 @pytest.mark.parametrize("tau", [0.0, 0.1])
 @pytest.mark.parametrize("size", [128, 250, 256])
 def test_cores_on_which_lapack_gives_up(data_dir, size, tau):
@@ -244,6 +317,27 @@ def test_long_steps_that_the_first_pass_misses_are_refused(size, n, r):
     y = (q + size * w / torch.linalg.matrix_norm(w, 2, keepdim=True)).float()
     P = linalg.polar_pair(y, y)[0].double()
     assert not P.isfinite().all() or float((P.mT @ P - torch.eye(r)).abs().max()) <= 2e-6
+
+
+@given(
+    size=st.sampled_from([5.0, 10.0, 20.0, 50.0, 120.0, 200.0]),
+    sizes=st.sampled_from([(20, 5), (120, 60)]),
+    spread=st.sampled_from([0.0, 3.0, 30.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=seeds,
+)
+def test_long_steps_turn_no_frame(size, sizes, spread, dtype, seed):
+    """Orthonormal is not enough: the first pass leaves a frame of the right span, but turned."""
+    torch.manual_seed(seed)
+    n, r = sizes
+    q = linalg.orthonormalize(torch.randn(8, n, r, dtype=torch.float64))
+    w = torch.randn_like(q) * torch.logspace(0, -spread, r, dtype=torch.float64)
+    w = w - q @ (q.mT @ w)
+    y = (q + size * w / torch.linalg.matrix_norm(w, 2, keepdim=True)).to(dtype)
+    P = linalg.polar_pair(y, y)[0].double()
+    U, _, Vh = linalg.svd(y.double())
+    error = distances(P, U @ Vh) * r**0.5
+    assert not len(error) or float(error.max()) <= (5e-4 if dtype == torch.float32 else 5e-7)
 
 
 def test_a_step_too_long_for_a_polar_factor_is_left_out():
@@ -310,6 +404,40 @@ def test_a_healthy_gradient_whose_sum_overflows_is_not_skipped():
     with force_accelerator():
         optimizer.step()
     assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "options", "dtype", "size"),
+    [
+        (CondLR, {"lr": 1e-6, "momentum": 0.9}, torch.float16, 1.5e4),
+        (CondLR, {"lr": 3.0}, torch.float16, 1.5e4),
+        (CondLRMuon, {"lr": 1e-3}, torch.float16, 1.5e4),
+        (CondLRAdam, {"lr": 1e-3}, torch.float32, 1e19),
+        (CondLRAdam, {"lr": 1e-3}, torch.float32, 3e19),
+        (CondLRAdam, {"lr": 1e-3}, torch.bfloat16, 3e19),
+    ],
+)
+def test_gradients_that_overflow_the_state_leave_no_trace(kind, options, dtype, size, forced):
+    """Inf in a momentum or second moment would stop the weight for ever, one in it lose it."""
+    torch.manual_seed(0)
+    layer = LowRankLinear(9, 8, 3, tau=0.1, dtype=dtype)
+    optimizer = kind(layer.parameters(), **options)
+    gradients = [torch.randn(p.shape).to(dtype) for p in layer.parameters()]
+    for step in range(6):
+        for p, g in zip(layer.parameters(), gradients, strict=True):
+            p.grad = g * (size if step < 3 else 1.0)
+        before = layer.weight.detach().clone()
+        with force_accelerator() if forced else contextlib.nullcontext():
+            try:
+                optimizer.step()
+            except FloatingPointError:
+                assert not forced
+                assert step < 3
+        assert step < 3 or not torch.equal(before, layer.weight)
+    for p in layer.parameters():
+        assert torch.isfinite(p).all()
+        assert all(torch.isfinite(x).all() for x in optimizer.state[p].values())
 
 
 def test_diverging_runs_stay_on_the_manifold():
