@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_choice, check_number
-from ._certificate import certified, condition_bound, relative_defect
+from ._certificate import certified, relative_defect
 from ._common import check_square, checked, compute_dtype
 from ._newton_schulz import inverse_square_root
 from ._products import clip_by_products
@@ -174,6 +174,7 @@ def spectral_clip(
     margin : float
         In [0, 1). Feasible matrices stay as they are; the others are brought further inside, to a
         band of ratio ``1 + (1 - margin) tau``, so that the next ones need no change for a while.
+        With the centre "mean" all of them are: a clamp with (1 - margin) tau.
 
     Returns
     -------
@@ -199,11 +200,7 @@ def spectral_clip(
     if S.shape[-1] == 1:
         return S.to(dtype)
     if not on_cpu:
-        clipped = _clip_unchecked(S, (1.0 - margin) * tau, centre)
-        if margin:
-            fine = condition_bound(S) <= 1.0 + tau
-            clipped = torch.where(fine[..., None, None], S, clipped)
-        return clipped.to(dtype)
+        return _clip_unchecked(S, tau, centre, margin).to(dtype)
     largest = float(S.detach().abs().max())
     if not 1.0 / _RANGE < largest < _RANGE or S.ndim > 2:
         # Products with entries near the ends of the exponent range lose digits, or overflow; a
@@ -300,10 +297,11 @@ def _clip_near(S: Tensor, tau: float, centre: Centre, margin: float) -> Tensor |
     return clipped
 
 
-def _clip_unchecked(S: Tensor, tau: float, centre: Centre) -> Tensor:
+def _clip_unchecked(S: Tensor, tau: float, centre: Centre, margin: float = 0.0) -> Tensor:
     """The clip for accelerators: a fixed number of products, no host synchronisation."""
     flat = S.reshape(-1, *S.shape[-2:])
-    return clip_by_products(flat, tau, mean=centre == "mean").reshape(S.shape)
+    clipped = clip_by_products(flat, tau, margin=margin, mean=centre == "mean")
+    return clipped.reshape(S.shape)
 
 
 def conditioning_penalty(S: Tensor, *, squared: bool = False) -> Tensor:

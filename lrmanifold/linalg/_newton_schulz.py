@@ -132,7 +132,11 @@ def _series(powers: list[Tensor]) -> Tensor:
 def polar_square(R: Tensor, *, lower: float | None = None) -> Tensor:
     """Orthogonal polar factor of square matrices, shape (..., r, r), without a decomposition.
 
-    `lower` is relative to the Frobenius norm; see :func:`scaled_newton_schulz`.
+    `lower` is relative to the Frobenius norm; see :func:`scaled_newton_schulz`. NaN for a matrix
+    that is singular to working precision and has no orthogonal factor here.
     """
     norm = torch.linalg.matrix_norm(R, keepdim=True).clamp_min(torch.finfo(R.dtype).tiny)
-    return scaled_newton_schulz(R / norm, lower=lower)
+    Q = scaled_newton_schulz(R / norm, lower=lower)
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    defect = torch.linalg.vector_norm(Q.mT @ Q - eye, math.inf, dim=(-2, -1), keepdim=True)
+    return torch.where(defect < 1e-3, Q, math.nan)

@@ -170,21 +170,16 @@ class Padded(Velocities):
         scale: Any = getattr(self.manifold, "scale", None)
         if tau is None:
             return S
-        mean, inner = self.manifold.centre == "mean", (1.0 - self.margin) * tau
         if scale == "free":
-            clipped = linalg.clip_by_products(S, inner, mean=mean, valid=self.valid)
-        elif tau == 0.0:
+            mean = self.manifold.centre == "mean"
+            return linalg.clip_by_products(S, tau, margin=self.margin, mean=mean, valid=self.valid)
+        if tau == 0.0:
             C = linalg.clip_by_products(S, 0.0, valid=self.valid)
             # All singular values are equal by now, those of the padding too.
             norm = torch.linalg.vector_norm(C, dim=(-2, -1), keepdim=True)
             return C * (float(scale) * self.r**0.5 / norm)
-        else:
-            band = (float(scale) / (1.0 + tau), float(scale))
-            return linalg.clip_by_products(S, tau, band=band, valid=self.valid)
-        if not self.margin:
-            return clipped
-        fine = linalg.condition_bound(S) <= 1.0 + tau
-        return torch.where(fine[..., None, None], S, clipped)
+        band = (float(scale) / (1.0 + tau), float(scale))
+        return linalg.clip_by_products(S, tau, band=band, valid=self.valid)
 
     def polars(self, Y_u: Tensor, Y_v: Tensor) -> tuple[Tensor, Tensor]:
         return linalg.polar_pair(Y_u, Y_v)

@@ -136,3 +136,12 @@ def test_values_below_the_resolution_come_out_small_instead_of_failing():
     assert out[:2].tolist() == pytest.approx([1.0, 1.0], abs=1e-14)
     assert 0 <= float(out[2]) < 1e-6
     assert float(out[3]) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernel_for_accelerators_tells_what_is_singular(dtype):
+    """Two equal columns came back as columns of half the length; the rest of a batch is right."""
+    torch.manual_seed(0)
+    R = torch.stack((torch.ones(3, 3), torch.eye(3), torch.randn(3, 3))).to(dtype)
+    Q = _newton_schulz.polar_square(R)
+    assert Q.isfinite().flatten(1).all(1).tolist() == [False, True, True]

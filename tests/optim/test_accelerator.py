@@ -225,6 +225,24 @@ def test_wide_bands_leave_feasible_cores_as_they_are(r, tau, seed):
     assert float(error.max()) <= 1e-5
 
 
+@pytest.mark.parametrize("centre", ["metric", "mean"])
+@pytest.mark.parametrize("tau", [0.1, 3.0])
+@pytest.mark.parametrize("reach", [0.5, 0.95, 1.2])
+def test_a_margin_moves_what_it_moves_on_the_cpu(reach, tau, centre):
+    """A bound for cond knows few feasible cores of a wide band: they came back with cond 1.3."""
+    torch.manual_seed(0)
+    s = 1 + reach * tau * torch.rand(20, 8, dtype=torch.float64) ** 3
+    s[:, :2] = torch.tensor([1.0, 1 + reach * tau])
+    S, options = cores(s).float(), {"margin": 0.9}
+    found = linalg.clip_by_products(S, tau, mean=centre == "mean", **options).double()
+    exact = torch.stack(
+        [linalg.spectral_clip(A, tau, centre=centre, **options) for A in S.double()]
+    )
+    error = distances(found, exact)
+    assert len(error) == 20
+    assert float(error.max()) <= 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("small", [0.0, 1e-12, 1e-9, 6e-9])
 @pytest.mark.parametrize("mean", [False, True])
