@@ -29,15 +29,15 @@ def test_a_changed_number_is_noticed(monkeypatch, capsys):
 
 def test_rows_of_an_earlier_plan_do_not_count(tmp_path, monkeypatch):
     """They stay in the file when a plan is changed, and its page leaves them out."""
-    folder = docs_numbers.FOLDER / "robustness" / "mnist"
-    before = docs_numbers.attacked("mnist")
-    copy = shutil.copytree(folder, tmp_path / "robustness" / "mnist") / "runs.jsonl"
+    folder = docs_numbers.FOLDER / "robustness" / docs_numbers.MNIST
+    before = docs_numbers.attacked(docs_numbers.MNIST)
+    copy = shutil.copytree(folder, tmp_path / "robustness" / docs_numbers.MNIST) / "runs.jsonl"
     row = json.loads(copy.read_text(encoding="utf-8").splitlines()[0])
     row |= {"key": "older", "plan": "older", "diverged": True}
     with open(copy, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     monkeypatch.setattr(docs_numbers, "FOLDER", tmp_path)
-    assert docs_numbers.attacked("mnist") == before
+    assert docs_numbers.attacked(docs_numbers.MNIST) == before
 
 
 @pytest.mark.parametrize("method", CHOSEN)
