@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -37,6 +38,31 @@ def test_processes_share_a_plan_and_its_tables(tmp_path):
         assert ours.keys() == alone.keys()
         assert all(ours[key].get("clean") == alone[key].get("clean") for key in ours)
     assert read(folder) is not None  # the report finds all families
+
+
+def test_the_script_for_a_gpu_starts_them_and_ends_in_time(tmp_path):
+    write(tmp_path / "plans" / "tiny", TINY)
+    script = ["bash", "benchmarks/robustness/gpu.sh"]
+    settings = {
+        "DEVICE": "cpu", "PYTHON": sys.executable, "OUT": str(tmp_path / "out"),
+        "PLANS": str(tmp_path / "plans"),
+    }  # fmt: skip
+
+    def run(*words):
+        return subprocess.run(
+            [*script, *words], env={**os.environ, **settings}, capture_output=True, text=True
+        )
+
+    assert run().returncode == 2
+    found = tmp_path / "out" / "tiny"
+    assert run("0", "tiny:1").returncode == 0
+    assert not (found / "runs.jsonl").exists()
+    done = run("5", "tiny:2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read(found) is not None
+    broken = run("5", "nobody:1")
+    assert broken.returncode == 1
+    assert broken.stderr.startswith("nobody: process 1 broke three times")
 
 
 def test_rows_of_many_processes_stay_whole(tmp_path):
