@@ -51,8 +51,8 @@ def cell(values: list[float], digits: int = 1) -> str:
     return f"{mean:.{digits}f} ± {100 * statistics.stdev(values):.{digits}f}".replace(" ", "\u00a0")
 
 
-# Where a table has several networks of a method: the one that was chosen on validation images.
 MNIST = "mnist-ten-seeds"  # of the plans for it the one with most trials and images
+# Where a table has several networks of a method: the one that was chosen on validation images.
 NETWORKS = {"mnist1.58": "folds", "mnist1.58-gpu": "folds"}
 SHOWN = ("dense", "orthogonal", "factors", "low rank")
 

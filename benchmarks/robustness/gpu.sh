@@ -15,6 +15,7 @@ PLANS=${PLANS:-benchmarks/results/robustness}
     echo "usage: ROOT=DATA OUT=DIR bash $0 MINUTES PLAN:PROCESSES ..." >&2
     exit 2
 }
+OUT=$(realpath -m "$OUT") # MPS wants a whole path
 end=$((SECONDS + $(awk -v m="$1" 'BEGIN { print int(60 * m) }')))
 shift
 export OMP_NUM_THREADS=1
