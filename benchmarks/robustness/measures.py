@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 from typing import Any
@@ -92,6 +93,15 @@ def at_once(model: nn.Module) -> int:
     return 256 if next(model.parameters()).device.type == "cpu" else 2048
 
 
+def laid_out(model: nn.Module) -> nn.Module:
+    """The same function for attacks, as a processor runs it nearly twice as fast: the cores folded,
+    convolutions with the channels last. A copy; on an accelerator the model itself."""
+    if next(model.parameters()).device.type != "cpu":
+        return model
+    folded = lrm.fold(copy.deepcopy(model))
+    return folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
 def clean(model: nn.Module, data: Dataset) -> dict[str, Any]:
     """Accuracy, cross entropy and calibration error on all test images."""
     device = next(model.parameters()).device
@@ -157,6 +167,7 @@ def everything(
 ) -> dict[str, Any]:
     """All that stands in a row; `once` adds what one seed is enough for."""
     model, asked = trained.model.eval(), plan.attack
+    attacked = laid_out(model)
     x, y = drawn(data, asked.images)
     device = model.mean.device
     images = (x.to(device), y.to(device))
@@ -164,11 +175,11 @@ def everything(
     found: dict[str, Any] = {
         "clean": clean(model, data),
         "worst": {
-            f"{eps:g}": worst_case(model, images, eps, asked, norm)
+            f"{eps:g}": worst_case(attacked, images, eps, asked, norm)
             for eps in sorted({asked.eps, *asked.worst})
         },
         "worst_l2": {
-            f"{eps:g}": worst_case(model, images, eps, asked, "l2") for eps in asked.worst_l2
+            f"{eps:g}": worst_case(attacked, images, eps, asked, "l2") for eps in asked.worst_l2
         },
         "images": len(y),
         "trained_share": trained.weights_kept,
@@ -181,7 +192,7 @@ def everything(
 
     def under(attack: Any, strengths: Any, pair: tuple[Tensor, Tensor]) -> dict[str, float]:
         curve = robustness.accuracy_under_attack(
-            model, pair, attack, strengths, batch_size=at_once(model)
+            attacked, pair, attack, strengths, batch_size=at_once(model)
         )
         return {f"{eps:g}": value for eps, value in curve.items()}
 
@@ -198,15 +209,16 @@ def everything(
     if asked.pgd:
         found["pgd"] = under(strong, asked.pgd, images)
     if asked.transfer and source is not None:
+        other = laid_out(source)
         found["transfer"] = under(
-            lambda _, z, c, eps: strong(source, z, c, eps), asked.transfer, images
+            lambda _, z, c, eps: strong(other, z, c, eps), asked.transfer, images
         )
     if once and asked.condition_images:
         found["condition"] = bound.compare(model, data.test_x[: asked.condition_images])
     if once and asked.masking_images and importlib.util.find_spec("pyautoattack"):
         few = (images[0][: asked.masking_images], images[1][: asked.masking_images])
         with cached():
-            check = robustness.check_masking(model, few, asked.eps, norm=norm, queries=4000)
+            check = robustness.check_masking(attacked, few, asked.eps, norm=norm, queries=4000)
         found["masking"] = {
             "failed": [name for name, passed in check.verdicts.items() if not passed],
             "one_step": check.one_step,

@@ -175,7 +175,11 @@ class Runner:
             split = self._split(seed)
             images = measures.drawn(split, asked.images)
             found = measures.worst_case(
-                trained.model, images, self.plan.attack.eps, asked, self.plan.attack.norm
+                measures.laid_out(trained.model),
+                images,
+                self.plan.attack.eps,
+                asked,
+                self.plan.attack.norm,
             )
             clean.append(measures.clean(trained.model, split)["accuracy"])
             worst.append(found["accuracy"])

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_plan import START, TINY, changed, write
 
+import lrmanifold as lrm
 from benchmarks import models
 from benchmarks._record import FOLDER
 from benchmarks.robustness import measures
@@ -25,7 +26,9 @@ from benchmarks.robustness.search import Axis, Ladder, ranked, search
 from benchmarks.robustness.table import Table
 from lrmanifold import robustness
 from lrmanifold.experiments.data import Dataset
+from lrmanifold.experiments.factors import two_factors
 from lrmanifold.experiments.orthogonal import orthogonalize
+from lrmanifold.nn import LowRankLayer
 
 
 def runner(folder, raw=TINY, **options):
@@ -268,6 +271,32 @@ def test_an_attack_computes_an_orthogonal_matrix_once():
     options = {"attacks": asked.attacks, "restarts": 2, "steps": 5, "queries": 20}
     assert found["after"] == robustness.worst_case(network, images, 0.1, **options).after
     assert len(calls) > 20
+
+
+@pytest.mark.parametrize("kind", ["dense", "condlr", "factors", "orthogonal", "fixed_rank"])
+def test_attacks_see_the_same_function_in_a_faster_layout(kind):
+    torch.manual_seed(0)
+    images = torch.rand(8, 1, 28, 28)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 6, 5), torch.nn.ReLU(), torch.nn.Conv2d(6, 8, 3, padding=1),
+        torch.nn.Flatten(), torch.nn.Linear(8 * 24 * 24, 10),
+    ).eval()  # fmt: skip
+    if kind == "orthogonal":
+        orthogonalize(network)
+    elif kind == "factors":
+        two_factors(network, 0.3)
+    elif kind != "dense":
+        lrm.factorize(network, rank=0.3, tau=0.1 if kind == "condlr" else None)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    faster = measures.laid_out(network)
+    assert not any(isinstance(layer, LowRankLayer) for layer in faster.modules())
+    if kind != "orthogonal":
+        last = torch.channels_last
+        kernels = [p for p in faster.parameters() if p.ndim == 4 and p.shape[1] > 1]
+        assert kernels
+        assert all(p.is_contiguous(memory_format=last) for p in kernels)
+    torch.testing.assert_close(faster(images), network(images), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(network.state_dict()[name], before[name]) for name in before)
 
 
 def test_no_half_of_a_finished_training_is_left(finished):
