@@ -98,8 +98,10 @@ def laid_out(model: nn.Module) -> nn.Module:
     convolutions with the channels last. A copy; on an accelerator the model itself."""
     if next(model.parameters()).device.type != "cpu":
         return model
-    folded = lrm.fold(copy.deepcopy(model))
-    return folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    copied = copy.deepcopy(model)
+    if any(isinstance(layer, LowRankLayer) for layer in copied.modules()):
+        copied = lrm.fold(copied)
+    return copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def clean(model: nn.Module, data: Dataset) -> dict[str, Any]:
