@@ -117,7 +117,9 @@ def train_command(
             "always with --certified)"
         ),
     ] = None,
-    epochs: int = 10,
+    epochs: Annotated[
+        int | None, typer.Option(help="10 by default, 60 for the few digits by condlr")
+    ] = None,
     batch_size: int = 128,
     lr: Annotated[
         float | None,
@@ -166,8 +168,10 @@ def train_command(
         how = parse_method(method, "0" if certified and tau is None and method == "condlr" else tau)
         rule = parse_optimizer(optimizer, certified)
         rate = (0.01 if rule == "adam" else 0.1) if lr is None else lr
+        # ten epochs of the digits are 120 steps, too few for SGD
+        rounds = 60 if data == "digits" and rule == "sgd" else 10
         settings = Settings(
-            epochs,
+            rounds if epochs is None else epochs,
             batch_size,
             rate,
             momentum,
