@@ -50,6 +50,7 @@ def finished(tmp_path_factory):
 # Fewer than 12 trials a family, for lack of compute; their notes say so.
 REDUCED = {
     "cifar10-adversarial",
+    "cifar10-half",
     "cifar10-longer",
     "cifar10-mean-norm",
     "cifar10-no-norm",
