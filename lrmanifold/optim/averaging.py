@@ -24,6 +24,7 @@ from ..errors import GeometryError
 from ..factors import pack, unpack
 from ..manifolds import Factors, FixedRank
 from ..parameter import manifold_of
+from .arithmetic import PlainArithmetic
 from .rank import resize
 
 
@@ -56,6 +57,11 @@ def average_points(manifold: FixedRank, X: Tensor, Y: Tensor, weight: float) -> 
     check_tensor("X", X)
     check_tensor("Y", Y)
     weight = check_number("weight", weight, low=0.0, high=1.0)
+    with PlainArithmetic([Y.device.type]).plain():
+        return _average_points(manifold, X, Y, weight)
+
+
+def _average_points(manifold: FixedRank, X: Tensor, Y: Tensor, weight: float) -> Tensor:
     wide = linalg.compute_dtype(Y.dtype)
     A, B = (unpack(Z.to(wide), manifold.m, manifold.n) for Z in (X, Y))
     Q_u, R_u = linalg.qr(torch.cat((A.U, B.U), -1), rank_deficient=True)
@@ -92,7 +98,8 @@ class RetractingAverage(AveragedModel):
         count = int(self.n_averaged)
         weight = 1.0 if count == 0 else 1.0 / (count + 1) if self.decay is None else 1 - self.decay
         pairs = list(self._on_manifolds(model))
-        new = [_average(p, q, weight) for p, q in pairs]
+        with PlainArithmetic({p.device.type for p, _ in pairs}).plain():
+            new = [_average(p, q, weight) for p, q in pairs]
         for (p, q), X in zip(pairs, new, strict=True):
             if p.shape != q.shape:  # its rank was adapted: take the new one
                 manifold: Any = p.manifold  # type: ignore[attr-defined]
@@ -114,14 +121,16 @@ class RetractingAverage(AveragedModel):
 
 
 def _average(p: Tensor, q: Tensor, weight: float) -> Tensor:
-    """The average on the manifold of `q`, on the device of `p`."""
+    """The average on the manifold of `q`, on the device of `p`, in the wider of their dtypes."""
     manifold: geoopt.Manifold = q.manifold  # type: ignore[attr-defined]
-    Y = q.detach().to(p.device)
+    wide = torch.promote_types(p.dtype, q.dtype)
+    X, Y = p.detach().to(wide), q.detach().to(p.device, wide)
     if weight == 1.0:
-        return Y.clone()
+        # rounding of a shorter dtype is a drift in the longer one
+        return Y.clone() if q.dtype == wide else manifold.projx(Y)
     if isinstance(manifold, FixedRank):
-        return average_points(manifold, p.detach(), Y, weight)
-    return manifold.projx(torch.lerp(p.detach(), Y, weight))
+        return average_points(manifold, X, Y, weight)
+    return manifold.projx(torch.lerp(X, Y, weight))
 
 
 def retracting_average(

@@ -177,3 +177,37 @@ def test_wrong_arguments_and_lost_manifolds_are_refused():
         average.update_parameters(model)
     for key, value in average.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+def test_an_average_is_computed_in_full_precision_within_autocast():
+    model = network()
+    inside, outside = (retracting_average(model, 0.9) for _ in range(2))
+    for _ in range(5):
+        train(model, 1, outside)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside.update_parameters(model)
+    for p, q in zip(inside.parameters(), outside.parameters(), strict=True):
+        assert torch.equal(p, q)
+    X, Y = (layer.weight.detach()[0] for layer in (layers(model)[0], layers(inside)[0]))
+    M = layers(model)[0].manifold
+    with torch.autocast("cpu", torch.bfloat16):
+        found = average_points(M, X, Y, 0.3)
+    assert torch.equal(found, average_points(M, X, Y, 0.3))
+
+
+def test_an_average_in_float32_of_a_model_in_bfloat16_keeps_small_changes():
+    """In bfloat16 each update would be rounded away, and the points be off the manifold."""
+    dense = nn.Sequential(nn.Linear(32, 12))
+    model = lrm.factorize(dense, rank=3, tau=0.1, keep_larger=True).to(torch.bfloat16)
+    average = retracting_average(model, 0.999).float()
+    average.update_parameters(model)
+    assert drift(average) <= 1e-5
+    layer, mean = layers(model)[0], layers(average)[0]
+    start = layer.dense_weight().detach().double()
+    with torch.no_grad():
+        layer.weight[12:15] *= 2
+    for _ in range(100):
+        average.update_parameters(model)
+    moved = mean.dense_weight().detach().double() - start
+    torch.testing.assert_close(moved, (1 - 0.999**100) * start, rtol=0.05, atol=2e-3)
+    assert drift(average) <= 1e-5
