@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +14,11 @@ from torch import Tensor, nn
 
 from .. import linalg
 from .._arguments import check_instance, check_integer, check_module, check_number, check_text
+from .._wrappers import names_without_wrappers
 from ..factors import unpack
 from ..manifolds import WellConditioned
 from ..nn.layer import LowRankLayer
+from ..optim.arithmetic import PlainArithmetic
 from ..optim.rank import (
     augment,
     factors_of,
@@ -46,7 +51,7 @@ class RankScheduler:
     :meth:`step` has returned. Directions can be told apart only if the coefficient steps carry the
     core a good part of its way, coefficient_lr · coefficient_steps · curvature of about 1 or more.
 
-    Layers whose weight needs no gradient stay as they are.
+    Layers whose weight needs no gradient, or that the optimizer does not hold, stay as they are.
 
     Parameters
     ----------
@@ -101,9 +106,18 @@ class RankScheduler:
         self.every = check_integer("every", every, low=1)
         self.coefficient_steps = check_integer("coefficient_steps", coefficient_steps, low=1)
         self.augment = None if augment is None else check_integer("augment", augment, low=0)
+        found = {
+            name: layer
+            for name, layer in names_without_wrappers(model).items()
+            if isinstance(layer, LowRankLayer)
+        }
         for key, rule in (("tol", tol), ("min_rank", min_rank), ("max_rank", max_rank)):
             for pattern in rule if isinstance(rule, Mapping) else ():
                 check_text(f"a pattern in {key}", pattern)
+                if found and not any(fnmatchcase(name, pattern) for name in found):
+                    raise ValueError(
+                        f"{key} pattern {pattern!r} matches no layer; there are {list(found)}"
+                    )
         ends: dict[str, Any] = {"low": 0.0, "open_low": True, "open_high": True}
         if target_compression is not None:
             check_number("target_compression", target_compression, high=1.0, **ends)
@@ -114,19 +128,16 @@ class RankScheduler:
         self.grad_scaler = grad_scaler
         self.count = 0
         self._layers: dict[str, LowRankLayer] = {}
-        for name, layer in model.named_modules():
-            if not isinstance(layer, LowRankLayer) or value_for(tol, name) is None:
-                continue
-            if all(layer.weight is not known.weight for known in self._layers.values()):
+        for name, layer in found.items():
+            known = any(layer.weight is other.weight for other in self._layers.values())
+            if not known and value_for(tol, name) is not None:
                 self._layers[name] = layer
         if not self._layers:
             raise ValueError("model must have low-rank layers that tol applies to, got none")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, x in self._layers.items() if id(x.weight) not in held]
-        if len(missing) == len(self._layers):
+        if not self._held():
             raise ValueError(
                 f"optimizer must move weights of the model that tol applies to, got one that holds "
-                f"none of {missing}: build it after factorize, from this model"
+                f"none of {list(self._layers)}: build it after factorize, from this model"
             )
         for name, layer in self._layers.items():
             check_number(f"tol of {name}", value_for(tol, name), low=0.0, high=1.0, open_high=True)
@@ -159,7 +170,7 @@ class RankScheduler:
         ----------
         closure : callable, optional
             Clears the gradients, evaluates the loss, calls ``backward``. Needed for layers with a
-            bound.
+            bound. Gradients of other parameters are afterwards what they were before.
 
         Raises
         ------
@@ -182,23 +193,10 @@ class RankScheduler:
             self.count += 1
             return
         saved = [(x, x.rank, x.weight.data.clone(), dict(self._state(x))) for x in layers.values()]
+        arithmetic = PlainArithmetic(x.weight.device.type for x in layers.values())
         try:
-            directions = {k: new_directions(v.weight) for k, v in layers.items() if k not in capped}
-            none = all(layers[k].weight.grad is None for k in directions)
-            if directions and self.augment != 0 and none:
-                warnings.warn(
-                    f"{next(iter(directions))} and the other layers without a bound have no "
-                    "gradients, so that no rank can grow: call the scheduler's step after "
-                    "optimizer.step() and before zero_grad()",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-            if capped and closure is not None:
-                self._try_out(capped, closure)
-            self.truncate()
-            for name, found in directions.items():
-                # The truncated bases are part of the old ones; directions are made orthogonal anew.
-                self._widen(name, layers[name], found)
+            with arithmetic.plain():
+                self._adapt(layers, capped, closure and partial(arithmetic.evaluate, closure))
         except BaseException as error:
             for layer, rank, data, state in saved:
                 layer.manifold.set_rank_(rank)
@@ -218,6 +216,10 @@ class RankScheduler:
     def truncate(self) -> None:
         """Cut every layer to its tolerance (and the budget), and project it onto its set."""
         layers = self._trained()
+        with PlainArithmetic(x.weight.device.type for x in layers.values()).plain():
+            self._truncate(layers)
+
+    def _truncate(self, layers: dict[str, LowRankLayer]) -> None:
         points = {name: factors_of(layer.weight) for name, layer in layers.items()}
         spectra = {name: linalg.svdvals(X.S) for name, X in points.items()}
         ranks = {name: self._tolerated(name, s) for name, s in spectra.items()}
@@ -236,7 +238,11 @@ class RankScheduler:
     # -- parts
 
     def _trained(self) -> dict[str, LowRankLayer]:
-        return {name: layer for name, layer in self._layers.items() if layer.weight.requires_grad}
+        return {name: layer for name, layer in self._held().items() if layer.weight.requires_grad}
+
+    def _held(self) -> dict[str, LowRankLayer]:
+        held = {p for group in self.optimizer.param_groups for p in group["params"]}
+        return {name: layer for name, layer in self._layers.items() if layer.weight in held}
 
     def _state(self, layer: LowRankLayer) -> dict[str, Any]:
         return self.optimizer.state.get(layer.weight, {})
@@ -262,6 +268,30 @@ class RankScheduler:
         rank = min(max(rank_for_tolerance(s, tol), low), high)
         return nearest_rank(self._layers[name].manifold, s, low, rank)
 
+    def _adapt(
+        self,
+        layers: Mapping[str, LowRankLayer],
+        capped: Mapping[str, LowRankLayer],
+        closure: Callable[[], Any] | None,
+    ) -> None:
+        directions = {k: new_directions(v.weight) for k, v in layers.items() if k not in capped}
+        none = all(layers[k].weight.grad is None for k in directions)
+        if directions and self.augment != 0 and none:
+            warnings.warn(
+                f"{next(iter(directions))} and the other layers without a bound have no "
+                "gradients, so that no rank can grow: call the scheduler's step after "
+                "optimizer.step() and before zero_grad()",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        if capped and closure is not None:
+            with self._gradients_aside(capped):
+                self._try_out(capped, closure)
+        self.truncate()
+        for name, found in directions.items():
+            # The truncated bases are part of the old ones; directions are made orthogonal anew.
+            self._widen(name, layers[name], found)
+
     def _try_out(self, layers: Mapping[str, LowRankLayer], closure: Callable[[], Any]) -> None:
         """Augment layers with a bound and let their cores alone follow the gradient."""
         rates = {
@@ -271,13 +301,11 @@ class RankScheduler:
             for p in g["params"]
         }
         scale = 1.0 if self.grad_scaler is None else 1.0 / self.grad_scaler.get_scale()
-        with torch.enable_grad():
-            closure()
+        closure()
         for name, layer in layers.items():
             self._widen(name, layer, new_directions(layer.weight))
         for _ in range(self.coefficient_steps):
-            with torch.enable_grad():
-                closure()
+            closure()
             for name, layer in layers.items():
                 p, M = layer.weight, layer.manifold
                 if p.grad is None:
@@ -286,8 +314,23 @@ class RankScheduler:
                 unpack(p.data, M.m, M.n).S.sub_(rate * unpack(p.grad, M.m, M.n).S)
                 if not bool(torch.isfinite(p.data).all()):
                     raise _NonFiniteError(name)
-        for layer in layers.values():
-            layer.weight.grad = None
+
+    @contextlib.contextmanager
+    def _gradients_aside(self, layers: Mapping[str, LowRankLayer]) -> Iterator[None]:
+        """Put the gradients of all other parameters back at the end; those of `layers` are gone.
+
+        The closure's own, left behind, would add to those of the next step.
+        """
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        kept = {p: p.grad for p in (*self.model.parameters(), *held)}
+        kept.update({layer.weight: None for layer in layers.values()})
+        for p in kept:
+            p.grad = None
+        try:
+            yield
+        finally:
+            for p, grad in kept.items():
+                p.grad = grad
 
     # -- state
 

@@ -24,6 +24,7 @@ class PlainArithmetic:
     def __init__(self, devices: Iterable[str]) -> None:
         self._devices = sorted(set(devices))
         self._theirs: list[tuple[str, torch.dtype]] = []
+        self._precision: Any = None
 
     @contextlib.contextmanager
     def plain(self) -> Iterator[None]:
@@ -33,39 +34,49 @@ class PlainArithmetic:
             for kind in self._devices
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         ]
+        self._precision = _precision()
         with contextlib.ExitStack() as stack:
             for kind, _ in self._theirs:
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            stack.enter_context(_full_precision())
+            stack.enter_context(_products_in(_FULL))
             yield
 
     def evaluate(self, closure: Callable[[], Any]) -> Any:
-        """Call a closure with gradients, and with the caller's autocast."""
+        """Call a closure with gradients, and with the caller's autocast and precision."""
         with contextlib.ExitStack() as stack:
             for kind, dtype in self._theirs:
                 stack.enter_context(torch.autocast(kind, dtype=dtype))
+            stack.enter_context(_products_in(self._precision))
             stack.enter_context(torch.enable_grad())
             return closure()
 
 
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 products in float32, on CUDA and on the CPU."""
-    mkldnn: Any = torch.backends.mkldnn
-    backends: list[Any] = [torch.backends.cuda.matmul, getattr(mkldnn, "matmul", None)]
-    if not all(hasattr(b, "fp32_precision") for b in backends):  # torch before 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+_MKLDNN: Any = torch.backends.mkldnn
+_BACKENDS: list[Any] = [torch.backends.cuda.matmul, getattr(_MKLDNN, "matmul", None)]
+_OLD = not all(hasattr(b, "fp32_precision") for b in _BACKENDS)  # torch before 2.9
+#: float32 products in float32, on CUDA and on the CPU.
+_FULL: Any = "highest" if _OLD else ["ieee"] * len(_BACKENDS)
+
+
+def _precision() -> Any:
+    """How float32 products are made now."""
+    return torch.get_float32_matmul_precision() if _OLD else [b.fp32_precision for b in _BACKENDS]
+
+
+def _set_precision(values: Any) -> None:
+    if _OLD:
+        torch.set_float32_matmul_precision(values)
         return
-    values = [b.fp32_precision for b in backends]
-    for b in backends:
-        b.fp32_precision = "ieee"
+    for b, value in zip(_BACKENDS, values, strict=True):
+        b.fp32_precision = value
+
+
+@contextlib.contextmanager
+def _products_in(values: Any) -> Iterator[None]:
+    """Within, float32 products are made as these values say."""
+    before = _precision()
+    _set_precision(values)
     try:
         yield
     finally:
-        for b, value in zip(backends, values, strict=True):
-            b.fp32_precision = value
+        _set_precision(before)
