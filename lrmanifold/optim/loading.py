@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +68,34 @@ def brought_over(state_dict: Any) -> dict[str, Any]:
             raise ValueError(f"the state of parameter {key} must be a dict, got {shown(state)}")
         states[key] = {k: v for k, v in state.items() if k not in _OLD_STATE and v is not None}
     return {**state_dict, "param_groups": groups, "state": states}
+
+
+def completed(optimizer: GeometricOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """With what a file's groups do not say: options that they lack, names as they are here.
+
+    Raises
+    ------
+    ValueError
+        If the same names are there in another order: state goes by place, as in torch.
+    """
+    saved, groups = state_dict["param_groups"], optimizer.param_groups
+    old, new = _names(saved), _names(groups)
+    if old != new and set(old) == set(new):
+        there, here = next(pair for pair in zip(old, new, strict=True) if pair[0] != pair[1])
+        raise ValueError(
+            "state_dict must have the optimizer's parameters in the same order, got "
+            f"{there!r} in the place of {here!r}: build the optimizer as the saved one was"
+        )
+    filled = []
+    for x, group in zip(saved, groups, strict=False):
+        own = {k: v for k, v in group.items() if k in optimizer.defaults}
+        names = {k: v for k, v in group.items() if k == "param_names"}
+        filled.append({**own, **x, **names})
+    return {**state_dict, "param_groups": filled + saved[len(filled) :]}
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for group in groups for name in group.get("param_names") or ()]
 
 
 def checked_state(

@@ -28,7 +28,7 @@ from .distributed import move_sharded, move_shared_out
 from .engine import Engine
 from .geometry import GeometryMemory
 from .items import Item, Rule
-from .loading import brought_over, checked_state, marked
+from .loading import brought_over, checked_state, completed, marked
 from .velocities import tangent_of_velocity
 
 # Options of torch's optimizers that do not exist here: in a group they would be ignored in silence.
@@ -168,7 +168,8 @@ class GeometricOptimizer(torch.optim.Optimizer):
         """Restore the state; continues bit for bit where the saved optimizer stopped.
 
         State of ``torch.optim.AdamW`` (or SGD) of ordinary parameters is taken up by
-        :class:`CondLRAdam` (:class:`CondLR`). Files of earlier versions are brought over. Load the
+        :class:`CondLRAdam` (:class:`CondLR`). Files of earlier versions are brought over; options
+        that a file does not have stay as they are in the group. Load the
         model's state dict first: a momentum that was saved with another kind of retraction is
         converted at the point where the weight is. Earlier versions did not say with which.
 
@@ -176,13 +177,14 @@ class GeometricOptimizer(torch.optim.Optimizer):
         ------
         TypeError, ValueError
             Before anything changes: for options out of range, entries that are missing, have
-            another shape or hold NaN, or belong to another optimizer.
+            another shape or hold NaN, or belong to another optimizer, also one with the same names
+            in another order.
         """
         # Hooks may replace the dict: torch's own would run after we have looked at it.
         for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
             found = hook(self, state_dict)
             state_dict = state_dict if found is None else found
-        state_dict = brought_over(state_dict)
+        state_dict = completed(self, brought_over(state_dict))
         entries = checked_state(self, state_dict)
         before = self._optimizer_load_state_dict_pre_hooks
         after = self._optimizer_load_state_dict_post_hooks

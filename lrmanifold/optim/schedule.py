@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._arguments import check_callable, check_instance, check_text
 
@@ -45,21 +46,24 @@ class OptionScheduler:
                 f"got {option!r}"
             )
         self.optimizer, self.option, self.function = optimizer, option, function
-        self.initial = [g[option] for g in optimizer.param_groups]
+        self.initial = [_copied(g[option]) for g in optimizer.param_groups]
         self.count = 0
         self._apply()
 
     def _apply(self) -> None:
         groups = self.optimizer.param_groups
         # a group that was added later starts from what it has
-        self.initial += [g[self.option] for g in groups[len(self.initial) :]]
+        self.initial += [_copied(g[self.option]) for g in groups[len(self.initial) :]]
         values = [value * self.function(self.count) for value in self.initial]
         pairs = list(zip(groups, values, strict=True))
         if check := getattr(self.optimizer, "_check_options", None):
             for group, value in pairs:
                 check({**group, self.option: value})
         for group, value in pairs:
-            group[self.option] = value
+            if isinstance(group[self.option], Tensor):
+                group[self.option].fill_(value)  # which a captured step reads
+            else:
+                group[self.option] = value
 
     def step(self) -> None:
         """Advance by one and set the option."""
@@ -74,3 +78,7 @@ class OptionScheduler:
         """Restore and set the option accordingly."""
         self.count, self.initial = int(state["count"]), list(state["initial"])
         self._apply()
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

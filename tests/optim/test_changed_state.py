@@ -87,3 +87,52 @@ def test_adapters_are_not_decayed():
         (model(x) * 0).sum().backward()
         optimizer.step()
     torch.testing.assert_close(model(x), want, atol=1e-4, rtol=1e-4)
+
+
+def named(model, order):
+    params = dict(model.named_parameters())
+    return [(name, params[name]) for name in order]
+
+
+def test_the_same_names_in_another_order_are_refused():
+    """Layers of equal shape would get each other's momentum."""
+    model = torch.nn.Sequential(lrm.nn.LowRankLinear(12, 12, 3), lrm.nn.LowRankLinear(12, 12, 3))
+    order = [name for name, _ in model.named_parameters()]
+    optimizer = CondLR(named(model, order), lr=0.1, momentum=0.9)
+    step(model, optimizer)
+    other = CondLR(named(model, order[2:] + order[:2]), lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match=r"got '0\.weight' in the place of '1\.weight'"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+
+
+def test_messages_name_parameters_as_they_are_here():
+    """Not as they were called when they were saved, within a wrapper say."""
+    model = net(3)
+    pairs = list(model.named_parameters())
+    saved = CondLR([(f"module.{name}", p) for name, p in pairs], lr=0.1)
+    optimizer = CondLR(pairs, lr=0.1)
+    optimizer.load_state_dict(saved.state_dict())
+    assert optimizer.param_groups[0]["param_names"] == [name for name, _ in pairs]
+
+
+def test_options_that_a_file_does_not_have_stay_as_they_are_in_their_group():
+    """A file of torch's optimizers, or of an earlier version."""
+    dense = torch.nn.Linear(4, 3)
+    sgd = torch.optim.SGD(dense.parameters(), lr=0.07, momentum=0.9)
+    groups = [{"params": list(dense.parameters()), "clip_margin": 0.2, "skip_nonfinite": False}]
+    optimizer = CondLR(groups, lr=0.1)
+    optimizer.load_state_dict(sgd.state_dict())
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["clip_margin"], group["skip_nonfinite"]) == (0.07, 0.2, False)
+
+
+def test_a_schedule_writes_into_a_rate_that_is_a_tensor():
+    """As torch's schedulers do: a captured step reads the tensor that it was captured with."""
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    optimizer = CondLR(net(3).parameters(), lr=rate)
+    schedule = OptionScheduler(optimizer, "lr", lambda i: 0.5**i)
+    schedule.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == 0.025
