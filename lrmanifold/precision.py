@@ -35,13 +35,29 @@ def storage_tolerance(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, 1e-4)
 
 
+def without_autocast(method: F) -> F:
+    """Run a function within the caller's autocast as without it, on the device of its tensors."""
+
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        kind = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return method(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return method(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
 def in_compute_dtype(method: F) -> F:
     """Run a manifold method on float32 copies of half-precision tensors and cast its results back.
 
-    Points in bfloat16 are stored rounded (drift about 4e-3); sums over their products must not be.
+    Points in bfloat16 are stored rounded (drift about 4e-3); sums over their products must not be,
+    nor within autocast those of points in float32.
     """
 
     @functools.wraps(method)
+    @without_autocast
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
         dtype = tensors[0].dtype if tensors else torch.float32

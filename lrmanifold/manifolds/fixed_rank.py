@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import linalg, retractions
 from .._arguments import check_choice, check_integer, check_tensor, shown
 from ..factors import Factors, change_of_base, joined, pack, perp, unpack
-from ..precision import STORAGE_DTYPES, in_compute_dtype
+from ..precision import STORAGE_DTYPES, in_compute_dtype, without_autocast
 from ._geodesic import geodesic
 from ._hessian import ehess2rhess, lift
 
@@ -230,6 +230,7 @@ class FixedRank(geoopt.Manifold):
             )
         return ok, reason
 
+    @without_autocast
     def _check_point_on_manifold(self, x, *, atol=1e-5, rtol=1e-5):
         if not torch.isfinite(x).all():
             return False, "`x` holds NaN or Inf"
@@ -253,6 +254,7 @@ class FixedRank(geoopt.Manifold):
     def _check_core(self, s, *, atol, rtol):
         return True, None
 
+    @without_autocast
     def _check_vector_on_tangent(self, x, u, *, atol=1e-5, rtol=1e-5):
         if not torch.isfinite(u).all():
             return False, "`u` holds NaN or Inf"

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import linalg
 from .._arguments import check_choice
 from ..factors import joined
-from ..precision import in_compute_dtype
+from ..precision import in_compute_dtype, without_autocast
 
 StiefelRetraction = Literal["polar", "qr", "cayley"]
 _RETRACTIONS = ("polar", "qr", "cayley")
@@ -87,6 +87,7 @@ class Stiefel(geoopt.Manifold):
             return False, f"columns are not orthonormal: max |XᵀX - I| = {drift:.2e}"
         return True, None
 
+    @without_autocast
     def _check_vector_on_tangent(self, x, u, *, atol=1e-5, rtol=1e-5):
         if not torch.isfinite(u).all():
             return False, "`u` holds NaN or Inf"
@@ -127,6 +128,7 @@ class Stiefel(geoopt.Manifold):
         """Riemannian gradient: the projection of the Euclidean one."""
         return self.proju(x, u)
 
+    @without_autocast
     def projx(self, x: Tensor) -> Tensor:
         """Nearest frame: the polar factor. ValueError for a rank-deficient `x` on the CPU."""
         return linalg.polar(x)

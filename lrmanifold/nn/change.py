@@ -16,7 +16,7 @@ from .._arguments import check_choice, check_number, shown
 from ..factors import unpack
 from ..manifolds import FixedRank
 from ..parameter import gathered, is_wrapped_in_ddp
-from ..precision import storage_tolerance
+from ..precision import storage_tolerance, without_autocast
 from ._whole import WholeWeight
 from .linear import LowRankLinear
 
@@ -153,8 +153,7 @@ class Change(WholeWeight):
             unpack(X.detach().to(wide), self.out_features, self.in_features)
             for X in (self.update.weight, self.start)
         )
-        left = torch.cat((now.U @ now.S, -start.U @ start.S), -1)
-        return self.change_scale * (left @ torch.cat((now.V, start.V), -1).mT)
+        return self.change_scale * _difference_of(*now, *start)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Change:
         before = self.start.dtype
@@ -247,6 +246,14 @@ class Change(WholeWeight):
 
     def extra_repr(self) -> str:
         return f"scale={self.change_scale:g}, dropout={self.change_dropout:g}"
+
+
+@without_autocast
+def _difference_of(
+    U: Tensor, S: Tensor, V: Tensor, U_0: Tensor, S_0: Tensor, V_0: Tensor
+) -> Tensor:
+    """U S Vᵀ - U₀ S₀ V₀ᵀ."""
+    return torch.cat((U @ S, -U_0 @ S_0), -1) @ torch.cat((V, V_0), -1).mT
 
 
 def _is_point(M: FixedRank, X: Tensor) -> bool:

@@ -16,7 +16,7 @@ from ..errors import GeometryError
 from ..manifolds import Factors, FixedRank, WellConditioned
 from ..manifolds.fixed_rank import Gradient
 from ..parameter import PointParameter, gathered, replace_data
-from ..precision import STORAGE_DTYPES, storage_tolerance
+from ..precision import STORAGE_DTYPES, storage_tolerance, without_autocast
 from ._sharded import takes_sharded
 from ._whole import WholeWeight
 
@@ -238,7 +238,8 @@ class LowRankLayer(WholeWeight):
     def _hand_over(self, module: nn.Module) -> None:
         """Fill a dense layer of the same shape from this one."""
         with torch.no_grad():
-            module.weight.copy_(self.dense_weight())  # type: ignore[operator, union-attr]
+            matrix = without_autocast(self.manifold.to_dense)(self.weight)
+            module.weight.copy_(self.as_weight(matrix))  # type: ignore[operator, union-attr]
             if self.bias is not None:
                 module.bias.copy_(self.bias)  # type: ignore[operator, union-attr]
                 module.bias.requires_grad_(self.bias.requires_grad)  # type: ignore[union-attr]

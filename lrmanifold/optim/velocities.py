@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import linalg
 from ..factors import Factors, pack, perp
 from ..manifolds import FixedRank
-from ..precision import compute_dtype
+from ..precision import compute_dtype, without_autocast
 from .coordinates import Ambient, along, combine
 
 
@@ -154,6 +154,7 @@ class Velocities(Ambient):
         return linalg.gram(inverse), linalg.gram(inverse.mT)
 
 
+@without_autocast
 def tangent_of_velocity(manifold: FixedRank, X: Tensor, velocity: Tensor) -> Tensor:
     """The packed tangent vector (U_p, M, V_p) at the packed point `X` of a velocity (U̇, Ṡ, V̇)."""
     wide = compute_dtype(X.dtype)
