@@ -275,9 +275,13 @@ class Engine:
             torch._foreach_add_(skipped, list((~ok).to(torch.int64).unbind()))
 
     def _place(self, item: Item, name: str | None) -> Tensor:
-        """Where to write: the point, or an entry of the state, made when it is first needed."""
+        """Where to write: the point, or an entry of the state, made when it is first needed.
+
+        An entry follows a parameter that became one of another dtype, as it does through a file.
+        """
         if name is None:
             return real_view(item.point)
-        if name not in item.state:
-            item.state[name] = item.remembered(name, self.rule)
+        dtype = item.point.dtype
+        dtype = compute_dtype(dtype) if name in self.rule.moments else dtype
+        item.state[name] = item.remembered(name, self.rule).to(dtype)
         return real_view(item.state[name])

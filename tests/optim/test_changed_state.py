@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import lrmanifold as lrm
-from lrmanifold.optim import CondLR, CondLRAdam, OptionScheduler, param_groups
+from lrmanifold.optim import CondLR, CondLRAdam, CondLRMuon, OptionScheduler, param_groups
 
 
 def net(rank):
@@ -136,3 +138,30 @@ def test_a_schedule_writes_into_a_rate_that_is_a_tensor():
     schedule.step()
     assert optimizer.param_groups[0]["lr"] is rate
     assert float(rate) == 0.025
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make", [lambda p: CondLR(p, lr=0.1, momentum=0.9), CondLRAdam, CondLRMuon]
+)
+def test_a_model_of_another_dtype_goes_on_as_from_a_file(make, dtype):
+    model = net(3).append(torch.nn.Linear(16, 4))
+    optimizer = make(model.parameters())
+
+    def train(model, optimizer):
+        x = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x.to(model[1].weight.dtype)).square().mean().backward()
+            optimizer.step()
+
+    train(model, optimizer)
+    model.to(dtype)
+    train(model, optimizer)
+    other = copy.deepcopy(model)
+    resumed = make(other.parameters())
+    resumed.load_state_dict(optimizer.state_dict())
+    train(model, optimizer)
+    train(other, resumed)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
