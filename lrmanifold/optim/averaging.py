@@ -93,6 +93,8 @@ class RetractingAverage(AveragedModel):
         ------
         GeometryError
             If a weight has lost its manifold here or in `model`; nothing is changed then.
+        ValueError
+            If `model` has other parameters than the model that was copied, or in another order.
         """
         model = unwrapped(model)
         count = int(self.n_averaged)
@@ -110,6 +112,13 @@ class RetractingAverage(AveragedModel):
 
     def _on_manifolds(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         named, others = (parameters_without_wrappers(x) for x in (self.module, model))
+        if list(named) != list(others):
+            # torch goes by place, and stops where the shorter one ends
+            odd = sorted(named.keys() ^ others.keys())
+            raise ValueError(
+                "model must have the parameters of the averaged one, got "
+                + (f"one that differs in {odd}" if odd else f"them in the order {list(others)}")
+            )
         # Each parameter under one name: tied ones need one average.
         for p, name in {p: name for name, p in named.items()}.items():
             mine, other = manifold_of(p), manifold_of(others[name])

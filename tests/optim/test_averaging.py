@@ -211,3 +211,18 @@ def test_an_average_in_float32_of_a_model_in_bfloat16_keeps_small_changes():
     moved = mean.dense_weight().detach().double() - start
     torch.testing.assert_close(moved, (1 - 0.999**100) * start, rtol=0.05, atol=2e-3)
     assert drift(average) <= 1e-5
+
+
+def test_a_model_of_other_parameters_is_refused():
+    """Torch averages by place, so that layers of equal shape would be mixed in silence."""
+    layers = {"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}
+    average = retracting_average(nn.ModuleDict(layers), 0.5)
+    more = nn.ModuleDict({**layers, "c": nn.Linear(3, 3)})
+    with pytest.raises(ValueError, match=r"differs in \['c.bias', 'c.weight'\]"):
+        average.update_parameters(more)
+    turned = nn.ModuleDict()
+    for name in ("b", "a"):
+        turned.add_module(name, layers[name])
+    with pytest.raises(ValueError, match=r"in the order \['b.weight'"):
+        average.update_parameters(turned)
+    assert int(average.n_averaged) == 0
