@@ -7,16 +7,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..factors import unpack
-from ..nn import AdaptedLayer, LowRankAdapter, LowRankLayer, LowRankLinear, bases
+from ..nn import (
+    AdaptedLayer,
+    LowRankAdapter,
+    LowRankLayer,
+    LowRankLinear,
+    LowRankTransposedLinear,
+    bases,
+)
 from ._sizes import UP, frobenius
-from .bounds import BoundError, Context, find_bound, no_bound_words
+from .bounds import BoundError, Context, computes_as, no_bound_words
 
 ADAPTERS = (LowRankAdapter, AdaptedLayer)
+LOW_RANK = (LowRankLinear, LowRankTransposedLinear)
 
 
 def bare(module: Any) -> Any:
     """The layer that computes alone: an adapted one's base, unless a change is active."""
-    while isinstance(module, AdaptedLayer) and (module.active is None or module.merged):
+    while computes_as(module, (AdaptedLayer,)) and (module.active is None or module.merged):
         module = module.base_layer
     return module
 
@@ -35,8 +43,8 @@ def check_adapter(module: Any, context: Context) -> None:
             )
         parts.append((f"{context.name}.base_layer", base))
     for name, part in parts:
-        if find_bound(part) is None:
-            raise BoundError(no_bound_words(part, name))
+        if not computes_as(part, (nn.Linear, *LOW_RANK)):
+            raise BoundError(no_bound_words(part, name, (nn.Linear, *LOW_RANK)))
 
 
 def change(module: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,19 +20,27 @@ from ..nn import (
     LowRankConvTranspose3d,
     LowRankLayer,
     LowRankLinear,
-    LowRankTransposedLinear,
     MeanOnlyBatchNorm,
 )
-from ._adapters import ADAPTERS, adapter_weight, bare, check_adapter, size_and_inner
+from ._adapters import ADAPTERS, LOW_RANK, adapter_weight, bare, check_adapter, size_and_inner
 from ._sizes import UP as _UP
 from ._sizes import frobenius as _size
-from .bounds import Bound, BoundError, Context, bounded, find_bound, no_bound_words
+from .bounds import (
+    Bound,
+    BoundError,
+    Context,
+    bounded,
+    computes_as,
+    find_bound,
+    module_bound,
+    no_bound_words,
+)
 
 _SCALED_UP = 1.0 + 1e-11  # entries multiplied by a batch norm's scale: 8 u |K|, of the map |K|
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LOW_RANK_CONVOLUTIONS = (LowRankConv1d, LowRankConv2d, LowRankConv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-HEADS = (nn.Linear, LowRankLinear, *ADAPTERS)
+HEADS = (nn.Linear, *LOW_RANK, *ADAPTERS)
 
 
 def linear_bound(module: Any, context: Context, scale: Tensor | None = None) -> Bound:
@@ -48,7 +57,12 @@ def linear_bound(module: Any, context: Context, scale: Tensor | None = None) -> 
 
 def can_scale(module: nn.Module) -> bool:
     """Whether :func:`linear_bound` takes it, so that a batch norm can be folded in."""
-    return isinstance(module, (*CONVOLUTIONS, *LOW_RANK_CONVOLUTIONS, *HEADS))
+    return computes_as(bare(module), (*CONVOLUTIONS, *LOW_RANK_CONVOLUTIONS)) or is_head(module)
+
+
+def is_head(module: nn.Module) -> bool:
+    """Whether it multiplies by the matrix that :func:`dense_head` gives."""
+    return computes_as(bare(module), HEADS)
 
 
 def dense_head(module: Any) -> Tensor:
@@ -72,8 +86,12 @@ def head_error(module: Any) -> float:
     return linalg.rounding_of_products(inner) * size
 
 
-@bounded(nn.Linear, LowRankLinear, LowRankTransposedLinear, *ADAPTERS)
+@bounded(*HEADS)
 def _linear(module: nn.Module, context: Context) -> Bound:
+    base = bare(module)
+    if base is not module and not is_head(base):
+        # a resting adapter's base may be of any kind
+        return module_bound(base, replace(context, name=f"{context.name}.base_layer"))
     return linear_bound(module, context)
 
 
@@ -369,8 +387,8 @@ def _potential(module: ConvexPotential, context: Context) -> Bound:
             f"nondecreasing and 1-Lipschitz, one of {[t.__name__ for t in _MONOTONE]} or LeakyReLU "
             f"with a slope in [0, 1], got {act!r}"
         )
-    if find_bound(module.layer) is None:
-        raise BoundError(f"{context.name}.layer: {no_bound_words(module.layer, 'it')}")
+    if not computes_as(module.layer, LOW_RANK):
+        raise BoundError(no_bound_words(module.layer, f"{context.name}.layer", LOW_RANK))
     if not context.exact:
         return Bound(1.0, "convex potential")
     inner = _low_rank_linear(module.layer, context, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -152,17 +152,26 @@ _HARMLESS = {
 
 
 def _changed_method(module: nn.Module, base: type[nn.Module]) -> str | None:
-    """A method of `base` that the module's own class, or the module itself, replaced."""
+    """A method or property of `base` that the module's class, or the module itself, replaced."""
     for cls in type(module).__mro__:
         if cls is base:
             break
         for name in vars(cls):
             # whatever stands there now, also what cannot be called itself (partialmethod)
-            if callable(getattr(base, name, None)) and name not in _HARMLESS:
+            held = getattr(base, name, None)
+            if (callable(held) or isinstance(held, property)) and name not in _HARMLESS:
                 return f"{cls.__name__}.{name}"
     for name, value in vars(module).items():
         if callable(value) and callable(getattr(base, name, None)):
             return f"this object's own {name}"
+    return None
+
+
+def _entry(module: nn.Module) -> type[nn.Module] | None:
+    """The known type whose function `module` has, or None."""
+    for cls in type(module).__mro__:
+        if cls in _REGISTRY:
+            return cls if _changed_method(module, cls) is None else None
     return None
 
 
@@ -171,10 +180,17 @@ def find_bound(module: nn.Module) -> BoundFunction | None:
 
     A subclass that replaces a method of a known type is unknown: its constant is another one.
     """
-    for cls in type(module).__mro__:
-        if cls in _REGISTRY:
-            return _REGISTRY[cls] if _changed_method(module, cls) is None else None
-    return None
+    cls = _entry(module)
+    return None if cls is None else _REGISTRY[cls]
+
+
+def computes_as(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+    """Whether `module` has the function of one of these types.
+
+    ``isinstance`` would not do: a subclass with another forward may have an entry of its own, and
+    then its weight does not say what it computes.
+    """
+    return _entry(module) in types
 
 
 def module_bound(module: nn.Module, context: Context) -> Bound:
@@ -183,6 +199,7 @@ def module_bound(module: nn.Module, context: Context) -> Bound:
     if function is None:
         raise BoundError(no_bound_words(module, context.name))
     found = function(module, context)
+    plain = not isinstance(found, Bound)
     if not isinstance(found, Bound):
         found = Bound(found, "register_bound")
     norm = found.norm
@@ -194,12 +211,18 @@ def module_bound(module: nn.Module, context: Context) -> Bound:
             f"{context.name or 'the model'} ({type(module).__name__}): its bound must be finite "
             f"and at least 0, got {value}"
         )
-    return found
+    # a few roundings of the output, which may be larger than the input
+    return replace(found, slope=found.slope * max(1.0, value)) if plain else found
 
 
-def no_bound_words(module: nn.Module, name: str) -> str:
-    """Names the module, says why it has no bound, and what can be done."""
+def no_bound_words(
+    module: nn.Module, name: str, wanted: tuple[type[nn.Module], ...] | None = None
+) -> str:
+    """Names the module, says why it has no bound (among `wanted` types), and what can be done."""
     kind = type(module).__name__
+    if wanted is not None and find_bound(module) is not None:
+        names = " or ".join(t.__name__ for t in wanted)
+        return f"{name} ({kind}): only the function of a {names} can be counted in this place"
     for cls in type(module).__mro__:
         if cls in _REGISTRY:
             changed = _changed_method(module, cls)

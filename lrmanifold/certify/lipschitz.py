@@ -14,11 +14,19 @@ from torch import Tensor, fx, nn
 from .._arguments import shown
 from ..robustness import evaluation_mode
 from . import _elementwise, _pooling  # noqa: F401  (their bounds enter the registry)
-from ._linear_maps import HEADS, NORMS, can_scale, dense_head, head_error, linear_bound, norm_scale
+from ._linear_maps import (
+    NORMS,
+    can_scale,
+    dense_head,
+    head_error,
+    is_head,
+    linear_bound,
+    norm_scale,
+)
 from ._operations import SUMS, operation, rearranges, shape_nodes, writes_in_place
 from ._sizes import SMALLEST, lengths
 from ._trace import HOOKS, Trial, float64_copy, live_nodes, no_bound, refuse_hooks, trace
-from .bounds import Bound, BoundError, Context, find_bound, module_bound
+from .bounds import Bound, BoundError, Context, computes_as, find_bound, module_bound
 
 _UP = 1.0 + 1e-14
 
@@ -105,7 +113,7 @@ class LipschitzBound:
         """The linear layer that gives the logits, or None if something comes after it."""
         node = self.output
         module = self._modules[str(node.target)] if node.op == "call_module" else None
-        return module if isinstance(module, HEADS) and find_bound(module) is not None else None
+        return module if module is not None and is_head(module) else None
 
     def evaluate(self) -> tuple[Any, Any, Tensor | None]:
         """(total, body, head weight): the bound of the network, of it without its last linear
@@ -114,7 +122,9 @@ class LipschitzBound:
         total, head = walked.total[self.output.name], self.head()
         if head is None:
             return total, total, None
-        return total, walked.total[self.output.all_input_nodes[0].name], dense_head(head)
+        with evaluation_mode(self.model):  # a parametrized weight may be another one in training
+            W = dense_head(head)
+        return total, walked.total[self.output.all_input_nodes[0].name], W
 
     def walk(self, *, exact: bool) -> Evaluation:
         """The bounds of every value, in the order of the forward."""
@@ -156,7 +166,7 @@ class LipschitzBound:
         pairs = zip(repeated(node, sources), self.stretches(node, sources), strict=True)
         totals = [found.total[n.name] * stretch for n, stretch in pairs]
         total = self._total(bound, join, totals)
-        if isinstance(module, NORMS):
+        if module is not None and computes_as(module, NORMS):
             total = self._folded(node, sources[0], found, context, total)
         if exact:
             total = float(total) * _UP
@@ -224,10 +234,10 @@ class LipschitzBound:
     ) -> Any:
         """A batch norm after a linear map is a scale of that map's outputs: one norm for both."""
         layer = self._modules[str(before.target)] if before.op == "call_module" else None
-        if layer is None or not can_scale(layer) or find_bound(layer) is None:
+        if layer is None or not can_scale(layer):
             return total
         shape = self.shapes.get(before.name)
-        if isinstance(layer, HEADS) and (shape is None or len(shape) != 1):
+        if is_head(layer) and (shape is None or len(shape) != 1):
             return total  # the norm's channels may be another dimension than the layer's outputs
         scale = norm_scale(self._modules[str(node.target)], context)
         source = before.all_input_nodes[0]
@@ -331,7 +341,8 @@ class LipschitzReport:
         """‖w_y - w_j‖ for all pairs of classes, (classes, classes) float64, rounded upwards."""
         if self.head is None:
             return None
-        with torch.no_grad():
+        # a parametrized weight may be another one in training
+        with torch.no_grad(), evaluation_mode(self.network.model):
             W, error = dense_head(self.head).double(), head_error(self.head)
             gaps = torch.stack([lengths(W - row) for row in W])
             return gaps * (1.0 + 4.0 * (W.shape[1] + 8) * 2.0**-53) + 2.0 * error
