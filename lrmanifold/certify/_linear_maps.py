@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
+from ..linalg._convolution_norms import pads
 from ..nn import (
     ConvexPotential,
     LowRankConv1d,
@@ -198,6 +199,8 @@ def _geometry(module: Any, context: Context) -> dict[str, Any]:
             f"{tuple(context.input_shape)}; input_shape is the shape of one sample, without the "
             "batch, such as (3, 32, 32)"
         )
+    if module.padding_mode != "zeros":
+        _check_pads(module, context)
     return {
         "input_size": None if context.input_shape is None else context.input_shape[-d:],
         "stride": module.stride,
@@ -206,6 +209,17 @@ def _geometry(module: Any, context: Context) -> dict[str, Any]:
         "groups": module.groups,
         "padding_mode": module.padding_mode,
     }
+
+
+def _check_pads(module: Any, context: Context) -> None:
+    """But for zeros a layer pads by numbers that it has worked out once, when it was made."""
+    kept = getattr(module, "_pad", None) or module._reversed_padding_repeated_twice
+    wanted = pads(module.padding, module.kernel_size, module.dilation)
+    if list(kept) != [p for pair in reversed(wanted) for p in pair]:
+        raise BoundError(
+            f"{context.name}: its padding was changed to {module.padding} after it was made, but "
+            f"with padding_mode={module.padding_mode!r} it pads by {list(kept)}: make a new layer"
+        )
 
 
 def _map_norm(kernel: Tensor, context: Context, geometry: dict[str, Any]) -> Tensor:

@@ -140,7 +140,9 @@ def _upsample(module: Any, context: Context) -> Bound:
 def _copied(module: nn.Module, context: Context) -> Bound:
     """Count on an image of pixel numbers how often each occurs in the output."""
     shape = context.need_shape("it copies pixels, how often depends on the size")
-    size = shape[1:]
+    # torch takes a sample without channels, too
+    d = len(getattr(module, "padding", shape[1:] * 2)) // 2
+    size = shape[-d:]
     numbers = torch.arange(math.prod(size), dtype=torch.float64, device="cpu").view(1, 1, *size)
     with torch.no_grad():
         copies = torch.bincount(module(numbers).long().flatten())

@@ -10,6 +10,7 @@ import geoopt
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_modules
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from .._wrappers import unwrapped
 from ..nn import Residual
@@ -92,6 +93,17 @@ def refuse_hooks(model: nn.Module) -> None:
                 f"{name or 'the model'} ({type(module).__name__}) has its own forward, put "
                 "on the object, which is not followed: define it in a class"
             )
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise BoundError(
+                f"{name or 'the model'} ({type(module).__name__}) has no weights yet: run a batch "
+                "through the model first"
+            )
+        own_call = type(module).__call__ is not nn.Module.__call__
+        if own_call and not isinstance(module, fx.GraphModule):
+            raise BoundError(
+                f"{name or 'the model'} ({type(module).__name__}) has its own __call__, of which "
+                "a part would be left out: put all that it does into forward"
+            )
         if any(getattr(module, hooks) for hooks in HOOKS):
             raise BoundError(
                 f"{name or 'the model'} ({type(module).__name__}) has forward hooks, which may "
@@ -108,7 +120,13 @@ def float64_copy(model: nn.Module) -> nn.Module:
     ``model.double()`` would not do: layers take the drift of a shorter dtype out of their weights,
     which changes the function that is to be certified.
     """
-    twin = copy.deepcopy(model)
+    try:
+        twin = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise BoundError(
+            f"the model cannot be copied ({str(error).splitlines()[0]}): take tensors with a "
+            "gradient graph off its attributes"
+        ) from error
     known: dict[int, Any] = {}
     for module in twin.modules():
         stores: tuple[dict[str, Any], ...] = (
@@ -170,7 +188,8 @@ class Trial:
                 f"input_shape must be positive integers without the batch, got {self.size}"
             )
         tensors = [*model.parameters(), *model.buffers()]
-        like = next((p for p in tensors if p.is_floating_point()), torch.zeros((), device="cpu"))
+        none = torch.zeros((), dtype=torch.float64, device="cpu")
+        like = next((p for p in tensors if p.is_floating_point()), none)
         generator = torch.Generator().manual_seed(0)
         self.x = torch.rand(2, *self.size, generator=generator, device="cpu").to(like)
         self.recorder = Recorder(graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,7 +100,7 @@ class LipschitzBound:
         self._live, self._static = live_nodes(self.graph), shape_nodes(self.graph)
         self._modules = dict(self.graph.named_modules())
         self.output = next(n for n in self.graph.graph.nodes if n.op == "output").args[0]
-        if not isinstance(self.output, fx.Node) or self.output.name not in self._live:
+        if not self._is_live(self.output):
             raise BoundError("the model must give one tensor that depends on its input")
         self.walk(exact=False)
         if trial is not None:
@@ -291,29 +292,35 @@ def _number(value: Any) -> float:
     return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 
-def _is_plain(value: Any) -> bool:
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _mark(value: Any) -> str:
+    """What of an attribute may change a forward; of objects of other kinds the type alone."""
+    if isinstance(value, Tensor):
+        raw = value.detach().as_subclass(Tensor).cpu().contiguous().flatten().view(torch.uint8)
+        content = hashlib.blake2b(raw.numpy().tobytes(), digest_size=16).hexdigest()
+        return f"{value.dtype} {tuple(value.shape)} {content}"
     if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+        return f"[{', '.join(map(_mark, value))}]"
+    if isinstance(value, dict):
+        return f"[{', '.join(sorted(f'{k!r}: {_mark(v)}' for k, v in value.items()))}]"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    # two lambdas may have one name
+    number = id(value) if isinstance(value, types.FunctionType) else ""
+    return f"{type(value)} {getattr(value, '__qualname__', '')} {number}"
 
 
 def digest(model: nn.Module) -> str:
-    """A fingerprint by which a stale report is noticed: tensors, plain attributes, hooks."""
+    """A fingerprint by which a stale report is noticed: tensors, attributes, hooks."""
     found = hashlib.blake2b(repr(model).encode(), digest_size=16)
-    loose = [
-        (f"{name}.{key}", value)
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, Tensor)
-    ]
     for name, module in model.named_modules():
-        plain = {k: v for k, v in vars(module).items() if _is_plain(v) and k != "training"}
-        changed = [k for k in ("forward", *HOOKS) if vars(module).get(k)]
-        found.update(f"{name} {sorted(plain.items())} {changed}".encode())
-    for name, value in [*model.named_parameters(), *model.named_buffers(), *loose]:
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        raw = value.detach().as_subclass(Tensor).cpu().contiguous().flatten().view(torch.uint8)
-        found.update(raw.numpy().tobytes())
+        own = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+        hooked = [k for k in HOOKS if vars(module).get(k)]
+        found.update(f"{name} {_mark(own)} {hooked}".encode())
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        found.update(f"{name} {_mark(value)}".encode())
     return found.hexdigest()
 
 

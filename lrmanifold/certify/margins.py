@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._arguments import check_callable, check_integer, check_module, check_number, shown
 from .._evaluation import check_attacked, evaluation_mode
 from ._sizes import SMALLEST
-from ._trace import Recorder
+from ._trace import Recorder, refuse_hooks
 from .bounds import CertificationError
 from .lipschitz import LipschitzReport, digest, lipschitz, repeated
 
@@ -74,6 +74,7 @@ def _report(model: nn.Module, x: Tensor, bound: LipschitzReport | None) -> Lipsc
         )
     if bound.digest != digest(model):
         raise ValueError("bound belongs to other weights than the model's: make it anew")
+    refuse_hooks(model)  # of all modules: no fingerprint of this one
     return bound
 
 

@@ -1,0 +1,140 @@
+"""Models that were changed behind a layer's or a report's back, and models that cannot be followed.
+
+Each test is one that once got a bound too small, a report that was out of date, or another error.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lrmanifold import certify
+from lrmanifold.nn import LowRankConv1d
+
+D = torch.float64
+
+
+@given(
+    st.sampled_from(("reflect", "replicate", "circular")),
+    st.integers(0, 2),
+    st.integers(0, 2),
+    st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_padding_that_was_changed_later_is_seen(mode, before, after, low_rank):
+    """But for zeros torch pads by numbers of its own, which a later change does not reach."""
+    kind = {"bias": False, "padding": before, "padding_mode": mode}
+    layer = LowRankConv1d(1, 1, 3, 1, **kind) if low_rank else nn.Conv1d(1, 1, 3, **kind)
+    layer = layer.double()
+    layer.padding = (after,)
+    if before != after:
+        with pytest.raises(certify.BoundError, match="padding was changed"):
+            certify.lipschitz(layer, (1, 5))
+        return
+    J = layer(torch.eye(5, dtype=D)[:, None]).flatten(1).detach()
+    assert certify.lipschitz(layer, (1, 5)).total >= float(torch.linalg.matrix_norm(J, 2))
+
+
+class Loud(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def __call__(self, x):
+        return 50 * super().__call__(x)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_call_of_ones_own_is_refused():
+    for model in (Loud(), nn.Sequential(Loud())):
+        with pytest.raises(certify.BoundError, match="own __call__"):
+            certify.lipschitz(model)
+
+
+class Settings(nn.Module):
+    """Holds what its forward uses in a dict, a list and a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.sizes = {"scale": 1.0}
+        self.shifts = [torch.ones(2)]
+        self.act = lambda x: torch.tanh(x)
+
+    def forward(self, x):
+        return self.act(self.layer(x) * self.sizes["scale"]) - self.shifts[0]
+
+
+def grow_dict(model):
+    model.sizes["scale"] = 9.0
+
+
+def grow_list(model):
+    model.shifts[0] += 9.0
+
+
+def other_function(model):
+    model.act = lambda x: 9 * x
+
+
+@pytest.mark.parametrize("change", [grow_dict, grow_list, other_function])
+def test_a_report_is_stale_after_a_change_of_what_is_no_plain_number(change):
+    model, x = Settings(), torch.rand(3, 2)
+    report = certify.lipschitz(model, (2,))
+    certify.radius(model, x, bound=report)
+    change(model)
+    with pytest.raises(ValueError, match="make it anew"):
+        certify.radius(model, x, bound=report)
+
+
+def test_hooks_of_all_modules_are_seen_with_a_report_from_before():
+    model, x = nn.Sequential(nn.Linear(2, 2)), torch.rand(3, 2)
+    report = certify.lipschitz(model, (2,))
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: -9 * out)
+    try:
+        with pytest.raises(certify.BoundError, match="hooks for all modules"):
+            certify.radius(model, x, bound=report)
+    finally:
+        handle.remove()
+
+
+def test_what_has_no_weights_or_cannot_be_copied_is_told():
+    with pytest.raises(certify.BoundError, match=r"LazyLinear.*run a batch"):
+        certify.lipschitz(nn.Sequential(nn.LazyLinear(3)), (2,))
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.seen = model(torch.ones(1, 2))
+    with pytest.raises(certify.BoundError, match="cannot be copied"):
+        certify.lipschitz(model, (2,))
+
+
+def test_a_model_that_gives_a_size_is_refused():
+    class Size(nn.Module):
+        def forward(self, x):
+            return x.size(0)
+
+    for shape in (None, (2,)):
+        with pytest.raises(certify.BoundError, match="one tensor"):
+            certify.lipschitz(Size(), shape)
+
+
+def test_without_parameters_the_trace_is_compared_in_float64_too():
+    class Nearly(nn.Module):
+        def forward(self, x):
+            return x * 1.005 if isinstance(x, torch.Tensor) else x
+
+    with pytest.raises(certify.BoundError, match="trace does not see"):
+        certify.lipschitz(Nearly(), (2,))
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4)])
+@pytest.mark.parametrize("pad", [nn.ReflectionPad2d(1), nn.CircularPad2d((2, 1, 0, 3))], ids=repr)
+def test_padding_of_images_without_channels(pad, shape):
+    n = torch.Size(shape).numel()
+    J = torch.stack([pad(e.view(1, *shape)).flatten() for e in torch.eye(n, dtype=D)])
+    true = float(torch.linalg.matrix_norm(J, 2))
+    assert true * (1 - 1e-12) <= certify.lipschitz(pad, shape).total <= true * 1.5
