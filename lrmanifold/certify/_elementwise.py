@@ -66,7 +66,12 @@ def _one(module: nn.Module, context: Context) -> Bound:
 def _celu(module: Any, context: Context) -> Bound:
     if not module.alpha > 0:
         raise BoundError(f"{context.name} (CELU): alpha must be positive, got {module.alpha}")
-    return Bound(1.0, _SLOPE, offset=_offset(context))
+    return Bound(1.0, _SLOPE, offset=_offset(context, 16.0 * max(1.0, module.alpha)))
+
+
+def _steepest(slope: float) -> Bound:
+    """Of a function of two straight lines, rounded at the size of its output."""
+    return Bound(slope, _SLOPE, slope=16.0 * slope)
 
 
 def _offset(context: Context, size: float = 16.0) -> float:
@@ -78,23 +83,26 @@ def _offset(context: Context, size: float = 16.0) -> float:
 
 @bounded(nn.LeakyReLU)
 def _leaky(module: Any, context: Context) -> Bound:
-    return Bound(worst((1.0, abs(module.negative_slope))), _SLOPE)
+    return _steepest(worst((1.0, abs(module.negative_slope))))
 
 
 @bounded(nn.RReLU)
 def _rrelu(module: Any, context: Context) -> Bound:
     # evaluation mode takes the mean slope
-    return Bound(max(1.0, (abs(module.lower) + abs(module.upper)) / 2 * (1 + 1e-15)), _SLOPE)
+    return _steepest(worst((1.0, (abs(module.lower) + abs(module.upper)) / 2 * (1 + 1e-15))))
 
 
 @bounded(nn.PReLU)
 def _prelu(module: Any, context: Context) -> Bound:
-    return Bound(module.weight.abs().amax().clamp_min(1.0), _SLOPE)
+    steepest = module.weight.abs().amax().clamp_min(1.0)
+    # in training an accelerator is not waited for
+    return _steepest(float(steepest.detach())) if context.exact else Bound(steepest, _SLOPE)
 
 
 @bounded(nn.ELU)
 def _elu(module: Any, context: Context) -> Bound:
-    return Bound(worst((1.0, abs(module.alpha))), _SLOPE, offset=_offset(context))
+    largest = worst((1.0, abs(module.alpha)))
+    return Bound(largest, _SLOPE, offset=_offset(context, 16.0 * largest))
 
 
 @bounded(nn.SELU)
@@ -148,7 +156,7 @@ def _softplus(module: Any, context: Context) -> Bound:
             f"exists: use a larger one than {module.threshold:g}, such as 20"
         )
     # what is left, 2e-9 by default, counts as an error of the value in every radius
-    size = 16.0 + 1.01 * jump * 2.0**53
+    size = 16.0 * max(1.0, 1.0 / module.beta) + 1.01 * jump * 2.0**53
     return Bound(1.0, f"largest slope, but for a jump of {jump:.0e}", offset=_offset(context, size))
 
 

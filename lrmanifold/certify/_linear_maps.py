@@ -222,6 +222,15 @@ def _check_pads(module: Any, context: Context) -> None:
         )
 
 
+def _uses(module: Any) -> int:
+    """How often a convolution may use one pixel, with the copies of it that padding makes."""
+    taps = math.prod(module.kernel_size)
+    if module.padding_mode == "zeros":
+        return taps
+    around = pads(module.padding, module.kernel_size, module.dilation)
+    return taps * math.prod(1 + sum(pair) for pair in around)
+
+
 def _map_norm(kernel: Tensor, context: Context, geometry: dict[str, Any]) -> Tensor:
     try:
         if not context.exact:
@@ -257,7 +266,7 @@ def _convolution(module: Any, context: Context, scale: Tensor | None) -> Bound:
     norm = _map_norm(kernel, context, geometry)
     if not context.exact:
         return Bound(norm, "map")
-    taps = math.prod(module.kernel_size)
+    taps = _uses(module)
     return Bound(
         float(norm) * (_UP if scale is None else _SCALED_UP),
         _map_words(module.kernel_size, geometry),
@@ -274,7 +283,7 @@ def _filters(module: Any, rows: Tensor) -> Tensor:
 
 def _low_rank_convolution(module: Any, context: Context, scale: Tensor | None) -> Bound:
     """W = U (S Vᵀ) with orthonormal U: the norm of the map of the r filters S Vᵀ."""
-    geometry, taps = _geometry(module, context), math.prod(module.kernel_size)
+    geometry, taps = _geometry(module, context), _uses(module)
     weight = module.weight if not context.exact else module.weight.detach().double()
     X = module.manifold.unpack(weight)
     left = X.S
@@ -290,9 +299,9 @@ def _low_rank_convolution(module: Any, context: Context, scale: Tensor | None) -
         )
     u, _ = _frames(module)
     kernel = _filters(module, left @ X.V.mT)
-    error = taps * linalg.rounding_of_products(2 * X.S.shape[-1] + 2) * _size(left) * _size(X.V)
+    error = taps * linalg.rounding_of_products(2 * X.S.shape[-1] + 2) * _size(X.S) * _size(X.V)
     if scale is not None:
-        error *= max(1.0, _size(X.U) * _size(X.S))
+        error *= _size(scale.view(*X.U.shape[:-1], 1) * X.U)
     norm = (float(_map_norm(kernel, context, geometry)) + error) * (u if scale is None else 1.0)
     inner = module.manifold.n + 2 * X.S.shape[-1]
     size = _size(X.U) * _size(X.S) * _size(X.V)
@@ -411,11 +420,13 @@ def _potential(module: ConvexPotential, context: Context) -> Bound:
         raise BoundError(f"{context.name} (ConvexPotential): its weight must not be zero")
     q = float(inner.norm) / sigma * _UP
     size = 2.0 * (inner.slope / sigma + 64.0) * max(q, 1.0) ** 2
-    bias = 2.0 * (inner.offset + 64.0 * _size(module.layer.bias)) * max(q, 1.0)
-    ones = 64.0 * math.sqrt(module.layer.manifold.m)  # activations rounded at their own size
+    bias = 2.0 * 64.0 * _size(module.layer.bias) * max(q, 1.0)
+    # activations are rounded at their own size, at each position of a longer input
+    ones = 64.0 * math.sqrt(module.layer.manifold.m)
+    positions = math.sqrt(math.prod(context.output_shape or (1,)) / module.layer.manifold.n)
     return Bound(
         max(1.0, 2.0 * q * q * _UP - 1.0),
         f"convex potential, ‖Q‖ within {max(q - 1.0, 0.0):.0e} of 1",
         slope=4.0 * size,
-        offset=4.0 * (bias + ones),
+        offset=4.0 * (bias + ones) * max(1.0, positions),
     )

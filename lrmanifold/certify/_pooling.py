@@ -61,7 +61,8 @@ def _avg_pool(module: Any, context: Context) -> Bound:
         square *= math.ceil(n / s) / fewest
     if getattr(module, "divisor_override", None):
         square *= (math.prod(k) / module.divisor_override) ** 2
-    return Bound(math.sqrt(square) * _UP, "row and column sums", slope=4.1 * (math.prod(k) + 8))
+    norm = math.sqrt(square) * _UP
+    return Bound(norm, "row and column sums", slope=4.1 * (math.prod(k) + 8) * max(1.0, norm))
 
 
 def _windows(n: int, out: int) -> torch.Tensor:
@@ -88,7 +89,7 @@ def _adaptive_avg(module: Any, context: Context) -> Bound:
         means = places / places.sum(1, keepdim=True)
         norm *= float(linalg.spectral_norm_bound(means)) * _UP
         inner *= int(places.sum(1).max())
-    return Bound(norm, "norm of the averages", slope=4.1 * (inner + 8))
+    return Bound(norm, "norm of the averages", slope=4.1 * (inner + 8) * max(1.0, norm))
 
 
 @bounded(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)

@@ -95,7 +95,7 @@ def _radii(report: LipschitzReport, x: Tensor, y: Tensor | None) -> Tensor:
     label = predicted if y is None else _labels(y, x, classes).to(device)
     own = z.gather(1, label[:, None])
     other = torch.arange(classes, device=device) != label[:, None]
-    # distances at which class j could win, before rounding is counted
+    # how fast class j may come nearer, before rounding is counted
     slopes = math.sqrt(2.0) * report.total * (1.0 + 1e-14) * torch.ones_like(z)
     gaps = report.head_gaps()
     if gaps is not None:
@@ -104,40 +104,41 @@ def _radii(report: LipschitzReport, x: Tensor, y: Tensor | None) -> Tensor:
             steep = torch.where(gaps.to(device)[label] > 0, steep.clamp_min(SMALLEST), steep)
         slopes = torch.minimum(slopes, steep)
 
-    def closest(margins: Tensor) -> Tensor:
-        distance = torch.where(margins > 0, margins / slopes, 0.0)
-        distance = torch.where(other, distance, math.inf).amin(1)
-        return torch.where(predicted == label, distance, 0.0)
-
-    first = closest(own - z)
-    # where nothing depends on the input every radius is right, and rounding has no ball to grow in
-    size = torch.where(torch.isfinite(first), first, 0.0)
-    e = _forward_error(report, recorder, size)
-    # √2 e at x and √2 e at the perturbed point
-    rounded = closest(own - z - 3.0 * e[:, None])
-    return rounded * (1.0 - 1e-14)
+    e, growth = _forward_error(report, recorder)
+    # √2 e at x and √2 e at the perturbed point, where it has grown with the distance
+    margins = own - z - 3.0 * e[:, None]
+    distance = torch.where(margins > 0, margins / (slopes + 3.0 * growth), 0.0)
+    distance = torch.where(other, distance, math.inf).amin(1)
+    return torch.where(predicted == label, distance, 0.0) * (1.0 - 1e-14)
 
 
-def _forward_error(report: LipschitzReport, recorder: Recorder, size: Tensor) -> Tensor:
-    """Bound of ‖computed - exact‖ of the logits, (B,), at every point within `size` of x."""
+def _forward_error(report: LipschitzReport, recorder: Recorder) -> tuple[Tensor, float]:
+    """(e, g) with ‖computed - exact‖ of the logits at most e + g d at every point within d of x.
+
+    e has shape (B,).
+    """
     network, walked = report.network, report.walked
-    errors: dict[str, Tensor] = {}
+    errors: dict[str, tuple[Any, float]] = {}
     for node in network.graph.graph.nodes:
         if node.op == "placeholder":
-            errors[node.name] = torch.zeros_like(size)
+            errors[node.name] = torch.zeros_like(recorder.norms[node.name]), 0.0
         elif node.name in walked.local:
             bound = walked.local[node.name]
-            sources = repeated(node, [n for n in node.all_input_nodes if n.name in errors])
-            e, length = torch.zeros_like(size), torch.zeros_like(size)
             live = [n for n in node.all_input_nodes if n.name in errors]
-            for n, stretch in zip(sources, network.stretches(node, live), strict=True):
-                # of the computed value anywhere in the ball
-                here = recorder.norms[n.name] * (1.0 + 1e-9)
-                here = here + walked.total[n.name] * size + 2.0 * errors[n.name]
-                e, length = e + stretch * errors[n.name], length + stretch * here
+            e: Any = 0.0
+            length: Any = 0.0
+            g = longer = 0.0
+            pairs = zip(repeated(node, live), network.stretches(node, live), strict=True)
+            for n, stretch in pairs:
+                error, growth = errors[n.name]
+                e, g = e + stretch * error, g + stretch * growth
+                # of the computed value: here, and what it gains with the distance
+                length = length + stretch * (recorder.norms[n.name] * (1.0 + 1e-9) + 2.0 * error)
+                longer += stretch * (walked.total[n.name] + 2.0 * growth)
             norm = float(bound.norm)
-            local = _UNIT * (bound.slope * length + bound.offset)
-            errors[node.name] = (norm * e + local) * (1.0 + 1e-9)
+            e = (norm * e + _UNIT * (bound.slope * length + bound.offset)) * (1.0 + 1e-9)
+            g = (norm * g + _UNIT * bound.slope * longer) * (1.0 + 1e-9)
+            errors[node.name] = e, g
     return errors[network.output.name]
 
 
