@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
-from ..linalg._convolution_norms import pads
 from ..nn import (
     ConvexPotential,
     LowRankConv1d,
@@ -24,6 +23,7 @@ from ..nn import (
     MeanOnlyBatchNorm,
 )
 from ._adapters import ADAPTERS, LOW_RANK, adapter_weight, bare, check_adapter, size_and_inner
+from ._geometry import geometry_of, uses
 from ._sizes import UP as _UP
 from ._sizes import frobenius as _size
 from .bounds import (
@@ -191,46 +191,6 @@ def _low_rank_linear(module: LowRankLinear, context: Context, scale: Tensor | No
     return Bound(norm, "core with the batch norm folded in", **rounding)
 
 
-def _geometry(module: Any, context: Context) -> dict[str, Any]:
-    d = len(module.kernel_size)
-    if context.input_shape is not None and len(context.input_shape) != d + 1:
-        raise BoundError(
-            f"{context.name or 'the model'}: one image must have channels and {d} dimensions, got "
-            f"{tuple(context.input_shape)}; input_shape is the shape of one sample, without the "
-            "batch, such as (3, 32, 32)"
-        )
-    if module.padding_mode != "zeros":
-        _check_pads(module, context)
-    return {
-        "input_size": None if context.input_shape is None else context.input_shape[-d:],
-        "stride": module.stride,
-        "padding": module.padding,
-        "dilation": module.dilation,
-        "groups": module.groups,
-        "padding_mode": module.padding_mode,
-    }
-
-
-def _check_pads(module: Any, context: Context) -> None:
-    """But for zeros a layer pads by numbers that it has worked out once, when it was made."""
-    kept = getattr(module, "_pad", None) or module._reversed_padding_repeated_twice
-    wanted = pads(module.padding, module.kernel_size, module.dilation)
-    if list(kept) != [p for pair in reversed(wanted) for p in pair]:
-        raise BoundError(
-            f"{context.name}: its padding was changed to {module.padding} after it was made, but "
-            f"with padding_mode={module.padding_mode!r} it pads by {list(kept)}: make a new layer"
-        )
-
-
-def _uses(module: Any) -> int:
-    """How often a convolution may use one pixel, with the copies of it that padding makes."""
-    taps = math.prod(module.kernel_size)
-    if module.padding_mode == "zeros":
-        return taps
-    around = pads(module.padding, module.kernel_size, module.dilation)
-    return taps * math.prod(1 + sum(pair) for pair in around)
-
-
 def _map_norm(kernel: Tensor, context: Context, geometry: dict[str, Any]) -> Tensor:
     try:
         if not context.exact:
@@ -260,13 +220,13 @@ def _map_words(kernel_size: Any, geometry: dict[str, Any]) -> str:
 
 
 def _convolution(module: Any, context: Context, scale: Tensor | None) -> Bound:
-    kernel, geometry = module.weight, _geometry(module, context)
+    kernel, geometry = module.weight, geometry_of(module, context)
     if scale is not None:
         kernel = scale.view(-1, *[1] * (kernel.ndim - 1)) * kernel
     norm = _map_norm(kernel, context, geometry)
     if not context.exact:
         return Bound(norm, "map")
-    taps = _uses(module)
+    taps = uses(module)
     return Bound(
         float(norm) * (_UP if scale is None else _SCALED_UP),
         _map_words(module.kernel_size, geometry),
@@ -283,7 +243,7 @@ def _filters(module: Any, rows: Tensor) -> Tensor:
 
 def _low_rank_convolution(module: Any, context: Context, scale: Tensor | None) -> Bound:
     """W = U (S Vᵀ) with orthonormal U: the norm of the map of the r filters S Vᵀ."""
-    geometry, taps = _geometry(module, context), _uses(module)
+    geometry, taps = geometry_of(module, context), uses(module)
     weight = module.weight if not context.exact else module.weight.detach().double()
     X = module.manifold.unpack(weight)
     left = X.S

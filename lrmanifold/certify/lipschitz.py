@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor, fx, nn
 from .._arguments import shown
 from ..robustness import evaluation_mode
 from . import _elementwise, _pooling  # noqa: F401  (their bounds enter the registry)
+from ._digest import digest
 from ._linear_maps import (
     NORMS,
     can_scale,
@@ -26,7 +25,7 @@ from ._linear_maps import (
 )
 from ._operations import SUMS, operation, rearranges, shape_nodes, writes_in_place
 from ._sizes import SMALLEST, lengths
-from ._trace import HOOKS, Trial, float64_copy, live_nodes, no_bound, refuse_hooks, trace
+from ._trace import Trial, float64_copy, live_nodes, no_bound, refuse_hooks, trace
 from .bounds import Bound, BoundError, Context, computes_as, find_bound, module_bound
 
 _UP = 1.0 + 1e-14
@@ -290,38 +289,6 @@ def repeated(node: fx.Node, sources: list[fx.Node]) -> list[fx.Node]:
 def _number(value: Any) -> float:
     # as_tensor would round a float to torch's default dtype
     return float(value.detach()) if isinstance(value, Tensor) else float(value)
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-
-
-def _mark(value: Any) -> str:
-    """What of an attribute may change a forward; of objects of other kinds the type alone."""
-    if isinstance(value, Tensor):
-        raw = value.detach().as_subclass(Tensor).cpu().contiguous().flatten().view(torch.uint8)
-        content = hashlib.blake2b(raw.numpy().tobytes(), digest_size=16).hexdigest()
-        return f"{value.dtype} {tuple(value.shape)} {content}"
-    if isinstance(value, (tuple, list)):
-        return f"[{', '.join(map(_mark, value))}]"
-    if isinstance(value, dict):
-        return f"[{', '.join(sorted(f'{k!r}: {_mark(v)}' for k, v in value.items()))}]"
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return repr(value)
-    # two lambdas may have one name
-    number = id(value) if isinstance(value, types.FunctionType) else ""
-    return f"{type(value)} {getattr(value, '__qualname__', '')} {number}"
-
-
-def digest(model: nn.Module) -> str:
-    """A fingerprint by which a stale report is noticed: tensors, attributes, hooks."""
-    found = hashlib.blake2b(repr(model).encode(), digest_size=16)
-    for name, module in model.named_modules():
-        own = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
-        hooked = [k for k in HOOKS if vars(module).get(k)]
-        found.update(f"{name} {_mark(own)} {hooked}".encode())
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        found.update(f"{name} {_mark(value)}".encode())
-    return found.hexdigest()
 
 
 class LipschitzReport:

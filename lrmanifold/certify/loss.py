@@ -29,7 +29,8 @@ def worst_case_logits(
     r"""Logits that the rival classes cannot exceed within `eps`, relative to the true class's.
 
     :math:`z_j + \epsilon L \|w_y - w_j\|` for j ≠ y, and :math:`z_y` itself: if y is still the
-    largest the sample is certified. Differentiable in the logits and, through L and w, in every
+    largest the sample is safe, up to what training leaves out of L (rounding, and power iterations
+    that find dense norms from below); :func:`radius` proves it. Differentiable in the logits and, through L and w, in every
     weight, so that a network learns to be smooth where it needs to be.
 
     Parameters

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from .._arguments import check_callable, check_integer, check_module, check_number, shown
 from .._evaluation import check_attacked, evaluation_mode
+from ._digest import digest
 from ._sizes import SMALLEST
 from ._trace import Recorder, refuse_hooks
 from .bounds import CertificationError
-from .lipschitz import LipschitzReport, digest, lipschitz, repeated
+from .lipschitz import LipschitzReport, lipschitz, repeated
 
 _UNIT = 2.0**-53
 
