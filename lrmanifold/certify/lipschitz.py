@@ -70,11 +70,12 @@ class LipschitzBound:
     """The differentiable bound of a network, for training; its certificate is :func:`lipschitz`.
 
     The forward is followed once, at construction; a later :meth:`evaluate` sees the weights as they
-    then are. A change of the module tree needs a new one. Numbers are in the model's dtype and not
-    rounded upwards, and norms of dense weights come from a few power iterations: a certificate is
-    computed anew and in float64. On an accelerator the host does not look whether bounds are
-    finite, nor wait for those of dense layers, potential layers and low-rank ones with τ = 0: such
-    a step can be captured (:mod:`lrmanifold.experiments.replay`).
+    then are. A change of the module tree needs a new one, and so does one of a buffer of which the
+    forward computes something before it meets the input: that is a constant here. Numbers are in
+    the model's dtype and not rounded upwards, and norms of dense weights come from a few power
+    iterations: a certificate is computed anew and in float64. On an accelerator the host does not
+    look whether bounds are finite, nor wait for those of dense layers, potential layers and
+    low-rank ones with τ = 0: such a step can be captured (:mod:`lrmanifold.experiments.replay`).
 
     Parameters
     ----------

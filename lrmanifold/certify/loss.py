@@ -30,8 +30,8 @@ def worst_case_logits(
 
     :math:`z_j + \epsilon L \|w_y - w_j\|` for j ≠ y, and :math:`z_y` itself: if y is still the
     largest the sample is safe, up to what training leaves out of L (rounding, and power iterations
-    that find dense norms from below); :func:`radius` proves it. Differentiable in the logits and, through L and w, in every
-    weight, so that a network learns to be smooth where it needs to be.
+    that find dense norms from below); :func:`radius` proves it. Differentiable in the logits and,
+    through L and w, in every weight, so that a network learns to be smooth where it needs to be.
 
     Parameters
     ----------
