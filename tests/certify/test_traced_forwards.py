@@ -45,7 +45,8 @@ def test_functions_around_modules_are_counted():
     torch.manual_seed(0)
     model = Doubles()
     assert total(model) == pytest.approx(jacobian_norm(model), rel=1e-6)
-    assert total(Doubles(-5.0)) > 4.9 * total(Doubles(1.0)) * 0.5
+    before, model.times = total(model), -5.0
+    assert total(model) == pytest.approx(2.5 * before, rel=1e-9)
 
 
 class Sum(nn.Module):
