@@ -204,3 +204,13 @@ def test_a_name_that_lives_further_in_is_named_with_its_room():
     from lrmanifold import interop  # submodules are still found
 
     assert interop
+
+
+def test_no_private_name_crosses_from_one_room_to_another():
+    """Neither a private module of another room nor a private name out of one."""
+    for path in (ROOT / "lrmanifold").glob("*/**/*.py"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if found := re.match(r"\s*from \.\.+([a-z_.]+) import (.*)", line):
+                module, names = found.groups()
+                there = module.split(".")[1:] + re.split(r"[ (,]+", names)
+                assert not [n for n in there if n.startswith("_")], f"{path.name}: {line}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..linalg._convolution_norms import pads
+from torch import nn
+
 from .bounds import BoundError, Context
 
 
@@ -33,12 +34,26 @@ def geometry_of(module: Any, context: Context) -> dict[str, Any]:
 def _check_pads(module: Any, context: Context) -> None:
     """But for zeros a layer pads by numbers that it has worked out once, when it was made."""
     kept = getattr(module, "_pad", None) or module._reversed_padding_repeated_twice
-    wanted = pads(module.padding, module.kernel_size, module.dilation)
-    if list(kept) != [p for pair in reversed(wanted) for p in pair]:
+    if list(kept) != _pads(module):
         raise BoundError(
             f"{context.name}: its padding was changed to {module.padding} after it was made, but "
             f"with padding_mode={module.padding_mode!r} it pads by {list(kept)}: make a new layer"
         )
+
+
+def _pads(module: Any) -> list[int]:
+    """Pixels before and after, the last dimension first, as torch works them out anew."""
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(module.kernel_size) - 1]
+    anew = kind(
+        1,
+        1,
+        module.kernel_size,
+        padding=module.padding,
+        dilation=module.dilation,
+        padding_mode=module.padding_mode,
+        device="meta",
+    )
+    return list(anew._reversed_padding_repeated_twice)
 
 
 def uses(module: Any) -> int:
@@ -46,5 +61,6 @@ def uses(module: Any) -> int:
     taps = math.prod(module.kernel_size)
     if module.padding_mode == "zeros":
         return taps
-    around = pads(module.padding, module.kernel_size, module.dilation)
-    return taps * math.prod(1 + sum(pair) for pair in around)
+    around = _pads(module)
+    pairs = zip(around[::2], around[1::2], strict=True)
+    return taps * math.prod(1 + a + b for a, b in pairs)

@@ -177,7 +177,8 @@ def _prepare(
         raise ValueError(f"groups must divide {kernel.shape[0]} output channels, got {groups}")
     k = tuple(kernel.shape[2:])
     s, spread = _sizes("stride", stride, d, 1), _sizes("dilation", dilation, d, 1)
-    around = pads(padding, k, spread)
+    reach = tuple(e * (n - 1) + 1 for e, n in zip(spread, k, strict=True))
+    pads = _pads(padding, reach, d)
     if input_size is not None:
         input_size = _sizes("input_size", tuple(input_size), d, 1)
     K = _dilated(kernel, spread).unflatten(0, (groups, -1))
@@ -185,7 +186,7 @@ def _prepare(
     rows, same, whole, touched = 1, list(s), True, 1
     for i in range(d):
         n = None if input_size is None else input_size[i]
-        axis = _Axis(n, k[i], s[i], spread[i], around[i], padding_mode)
+        axis = _Axis(n, k[i], s[i], spread[i], pads[i], padding_mode)
         copies, keeps_stride, filled = _padding_facts(axis)
         rows *= copies
         whole &= filled
@@ -194,9 +195,9 @@ def _prepare(
             same[i] = 1  # rows of the map of stride 1: a bound, where space to depth has no meaning
     patches = math.sqrt(touched)
     K = _space_to_depth(K, tuple(same))
-    grid, factor = _grid(K.shape[3:], tuple(same), input_size, around, padding_mode)
+    grid, factor = _grid(K.shape[3:], tuple(same), input_size, pads, padding_mode)
     # every row is a whole patch of its own; or a row for every shift of the circle
-    separate = math.prod(K.shape[3:]) == 1 and not any(map(any, around))
+    separate = math.prod(K.shape[3:]) == 1 and not any(map(any, pads))
     exact = separate or (whole and padding_mode == "circular" and factor == 1.0)
     return _Form(K, grid, factor * math.sqrt(rows), exact), patches
 
@@ -208,12 +209,8 @@ def _sizes(name: str, value: Sizes, d: int, least: int) -> tuple[int, ...]:
     return found
 
 
-def pads(
-    padding: Sizes | str, kernel_size: tuple[int, ...], dilation: tuple[int, ...]
-) -> list[tuple[int, int]]:
+def _pads(padding: Sizes | str, reach: tuple[int, ...], d: int) -> list[tuple[int, int]]:
     """Pixels before and after, a dimension."""
-    d = len(kernel_size)
-    reach = tuple(e * (n - 1) + 1 for e, n in zip(dilation, kernel_size, strict=True))
     if padding == "valid":
         return [(0, 0)] * d
     if padding == "same":  # torch pads more at the end
