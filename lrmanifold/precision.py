@@ -56,8 +56,8 @@ def in_compute_dtype(method: F) -> F:
     nor within autocast those of points in float32.
     """
 
-    @functools.wraps(method)
     @without_autocast
+    @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
         dtype = tensors[0].dtype if tensors else torch.float32

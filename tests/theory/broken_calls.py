@@ -59,8 +59,13 @@ def _library() -> dict[CodeType, tuple[Any, str, FunctionType]]:
 
 @functools.lru_cache(maxsize=1)
 def _decorators() -> set[CodeType]:
-    """Code of the library's decorated functions, which stands between function and caller."""
-    return {f.__code__ for code, (_, _, f) in _library().items() if f.__code__ is not code}
+    """Code of the library's decorators, of which several may stand between function and caller."""
+    found = set()
+    for _, _, layer in _library().values():
+        while wrapped := getattr(layer, "__wrapped__", None):
+            found.add(layer.__code__)
+            layer = wrapped
+    return found
 
 
 def _modules(*packages: str) -> list[ModuleType]:
