@@ -1,10 +1,12 @@
-"""A small smooth network and its images, for attacks and condition numbers."""
+"""A small smooth network and its images; the low-rank layers of any network, and their drift."""
 
 from __future__ import annotations
 
 import torch
 from hypothesis import HealthCheck, settings
 from torch import nn
+
+from lrmanifold.nn import LowRankLayer
 
 # the device fixture is the same for every example hypothesis draws, so sharing it is right
 property_test = settings(
@@ -31,3 +33,14 @@ def images(device, count=12, dtype=torch.float64, seed=1):
     x[:, 0, 0, 0], x[:, 1, 0, 0] = 0, 1  # so that the clip range is felt
     y = torch.randint(0, 5, (count,), generator=generator)
     return x.to(device), y.to(device)
+
+
+def low_rank_layers(model: nn.Module) -> list[LowRankLayer]:
+    return [m for m in model.modules() if isinstance(m, LowRankLayer)]
+
+
+def drift(model: nn.Module) -> float:
+    """The largest of its low-rank weights, also where autocast is on."""
+    with torch.autocast("cpu", enabled=False):
+        points = [(x.manifold, x.weight.detach().double()) for x in low_rank_layers(model)]
+        return max(float(M.drift(X).max()) for M, X in points)

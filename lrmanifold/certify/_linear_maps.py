@@ -379,14 +379,15 @@ def _potential(module: ConvexPotential, context: Context) -> Bound:
     if not sigma > 0.0:
         raise BoundError(f"{context.name} (ConvexPotential): its weight must not be zero")
     q = float(inner.norm) / sigma * _UP
-    size = 2.0 * (inner.slope / sigma + 64.0) * max(q, 1.0) ** 2
-    bias = 2.0 * 64.0 * _size(module.layer.bias) * max(q, 1.0)
-    # activations are rounded at their own size, at each position of a longer input
-    ones = 64.0 * math.sqrt(module.layer.manifold.m)
-    positions = math.sqrt(math.prod(context.output_shape or (1,)) / module.layer.manifold.n)
+    m, n = module.layer.manifold.m, module.layer.manifold.n
+    # both products: that with Qᵀ sums up m terms
+    rounded = 2.0 * (inner.slope / sigma * max(1.0, m / n) + 64.0) * max(q, 1.0)
+    # what goes into Qᵀ is of size ‖Q‖ ‖x‖ + ‖b‖, and a sigmoid's values at each position
+    inside = _size(module.layer.bias) + math.sqrt(m)
+    positions = math.sqrt(math.prod(context.output_shape or (1,)) / n)
     return Bound(
         max(1.0, 2.0 * q * q * _UP - 1.0),
         f"convex potential, ‖Q‖ within {max(q - 1.0, 0.0):.0e} of 1",
-        slope=4.0 * size,
-        offset=4.0 * (bias + ones) * max(1.0, positions),
+        slope=4.0 * rounded * max(q, 1.0),
+        offset=4.0 * rounded * inside * max(1.0, positions),
     )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lrmanifold import certify
+from lrmanifold import certify, linalg
 from lrmanifold.certify import bounds as registry
 from lrmanifold.nn import ConvexPotential
 
@@ -127,6 +127,17 @@ def test_a_potential_on_many_positions_is_rounded_at_each():
     few, many = (certify.lipschitz(layer, (n, 2)).walked.local for n in (1, 10_000))
     (one,), (all_of_them,) = few.values(), many.values()
     assert all_of_them.offset >= 99 * one.offset
+
+
+@pytest.mark.parametrize("hidden", [2, 5_000])
+def test_a_potential_counts_the_products_of_its_bias(hidden):
+    """Qᵀ σ(b) may be off by a rounding of ‖b‖ for each of its terms."""
+    layer = ConvexPotential(2, 1, hidden, dtype=D)
+    with torch.no_grad():
+        layer.layer.bias.fill_(3.0)
+    (bound,) = certify.lipschitz(layer, (2,)).walked.local.values()
+    products = 2 * linalg.rounding_of_products(hidden) * float(layer.layer.bias.norm())
+    assert UNIT * bound.offset >= products
 
 
 def test_a_plain_number_stands_for_a_few_roundings_of_the_output(monkeypatch):

@@ -7,6 +7,7 @@ import copy
 import geoopt
 import pytest
 import torch
+from small_nets import drift
 from torch import Tensor, nn
 
 import lrmanifold as lrm
@@ -22,11 +23,6 @@ def network(seed: int = 0) -> nn.Module:
 def within(function):
     with torch.autocast("cpu", torch.bfloat16):
         return function()
-
-
-def drift(model: nn.Module) -> float:
-    layers = [m for m in model.modules() if isinstance(m, lrm.nn.LowRankLayer)]
-    return max(float(x.manifold.drift(x.weight.detach())) for x in layers)
 
 
 def trained(parts, model: nn.Module) -> CondLR:

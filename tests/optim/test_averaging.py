@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_nets import drift, low_rank_layers
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -34,16 +35,8 @@ def train(model, steps, *averages, lr=0.1):
             average.update_parameters(model)
 
 
-def layers(model):
-    return [m for m in model.modules() if isinstance(m, lrm.nn.LowRankLayer)]
-
-
-def drift(model) -> float:
-    return max(float(x.manifold.drift(x.weight.detach()).max()) for x in layers(model))
-
-
 def cond(model) -> float:
-    return max(float(x.manifold.cond(x.weight.detach()).max()) for x in layers(model))
+    return max(float(x.manifold.cond(x.weight.detach()).max()) for x in low_rank_layers(model))
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
@@ -56,7 +49,7 @@ def test_torchs_average_leaves_the_manifold_and_ours_does_not(decay):
     assert drift(plain) > 1e-2
     assert drift(ours) <= 5e-6  # float32: 10 roundings on some processors
     assert cond(ours) <= 1.1 + 1e-5
-    assert layers(ours)[0].weight.manifold is layers(ours)[0].manifold
+    assert low_rank_layers(ours)[0].weight.manifold is low_rank_layers(ours)[0].manifold
     # What is on no manifold is averaged as torch does it.
     torch.testing.assert_close(ours.module[3].bias, plain.module[3].bias)
     assert torch.equal(ours.module[1].running_mean, model[1].running_mean)
@@ -104,7 +97,7 @@ def test_a_weight_and_itself_in_another_gauge_average_to_itself():
     model = network()
     turned = copy.deepcopy(model)
     with torch.no_grad():
-        for layer in layers(turned):
+        for layer in low_rank_layers(turned):
             X = layer.manifold.unpack(layer.weight.data)
             X.U.neg_()
             X.S.neg_()
@@ -125,7 +118,7 @@ def test_ranks_that_were_adapted_are_followed():
     average.update_parameters(model)
     model.load_state_dict(network(rank=2).state_dict())
     average.update_parameters(model)
-    assert [x.rank for x in layers(average)] == [2, 2]
+    assert [x.rank for x in low_rank_layers(average)] == [2, 2]
     assert drift(average) <= 5e-6  # float32: 10 roundings on some processors
     average(torch.randn(2, 2, 4, 4)).sum().backward()
 
@@ -164,15 +157,15 @@ def test_wrong_arguments_and_lost_manifolds_are_refused():
     for decay in (1.0, -0.1):
         with pytest.raises(ValueError, match=r"decay must be a finite number in \[0, 1\), got"):
             retracting_average(model, decay)
-    M = layers(model)[1].manifold
-    X = layers(model)[1].weight.detach()
+    M = low_rank_layers(model)[1].manifold
+    X = low_rank_layers(model)[1].weight.detach()
     with pytest.raises(ValueError, match=r"weight must be a finite number in \[0, 1\], got 1\.5"):
         average_points(M, X, X, 1.5)
     average = retracting_average(model)
     average.update_parameters(model)
     before = copy.deepcopy(dict(average.state_dict()))
-    layers(model)[1].weight.__class__ = nn.Parameter
-    del layers(model)[1].weight.manifold
+    low_rank_layers(model)[1].weight.__class__ = nn.Parameter
+    del low_rank_layers(model)[1].weight.manifold
     with pytest.raises(GeometryError, match=r"'3\.weight' has lost its manifold in the model"):
         average.update_parameters(model)
     for key, value in average.state_dict().items():
@@ -188,8 +181,11 @@ def test_an_average_is_computed_in_full_precision_within_autocast():
             inside.update_parameters(model)
     for p, q in zip(inside.parameters(), outside.parameters(), strict=True):
         assert torch.equal(p, q)
-    X, Y = (layer.weight.detach()[0] for layer in (layers(model)[0], layers(inside)[0]))
-    M = layers(model)[0].manifold
+    X, Y = (
+        layer.weight.detach()[0]
+        for layer in (low_rank_layers(model)[0], low_rank_layers(inside)[0])
+    )
+    M = low_rank_layers(model)[0].manifold
     with torch.autocast("cpu", torch.bfloat16):
         found = average_points(M, X, Y, 0.3)
     assert torch.equal(found, average_points(M, X, Y, 0.3))
@@ -202,7 +198,7 @@ def test_an_average_in_float32_of_a_model_in_bfloat16_keeps_small_changes():
     average = retracting_average(model, 0.999).float()
     average.update_parameters(model)
     assert drift(average) <= 1e-5
-    layer, mean = layers(model)[0], layers(average)[0]
+    layer, mean = low_rank_layers(model)[0], low_rank_layers(average)[0]
     start = layer.dense_weight().detach().double()
     with torch.no_grad():
         layer.weight[12:15] *= 2

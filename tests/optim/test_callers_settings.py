@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_nets import drift
 from torch import nn
 
 import lrmanifold as lrm
@@ -28,12 +29,6 @@ def closure_of(model, optimizer):
         return loss
 
     return closure
-
-
-def drift(model: nn.Module) -> float:
-    layers = [m for m in model.modules() if isinstance(m, lrm.nn.LowRankLayer)]
-    with torch.autocast("cpu", enabled=False):
-        return max(float(x.manifold.drift(x.weight.detach())) for x in layers)
 
 
 def precision() -> str:

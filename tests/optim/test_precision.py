@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from small_nets import drift, low_rank_layers
 from torch import nn
 
 import lrmanifold as lrm
@@ -31,16 +32,8 @@ def batch(device="cpu", dtype=torch.float32, size=32):
     return x.to(device, dtype), (x.sum((1, 2, 3)) > 0).long().to(device)
 
 
-def layers(model: nn.Module) -> list[lrm.nn.LowRankLayer]:
-    return [m for m in model.modules() if isinstance(m, lrm.nn.LowRankLayer)]
-
-
-def drift(model: nn.Module) -> float:
-    return max(float(x.manifold.drift(x.weight.detach().double())) for x in layers(model))
-
-
 def cond(model: nn.Module) -> float:
-    return max(float(x.manifold.cond(x.weight.detach().double())) for x in layers(model))
+    return max(float(x.manifold.cond(x.weight.detach().double())) for x in low_rank_layers(model))
 
 
 def loss_of(model, x, y):
@@ -78,7 +71,7 @@ def test_autocast_trains_and_keeps_the_weights_in_float32(device, low, gradient,
         x, y = batch(device)
         steps.zero_grad()
         with torch.autocast(device.type, dtype=DTYPES[low]):
-            assert layers(model)[0](x).dtype == DTYPES[low]
+            assert low_rank_layers(model)[0](x).dtype == DTYPES[low]
             loss = loss_of(model, x, y)
         scaler.scale(loss).backward()
         scaler.step(steps)
@@ -121,7 +114,7 @@ def test_a_step_that_overflows_leaves_everything_untouched(device, optimizer, cl
     assert scaler.get_scale() == 2.0**59
     scaler.update(2.0**8)
     step()
-    assert not torch.equal(layers(model)[0].weight, before[0]["0.weight"])
+    assert not torch.equal(low_rank_layers(model)[0].weight, before[0]["0.weight"])
     assert drift(model) <= 1e-5
 
 
