@@ -186,11 +186,12 @@ def _legend(results: Results) -> str:
     names = ", ".join(row["worst"][results.eps]["attacks"])
     source = f"Transfer: PGD images of a {results.plan.reference} network of another start. "
     transfer = source if attack.transfer else ""
+    others = f", none of the {attack.skip} that earlier plans drew" if attack.skip else ""
     return (
         f"Mean ± standard deviation over the seeds; a diverged seed counts as 0 %. Worst: an image "
         f"counts only if {names} all fail ({attack.steps} steps, {attack.queries} queries), on "
-        f"{row['images']} test images drawn at random; PGD: 20 steps, two runs, the first from the "
-        f"image. {transfer}Norm {attack.norm}. None of these is a certificate."
+        f"{row['images']} test images drawn at random{others}; PGD: 20 steps, two runs, the first "
+        f"from the image. {transfer}Norm {attack.norm}. None of these is a certificate."
     )
 
 

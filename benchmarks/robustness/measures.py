@@ -82,9 +82,10 @@ def layer_conds(model: nn.Module) -> dict[str, dict[str, float]]:
     return found
 
 
-def drawn(data: Dataset, count: int) -> tuple[Tensor, Tensor]:
+def drawn(data: Dataset, count: int, skip: int = 0) -> tuple[Tensor, Tensor]:
     """So many test images, drawn at random by a fixed seed: the first ones may be easier."""
-    order = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))[:count]
+    order = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))
+    order = order[skip : skip + count]
     return data.test_x[order], data.test_y[order]
 
 
@@ -170,7 +171,7 @@ def everything(
     """All that stands in a row; `once` adds what one seed is enough for."""
     model, asked = trained.model.eval(), plan.attack
     attacked = laid_out(model)
-    x, y = drawn(data, asked.images)
+    x, y = drawn(data, asked.images, asked.skip)
     device = model.mean.device
     images = (x.to(device), y.to(device))
     norm: Any = asked.norm

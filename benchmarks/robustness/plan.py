@@ -88,7 +88,8 @@ class Search:
 @dataclass(frozen=True)
 class Attack:
     """``[attack]``: `eps` is the strength of the score and of the hypotheses; the lists hold
-    further ones. `images` test images are drawn at random; all are used for clean and FGSM."""
+    further ones. `images` test images are drawn at random; all are used for clean and FGSM. The
+    draw is the same for all plans: `skip` leaves out its first ones, which earlier plans saw."""
 
     eps: float
     norm: str = "linf"
@@ -98,6 +99,7 @@ class Attack:
     fgsm: tuple[float, ...] = ()
     transfer: tuple[float, ...] = ()
     images: int = 1000
+    skip: int = 0
     steps: int = 100
     restarts: int = 2
     queries: int = 5000

@@ -25,7 +25,7 @@ from benchmarks.robustness.runner import Runner, scored
 from benchmarks.robustness.search import Axis, Ladder, ranked, search
 from benchmarks.robustness.table import Table
 from lrmanifold import robustness
-from lrmanifold.experiments.data import Dataset
+from lrmanifold.experiments.data import Dataset, load
 from lrmanifold.experiments.factors import two_factors
 from lrmanifold.experiments.orthogonal import orthogonalize
 from lrmanifold.nn import LowRankLayer
@@ -57,6 +57,7 @@ REDUCED = {
     "cifar10-wide",
     "fashion-mnist",
     "fashion-mnist-adversarial",
+    "fashion-mnist-beyond",
     "mnist",
     "mnist-orthogonal",
     "cifar10",
@@ -259,6 +260,23 @@ def test_networks_are_kept_on_demand(tmp_path):
     model = torch.load(path, weights_only=False)
     found = measures.layer_conds(model)["fc1"]
     assert found == pytest.approx(row["layers"]["fc1"], rel=1e-3)
+
+
+def test_a_plan_leaves_the_test_images_of_an_earlier_one_alone(tmp_path):
+    one = changed(family=TINY["family"][2:3], seeds=[0], reference="ours", search={"trials": 1})
+    one["attack"] = {**one["attack"], "images": 30, "skip": 40}
+    del one["hypothesis"]
+    assert runner(tmp_path, one, keep=True).go()
+    data = load(one["network"]["data"])
+    earlier, own, both = (measures.drawn(data, *a) for a in ((40,), (30, 40), (70,)))
+    assert all(torch.equal(torch.cat(x[:2]), x[2]) for x in zip(earlier, own, both, strict=True))
+    (path,) = (tmp_path / "scratch").glob("*.network.pt")
+    (row,) = Table(tmp_path / "tiny" / "runs.jsonl").rows()
+    right = torch.load(path, weights_only=False)(own[0]).argmax(-1) == own[1]
+    stands = measures.unpacked(next(iter(row["worst"].values()))["robust"], row["images"])
+    assert row["images"] == 30
+    assert stands.any()
+    assert not stands[~right.numpy()].any()
 
 
 def test_an_attack_computes_an_orthogonal_matrix_once():
