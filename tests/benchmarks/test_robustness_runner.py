@@ -59,6 +59,7 @@ REDUCED = {
     "fashion-mnist-adversarial",
     "fashion-mnist-beyond",
     "mnist",
+    "mnist-beyond",
     "mnist-orthogonal",
     "cifar10",
     "mnist-adversarial",
