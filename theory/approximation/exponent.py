@@ -63,7 +63,7 @@ def figure(dtype: torch.dtype, device: torch.device):
     ax.plot(t, short["E"][:, 0].cpu() / start, "--", color=COLOURS[2], label="0.9 of the exponent")
     points = {"color": COLOURS[1], "markersize": 5, "label": "measured ‖Y - X‖"}
     ax.plot(t[::2], q["e"][::2, 0].cpu() / start, "o", **points)
-    ax.set(xlabel="time t in units of σ/ν", ylabel="‖Y - X‖ / ‖Y(0) - X(0)‖", yscale="log")
+    ax.set(xlabel="time t in units of s/μ", ylabel="‖Y - X‖ / ‖Y(0) - X(0)‖", yscale="log")
     ax.set_yticks([1.0, 1.2, 1.5, 2.0], ["1", "1.2", "1.5", "2"])
     ax.minorticks_off()
     ax.set(title="The exponent μ/s of theorem A is attained")
