@@ -116,8 +116,10 @@ def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def unbroken(app, name, source: list[str]) -> None:
-    """A mean and its spread stay on one line."""
-    source[0] = re.sub(r"(?<=\d) ± (?=\d)", "\u00a0±\u00a0", source[0])
+    """A mean and its spread stay on one line, and so does 3e-4, which is no code."""
+    text = re.sub(r"(?<=\d) ± (?=\d)", "\u00a0±\u00a0", source[0])
+    code_or_minus = r"(?ms)(^```.*?^```$|`[^`\n]*`)|(?<=\de)-(?=\d)"
+    source[0] = re.sub(code_or_minus, lambda found: found[1] or "\u2011", text)
 
 
 def setup(app) -> None:
