@@ -41,7 +41,7 @@ def main() -> None:
     target.mkdir(exist_ok=True)
     for number, index in CHOICE.items():
         (notebook,) = EXECUTED.glob(f"{number}-*.ipynb")
-        card(images(notebook)[index]).quantize(64).save(target / f"{number}.png", optimize=True)
+        card(images(notebook)[index]).quantize(256).save(target / f"{number}.png", optimize=True)
 
 
 if __name__ == "__main__":
