@@ -163,7 +163,8 @@ class Engine:
         for name in rule.names(group, items[0].manifold):
             values = [item.remembered(name, rule) for item in items]
             moment = name in rule.moments
-            old[name] = M.gather_moments(values) if moment else M.gather(values).to(wide)
+            gather = M.gather_moments if moment else M.gather
+            old[name] = gather(values).to(wide)
         state = {k: v if k in rule.moments else M.split(v) for k, v in old.items()}
         state["step"] = self._count(M, items)
         move = rule.move_dense if isinstance(M, Flat) else rule.move

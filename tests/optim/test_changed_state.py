@@ -140,12 +140,20 @@ def test_a_schedule_writes_into_a_rate_that_is_a_tensor():
     assert float(rate) == 0.025
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("start", "dtype"),
+    [
+        (torch.float32, torch.float64),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float32),
+        (torch.float64, torch.float16),
+    ],
+)
 @pytest.mark.parametrize(
     "make", [lambda p: CondLR(p, lr=0.1, momentum=0.9), CondLRAdam, CondLRMuon]
 )
-def test_a_model_of_another_dtype_goes_on_as_from_a_file(make, dtype):
-    model = net(3).append(torch.nn.Linear(16, 4))
+def test_a_model_of_another_dtype_goes_on_as_from_a_file(make, start, dtype):
+    model = net(3).append(torch.nn.Linear(16, 4)).to(start)
     optimizer = make(model.parameters())
 
     def train(model, optimizer):
