@@ -160,6 +160,19 @@ def test_last_layer_stays_dense_unless_told(tmp_path):
     assert kinds == [[True, True, False], [True, True, True]]
 
 
+@pytest.mark.parametrize("words", [("--rank", 0.2), ("--rank", "fc*=0.2"), ("--compression", 0.5)])
+@pytest.mark.parametrize(
+    ("dense", "low"), [("none", ["fc1", "fc2", "fc3"]), ("fc1", ["fc2", "fc3"])]
+)
+def test_only_what_exclude_names_stays_dense(words, dense, low, monkeypatch, tmp_path):
+    """A share leaves the output layer dense by itself, where nobody says which layers are."""
+    seen = []
+    monkeypatch.setattr("lrmanifold.cli._commands.run", lambda job, force: seen.append(job))
+    result = invoke("train", *words, "--exclude", dense, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert list(seen[0].ranks) == low
+
+
 def test_same_seed_gives_the_same_network(trained, tmp_path):
     args = ("--rank", "fc1=5,fc2=0.1", "--tau", 0.5)
     invoke("train", *QUICK, *args, "--out", tmp_path / "same")

@@ -95,7 +95,7 @@ def parse_layers(
 ) -> tuple[Any, tuple[str, ...] | None]:
     """Ranks and dense layers, after a check that at least one layer becomes low-rank.
 
-    A compression is turned into the ranks of the layers by name.
+    A compression, and shares with `exclude`, are turned into the ranks of the layers by name.
     """
     if how.kind == "dense":
         if rank is not None or exclude is not None or compression is not None or keep_larger:
@@ -110,14 +110,17 @@ def parse_layers(
         dense_layers: tuple[str, ...] | None = (last,)
     else:
         dense_layers = None if exclude in (None, ["none"]) else tuple(exclude or ())
+    # a share would leave the output layer dense, too, whatever --exclude says
+    include = None if exclude is None else "*"
+    chosen: dict[str, Any] = {"include": include, "exclude": dense_layers}
     if compression is not None:
-        plan = make_plan(
-            network, compression=compression, exclude=dense_layers, keep_larger=keep_larger
-        )
+        plan = make_plan(network, compression=compression, keep_larger=keep_larger, **chosen)
         check_some_layer(plan, f"of compression {compression}")
+    else:
+        plan = make_plan(network, rank=ranks, keep_larger=named or keep_larger, **chosen)
+        check_some_layer(plan, ranks)
+    if compression is not None or (include and not isinstance(ranks, int)):
         return {d.name: d.rank for d in plan.decisions if d.rank is not None}, dense_layers
-    plan = make_plan(network, rank=ranks, exclude=dense_layers, keep_larger=named or keep_larger)
-    check_some_layer(plan, ranks)
     return ranks, dense_layers
 
 
