@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from typing import Any
 
@@ -38,7 +39,12 @@ class Saver:
             f"{type(model).__name__}.from_pretrained",
             stacklevel=2,
         )
-        return type(model).save_pretrained(model, *args, **kwargs)
+        method = type(model).save_pretrained
+        # transformers 5 writes some models in the layout of older files, with other names and with
+        # weights joined or split: packed weights have no such layout
+        if "save_original_format" in inspect.signature(method).parameters:
+            kwargs.setdefault("save_original_format", False)
+        return method(model, *args, **kwargs)
 
 
 def mark(module: nn.Module) -> None:

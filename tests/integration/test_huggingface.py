@@ -48,6 +48,32 @@ def test_gpt2_is_saved_with_its_ranks_and_comes_back(tmp_path, include, shard):
         type(model).from_pretrained(tmp_path)
 
 
+def vit():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).eval()
+    return model, torch.randn(2, 3, 16, 16)
+
+
+def mixtral():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 60}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).eval()
+    return model, torch.randint(60, (2, 9))
+
+
+@pytest.mark.parametrize("make", [vit, mixtral])
+def test_models_that_transformers_saves_under_older_names_come_back(tmp_path, make):
+    model, x = make()
+    lrm.factorize(model, 0.25)
+    saved(model, tmp_path)
+    again = huggingface.from_pretrained(type(model), str(tmp_path))
+    torch.testing.assert_close(again(x).logits, model(x).logits)
+    assert lrm.nn.structure(again) == lrm.nn.structure(model)
+
+
 def test_ranks_are_those_at_the_time_of_saving_and_auto_classes_load_them(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = lrm.factorize(gpt2(), 8)
