@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._replaced import note_frozen
 from . import bases
 from ._computed import ComputedWeight
 from .change import Change
@@ -97,6 +98,8 @@ class AdaptedLayer(ComputedWeight):
         self.active = name if name is not None and name in self.changes else None
         for key, change in self.changes.items():
             change.requires_grad_(key == self.active)
+            if key != self.active:  # an optimizer of it alone moves nothing now
+                note_frozen(change, self.changes)
 
     def why_not_merge(self) -> str:
         """Why the base's weight cannot take up a change, in words; "" if it can."""

@@ -52,9 +52,9 @@ def warn_of_stale_optimizer(optimizer: Any, *_: Any) -> None:
         return
     name = type(optimizer).__name__
     warnings.warn(
-        f"{name} was built before factorize, densify, fold or adapt: {len(old)} of its parameters "
-        f"were replaced or frozen. No optimizer holds the {len(new)} new ones, so they do not "
-        "move. Convert the model first, then build the optimizer",
+        f"{name} was built before factorize, densify, fold, adapt or set_adapter: {len(old)} of "
+        f"its parameters were replaced or frozen. No optimizer holds the {len(new)} new ones, so "
+        "they do not move. Convert the model first, then build the optimizer",
         stacklevel=stack_level(),
     )
 

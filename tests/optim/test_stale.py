@@ -64,7 +64,26 @@ def test_so_is_one_built_before_adapt(device):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     lrm.nn.adapt(model, rank=2)
     step(model, optimizer)
-    with pytest.warns(UserWarning, match=r"or adapt: .*they do not move"):
+    with pytest.warns(UserWarning, match=r"adapt or set_adapter: .*they do not move"):
+        step(model, optimizer)
+
+
+def tuned(model):
+    return lrm.optim.CondLR([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
+@pytest.mark.parametrize("switch", [False, True])
+def test_so_is_one_of_an_adapter_that_rests_now(switch, device):
+    model = lrm.nn.adapt(dense(device), rank=2, include="0", name="first")
+    optimizer = tuned(model)
+    silent(lambda: [step(model, optimizer) for _ in range(3)])
+    lrm.nn.adapt(model, rank=2, include="0", name="second")
+    if switch:
+        optimizer = tuned(model)
+        silent(lambda: [step(model, optimizer) for _ in range(3)])
+        lrm.nn.set_adapter(model, "first")
+    step(model, optimizer)
+    with pytest.warns(UserWarning, match="they do not move"):
         step(model, optimizer)
 
 
@@ -117,8 +136,23 @@ def adapters_beside(device):
     rest = torch.optim.SGD(model.parameters(), lr=0.1)
     lrm.nn.adapt(model, rank=2)
     model[2].requires_grad_(True)
-    tuned = [p for name, p in model.named_parameters() if p.requires_grad and "2." not in name]
-    return model, [rest, lrm.optim.CondLR(tuned, lr=0.1)]
+    updates = [p for name, p in model.named_parameters() if p.requires_grad and "2." not in name]
+    return model, [rest, lrm.optim.CondLR(updates, lr=0.1)]
+
+
+def one_for_each_adapter(device):
+    model = lrm.nn.adapt(dense(device), rank=2, name="first")
+    first = tuned(model)
+    lrm.nn.adapt(model, rank=2, name="second")
+    return model, [first, tuned(model)]
+
+
+def one_for_all_adapters(device):
+    model = lrm.nn.adapt(dense(device), rank=2, name="first")
+    lrm.nn.adapt(model, rank=2, name="second")
+    updates = [p for name, p in model.named_parameters() if "update" in name]
+    lrm.nn.set_adapter(model, "first")
+    return model, [lrm.optim.CondLR(updates, lr=0.1)]
 
 
 def from_a_copy(device):
@@ -130,7 +164,16 @@ def from_a_copy(device):
 
 @pytest.mark.parametrize(
     "make",
-    [frozen, one_for_each_part, the_other_one_first, old_one_kept, adapters_beside, from_a_copy],
+    [
+        frozen,
+        one_for_each_part,
+        the_other_one_first,
+        old_one_kept,
+        adapters_beside,
+        one_for_each_adapter,
+        one_for_all_adapters,
+        from_a_copy,
+    ],
 )
 def test_programs_that_are_right_are_not_warned_of(make, device):
     model, optimizers = make(device)
