@@ -23,14 +23,15 @@ from lrmanifold.optim import CondLRAdam
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def test_on_the_cpu_it_is_the_function():
+@pytest.mark.parametrize("device", [torch.device("cpu"), "cpu"])
+def test_on_the_cpu_it_is_the_function(device):
     total = torch.zeros(())
 
     def add(x):
         total.add_(x.sum())
         return total
 
-    replay = Replay(add, torch.device("cpu"))
+    replay = Replay(add, device)
     for size in (1, 2, 3, 4, 5):
         assert replay(torch.ones(size)) is total
     assert float(total) == 15

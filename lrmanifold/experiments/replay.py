@@ -46,7 +46,7 @@ class Replay:
         Makes one step; see above for what it may do. All it is given are tensors on the device,
         which are copied, so the caller may overwrite them. **The next call overwrites what it
         returns**: add it up, or clone it.
-    device : torch.device
+    device : torch.device or str
         Of the model.
     warm_up : int
         At least 1: caches are filled and the optimizer's state is made in these calls.
@@ -67,10 +67,16 @@ class Replay:
     """
 
     def __init__(
-        self, function: Function, device: torch.device, *, warm_up: int = 3, enabled: bool = True
+        self,
+        function: Function,
+        device: torch.device | str,
+        *,
+        warm_up: int = 3,
+        enabled: bool = True,
     ) -> None:
         self.function, self.left = function, max(1, warm_up)
         self.stream = None
+        device = torch.device(device)
         if enabled and device.type == "cuda":
             self.stream = torch.cuda.Stream(device)
         self.graph: torch.cuda.CUDAGraph | None = None
