@@ -66,6 +66,9 @@ class CondLRMuon(GeometricOptimizer):
     about 4 (m + n + r) r² and three decompositions of size r. The gradient of a block that
     never had one (U_p of a square basis) is zero and stays so.
 
+    ``OneCycleLR`` and ``CyclicLR`` cycle `betas` alone, as torch's own rule is: for the momentum of
+    low-rank weights take :class:`~lrmanifold.optim.OptionScheduler`.
+
     References
     ----------
     K. Jordan et al., *Muon: an optimizer for hidden layers in neural networks*, 2024;
