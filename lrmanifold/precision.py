@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -35,12 +35,16 @@ def storage_tolerance(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, 1e-4)
 
 
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    return (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+
+
 def without_autocast(method: F) -> F:
     """Run a function within the caller's autocast as without it, on the device of its tensors."""
 
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        kind = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+        kind = next((a.device.type for a in _tensors(args, kwargs)), "cpu")
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return method(*args, **kwargs)
         with torch.autocast(kind, enabled=False):
@@ -59,8 +63,7 @@ def in_compute_dtype(method: F) -> F:
     @without_autocast
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        dtype = tensors[0].dtype if tensors else torch.float32
+        dtype = next((a.dtype for a in _tensors(args, kwargs)), torch.float32)
         wide = compute_dtype(dtype)
         if wide == dtype:
             return method(self, *args, **kwargs)

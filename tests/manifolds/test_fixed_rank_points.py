@@ -278,6 +278,8 @@ def test_half_precision_is_computed_in_float32_and_returned_in_half():
         "egrad2rgrad": (M.egrad2rgrad(X, u), M.egrad2rgrad(wide, u.float())),
         "transp": (M.transp(X, X, u), M.transp(wide, wide, u.float())),
         "projx": (M.projx(X), M.projx(wide)),
+        "retr, by name": (M.retr(x=X, u=u), M.retr(wide, u.float())),
+        "projx, by name": (M.projx(x=X), M.projx(wide)),
     }
     for name, (half, full) in results.items():
         assert half.dtype == torch.bfloat16, name
