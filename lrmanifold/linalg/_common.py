@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._arguments import shown
 from ..precision import compute_dtype
@@ -37,6 +38,12 @@ def all_finite(A: Tensor) -> bool:
     by entry only where the sum itself overflows.
     """
     return math.isfinite(A.detach().sum()) or bool(torch.isfinite(A).all())
+
+
+def differentiated(A: Tensor) -> bool:
+    """Whether what is computed from `A` is recorded for a derivative, backwards or forwards."""
+    backwards = A.requires_grad and torch.is_grad_enabled()
+    return backwards or forward_ad.unpack_dual(A).tangent is not None
 
 
 def check_square(S: Tensor, name: str) -> None:

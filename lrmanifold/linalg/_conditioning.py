@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._arguments import check_choice, check_number
 from ._certificate import certified, relative_defect
-from ._common import check_square, checked, compute_dtype
+from ._common import check_square, checked, compute_dtype, differentiated
 from ._newton_schulz import inverse_square_root
 from ._products import clip_by_products
 from ._svd import svd, svdvals
@@ -135,7 +135,7 @@ def clip_values(s: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor:
     """
     kappa = 1.0 + _check_tau(tau)
     if centre == "metric":
-        if s.ndim == 1 and s.device.type == "cpu" and not s.requires_grad:
+        if s.ndim == 1 and s.device.type == "cpu" and not differentiated(s):
             low = _threshold(s.tolist()[::-1], kappa)
             return s.clamp(low, kappa * low)
         t = metric_threshold(s, kappa)[..., None]
@@ -161,7 +161,8 @@ def spectral_clip(
     moves points of the set, and repeated it drifts (mathematics 5).
 
     An r x r SVD on the CPU, 20 to 25 r³ flops (for `tau` = 0 the polar factor, about 10 r³); on an
-    accelerator products only, see `lrmanifold/linalg/_products.py`.
+    accelerator products only, see `lrmanifold/linalg/_products.py`. Derivatives on the CPU are
+    those of the SVD: NaN where a core is moved of which singular values are equal.
 
     Parameters
     ----------
@@ -209,7 +210,7 @@ def spectral_clip(
         power = torch.ldexp(torch.ones_like(sizes), torch.frexp(sizes).exponent - 1)
         if not bool(((sizes < _RANGE) & (sizes > 1.0 / _RANGE)).all()):
             return (spectral_clip(S / power, tau, centre=centre, margin=margin) * power).to(dtype)
-    if not (S.requires_grad and torch.is_grad_enabled()):
+    if not differentiated(S):
         small = S.ndim == 2 and S.shape[-1] < _SMALL
         found = (_clip_small if small else _clip_near)(S, tau, centre, margin)
         if found is not None:
@@ -218,6 +219,10 @@ def spectral_clip(
     feasible = _feasible(s, tau)
     if centre == "metric" and bool(feasible.all()):
         return S.to(dtype)
+    if centre == "metric" and differentiated(S) and bool(feasible.any()):
+        # apart from the others: an SVD of equal values has no derivative, not even times zero
+        moved = spectral_clip(S[~feasible], tau, margin=margin)
+        return S.index_put((~feasible,), moved).to(dtype)
     values = clip_values(s, (1.0 - margin) * tau, centre=centre)
     # Only what leaves the band is changed: S + U diag(change) Vh keeps the rest to the last bit.
     clipped = S + (U * (values - s)[..., None, :]) @ Vh

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..precision import without_autocast
+from ._common import differentiated
 from ._orthonormal import gram
 from ._products import damped_polar_by_products
 
 
+@without_autocast
 def damped_polar(X: Tensor, damping: float) -> Tensor:
     """X (XᵀX + δ²I)^(-1/2): singular values σ become σ/√(σ² + δ²).
 
@@ -30,8 +33,7 @@ def damped_polar(X: Tensor, damping: float) -> Tensor:
         NaN for a matrix with NaN or Inf.
     """
     # the derivative of eigenvectors does not exist where eigenvalues meet
-    differentiated = X.requires_grad and torch.is_grad_enabled()
-    if X.device.type != "cpu" or X.dtype != torch.float32 or differentiated:
+    if X.device.type != "cpu" or X.dtype != torch.float32 or differentiated(X):
         return damped_polar_by_products(X, damping)
     try:
         values, Q = torch.linalg.eigh(gram(X.double()))

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from ._common import differentiated
+
 
 def scaled_newton_schulz(X: Tensor, *, lower: float | None = None) -> Tensor:
     r"""Polar factor of a matrix with singular values in ``[lower, 1]``, by products only.
@@ -81,13 +83,13 @@ def inverse_square_root(E: Tensor, size: float) -> Tensor:
     """
     if not size <= _STABLE:
         raise ValueError(f"size must be at most {_STABLE}, the iteration is unstable, got {size!r}")
-    differentiated = E.requires_grad and torch.is_grad_enabled()
-    degree = None if differentiated else _series_degree(E, size)
+    recorded = differentiated(E)
+    degree = None if recorded else _series_degree(E, size)
     if degree is not None:
         return _series(_powers(E, degree))
     eps = torch.finfo(E.dtype).eps
     # Differentiated, two more: the value converges before its first and second derivative.
-    steps = 2 if differentiated else 0
+    steps = 2 if recorded else 0
     while size > eps and steps < 40:
         size = 0.75 * size**2 + 0.25 * size**3
         steps += 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import check_matrix, checked, compute_dtype
+from ..precision import without_autocast
+from ._common import check_matrix, checked, compute_dtype, differentiated
 from ._newton_schulz import inverse_square_root, polar_square
 from ._svd import svd, svdvals
 
@@ -43,8 +44,7 @@ def gram(A: Tensor) -> Tensor:
         G = (blocks.mT @ blocks).sum(-3, dtype=torch.float64)
         rest = A[..., whole:, :]
         return (G + rest.mT @ rest).to(A.dtype)
-    differentiated = A.requires_grad and torch.is_grad_enabled()
-    if r < 1.5 * _GRAM_BLOCK or A.ndim > 2 or A.device.type != "cpu" or differentiated:
+    if r < 1.5 * _GRAM_BLOCK or A.ndim > 2 or A.device.type != "cpu" or differentiated(A):
         return A.mT @ A
     G = A.new_empty(r, r)
     for i in range(0, r, _GRAM_BLOCK):

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ._common import compute_dtype, differentiated
 from ._orthonormal import gram
 
 # Copies of 3/2 mu I laid out at once, so that "3/2 mu I - mu³/2 XᵀX" is one product.
@@ -114,7 +115,7 @@ def newton_schulz(X: Tensor, lower: float, tidy: int | None = None) -> Tensor:
     Singular values below `lower` come out smaller than 1.
     """
     scalings = _schedule(lower, _tidy(X) if tidy is None else tidy)
-    if X.requires_grad and torch.is_grad_enabled():
+    if differentiated(X):
         eye = _eye_like(X)
         for mu in scalings:
             X = X @ (1.5 * mu * eye - (0.5 * mu**3) * (X.mT @ X))

@@ -294,7 +294,8 @@ class FixedRank(geoopt.Manifold):
         """Frobenius distance ‖X - Y‖ of the dense matrices (chordal, not geodesic).
 
         From the factors, by QR of [U_x U_y] and [V_x V_y]: O((m+n) r²), and without the
-        cancellation of ‖X‖² + ‖Y‖² - 2⟨X, Y⟩. `keepdim` keeps the last two dimensions.
+        cancellation of ‖X‖² + ‖Y‖² - 2⟨X, Y⟩. `keepdim` keeps the last two dimensions. No
+        derivative exists at x = y: it is NaN there.
         """
         X, Y = self.unpack(x), self.unpack(y)
         _, R_u = linalg.qr(joined(X.U, Y.U, dim=-1), rank_deficient=True)

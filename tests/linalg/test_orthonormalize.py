@@ -159,6 +159,24 @@ def test_derivatives_are_right_also_near_orthonormal_matrices(function, distance
     A = torch.linalg.qr(gaussian(5, 3, seed=0)).Q + distance * gaussian(5, 3, seed=1)
     assert torch.autograd.gradcheck(function, A.requires_grad_())
     assert torch.autograd.gradgradcheck(function, A)
+    assert torch.autograd.gradcheck(function, A, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("distance", [1e-9, 1e-4])
+def test_forward_derivatives_have_the_precision_of_those_backwards(distance):
+    A = torch.linalg.qr(gaussian(120, 96, seed=0)).Q + distance * gaussian(120, 96, seed=1)
+    A, D = A.float(), gaussian(120, 96, seed=2, dtype=torch.float32)
+    exact = torch.func.jvp(linalg.polar, (A.double(),), (D.double(),))[1]
+    assert relative(torch.func.jvp(linalg.polar, (A,), (D,))[1], exact) <= 1e-5
+    backwards = torch.autograd.functional.vjp(linalg.polar, A.double(), exact)[1]
+    assert float((backwards * D).sum()) == pytest.approx(float(exact.square().sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_divided_in_float32(dtype):
+    A, B = gaussian(4, 4, seed=0).to(dtype), gaussian(6, 4, seed=1).to(dtype)
+    assert torch.equal(linalg.solve_right(B, A), linalg.solve_right(B.float(), A.float()).to(dtype))
+    assert torch.equal(linalg.inverse(A), linalg.inverse(A.float()).to(dtype))
 
 
 def test_solve_right_divides_and_refuses_a_singular_divisor():

@@ -234,6 +234,37 @@ def test_path_of_accelerators_reports_nan_as_nan_and_leaves_the_rest_of_the_batc
     assert relative(C[[0, 2]], linalg.spectral_clip(S[[0, 2]], 0.1)) <= 1e-10
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.1])
+@pytest.mark.parametrize("batch", [(), (2,)])
+@given(r=st.sampled_from((2, 5, 30)), near=st.booleans(), centre=centres, seed=seeds)
+def test_derivatives_forwards_and_backwards_are_those_of_differences(
+    tau, batch, r, near, centre, seed
+):
+    S = gaussian(*batch, r, r, seed=seed)
+    if near:
+        S = orthonormal(*batch, r, r, seed=seed) + 0.1 / r * S
+    D, h = gaussian(*batch, r, r, seed=seed + 1), 1e-6 / r
+
+    def clip(S):
+        return linalg.spectral_clip(S, tau, centre=centre)
+
+    forwards = torch.func.jvp(clip, (S,), (D,))[1]
+    backwards = torch.autograd.functional.vjp(clip, S, forwards)[1]
+    assert float((backwards * D).sum()) == pytest.approx(float(forwards.square().sum()), rel=1e-6)
+    slope, other = ((clip(S + k * D) - clip(S - k * D)) / (2 * k) for k in (h, 2 * h))
+    assume(relative(slope, other) <= 1e-5)  # no kink nearby
+    assert relative(forwards, slope) <= 1e-4
+
+
+def test_a_feasible_core_of_a_batch_has_its_derivative():
+    S = torch.stack((torch.eye(3).double(), gaussian(3, 3, seed=0))).requires_grad_()
+    linalg.spectral_clip(S, 0.1).sum().backward()
+    assert torch.equal(S.grad[0], torch.ones(3, 3))
+    alone = S.detach()[1].requires_grad_()
+    linalg.spectral_clip(alone, 0.1).sum().backward()
+    assert relative(S.grad[1], alone.grad) <= 1e-12
+
+
 def test_rank_one_cores_and_empty_batches_are_left_alone():
     assert torch.equal(linalg.spectral_clip(torch.tensor([[-3.0]]), 0.0), torch.tensor([[-3.0]]))
     assert linalg.spectral_clip(torch.zeros(0, 4, 4), 0.1).shape == (0, 4, 4)
