@@ -1,7 +1,9 @@
 """Tall-skinny and r x r kernels: pure functions on batched tensors, on any device.
 
-Every function takes leading batch dimensions and computes float16 and bfloat16 in float32; matrices
-are cast back, an SVD, singular values and condition numbers stay in float32. On the CPU a wrong
+Every function takes leading batch dimensions and computes float16 and bfloat16 in float32, also
+within autocast; matrices are cast back, an SVD, singular values and condition numbers stay in
+float32. (:func:`clip_by_products`, :func:`inverse_grams`, :func:`polar_pair` and
+:func:`inverse_square_root` take float32 and float64 only.) On the CPU a wrong
 input (NaN, Inf, a rank-deficient matrix) raises. On an accelerator raising would make the host wait
 for the device, so the usual path never looks: a matrix with NaN or Inf comes back as NaN, a
 rank-deficient one as NaN or with an arbitrary completion of its basis, and the others of the batch

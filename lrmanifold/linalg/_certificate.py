@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..precision import without_autocast
 from ._common import check_square, checked
 from ._orthonormal import gram
 
@@ -16,6 +17,7 @@ from ._orthonormal import gram
 _LOOKS = (0, 2, 3)
 
 
+@without_autocast
 def condition_bound(S: Tensor) -> Tensor:
     r"""Upper bound for the condition number, without a decomposition.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_choice, check_number
+from ..precision import without_autocast
 from ._certificate import certified, relative_defect
 from ._common import check_square, checked, compute_dtype, differentiated
 from ._newton_schulz import inverse_square_root
@@ -148,6 +149,7 @@ def clip_values(s: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor:
     raise ValueError(f"centre must be 'metric' or 'mean', got {centre!r}")
 
 
+@without_autocast
 def spectral_clip(
     S: Tensor, tau: float, *, centre: Centre = "metric", margin: float = 0.0
 ) -> Tensor:
@@ -309,6 +311,7 @@ def _clip_unchecked(S: Tensor, tau: float, centre: Centre, margin: float = 0.0) 
     return clipped.reshape(S.shape)
 
 
+@without_autocast
 def conditioning_penalty(S: Tensor, *, squared: bool = False) -> Tensor:
     r"""RobustDLRT's regulariser :math:`R(S) = \|S^\top S - \alpha^2 I\|_F`, α² = ‖S‖²/r.
 
@@ -343,6 +346,7 @@ def conditioning_penalty(S: Tensor, *, squared: bool = False) -> Tensor:
     return (torch.where(zero, torch.zeros_like(value), root) * size**2).to(dtype)
 
 
+@without_autocast
 def conditioning_penalty_grad(S: Tensor, *, squared: bool = False) -> Tensor:
     r"""Closed-form gradient :math:`2 S (S^\top S - \alpha^2 I)/R` of :func:`conditioning_penalty`.
 

@@ -27,6 +27,7 @@ _TALL = 8192
 _NARROW_FROM, _NARROW_BLOCK = 1024, 256
 
 
+@without_autocast
 def gram(A: Tensor) -> Tensor:
     """``AᵀA``, shape (..., r, r).
 
@@ -88,14 +89,16 @@ def inverse(A: Tensor) -> Tensor:
     torch.linalg.LinAlgError
         On the CPU, if `A` is exactly singular. On an accelerator the result is Inf or NaN.
     """
-    result, info = torch.linalg.inv_ex(A)
+    dtype = A.dtype
+    result, info = torch.linalg.inv_ex(A.to(compute_dtype(dtype)))
     if A.device.type == "cpu" and bool(info.any()):
         raise torch.linalg.LinAlgError(
             f"the core S (shape {tuple(A.shape)}) is singular: the rank of the point has dropped"
         )
-    return result
+    return result.to(dtype)
 
 
+@without_autocast
 def solve_right(B: Tensor, A: Tensor) -> Tensor:
     """``B A⁻¹`` for square `A`, shape (..., k, r) and (..., r, r), without a host synchronisation.
 
@@ -107,7 +110,8 @@ def solve_right(B: Tensor, A: Tensor) -> Tensor:
     torch.linalg.LinAlgError
         On the CPU, if `A` is exactly singular. On an accelerator the result is Inf or NaN.
     """
-    return B @ inverse(A)
+    wide = compute_dtype(B.dtype)
+    return (B.to(wide) @ inverse(A.to(wide))).to(B.dtype)
 
 
 def _defect(Q: Tensor) -> Tensor:
@@ -117,6 +121,7 @@ def _defect(Q: Tensor) -> Tensor:
     return torch.nan_to_num(defect, nan=float("inf"))
 
 
+@without_autocast
 def qr(A: Tensor, *, rank_deficient: bool = False) -> tuple[Tensor, Tensor]:
     """Orthonormal basis and triangular factor, ``A = Q R`` with a non-negative diagonal of `R`.
 
@@ -257,6 +262,7 @@ def polar(A: Tensor, *, rank_deficient: bool = False) -> Tensor:
     return _polar(A, rank_deficient)[0]
 
 
+@without_autocast
 def polar_decomposition(A: Tensor) -> tuple[Tensor, Tensor]:
     """``A = Q H``: orthonormal polar factor (..., n, r), and symmetric ``H = QᵀA`` (..., r, r).
 
@@ -266,6 +272,7 @@ def polar_decomposition(A: Tensor) -> tuple[Tensor, Tensor]:
     return Q, Q.mT @ A
 
 
+@without_autocast
 def polar_with_root(A: Tensor) -> tuple[Tensor, Tensor]:
     """``Q = A K``: orthonormal polar factor (..., n, r), and ``K = (AᵀA)^(-1/2)`` (..., r, r).
 
@@ -276,6 +283,7 @@ def polar_with_root(A: Tensor) -> tuple[Tensor, Tensor]:
     return Q, (inverse(Q.mT.to(wide) @ A.to(wide)) if K is None else K).to(A.dtype)
 
 
+@without_autocast
 def _polar(A: Tensor, rank_deficient: bool = False) -> tuple[Tensor, Tensor | None]:
     """The polar factor, and the inverse square root of AᵀA where that was formed."""
     dtype = A.dtype

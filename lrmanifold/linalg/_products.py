@@ -145,11 +145,11 @@ def damped_polar_by_products(X: Tensor, damping: float) -> Tensor:
         δ > 0. Each factor of 2.5 that it is smaller costs one more step of 4 (n + r) r² flops.
     """
     n, r = X.shape[-2:]
-    flat = X.reshape(-1, n, r)
+    flat = X.to(compute_dtype(X.dtype)).reshape(-1, n, r)
     scale = 1.0 / math.sqrt(1.0 + damping**2)
-    below = (damping * scale) * _eye_like(X)
+    below = (damping * scale) * _eye_like(flat)
     Y = torch.cat((flat * scale, below.expand(flat.shape[0], r, r)), -2)
-    return newton_schulz(Y, damping * scale)[:, :n].view_as(X)
+    return newton_schulz(Y, damping * scale)[:, :n].view_as(X).to(X.dtype)
 
 
 def clip_by_products(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..precision import compute_dtype
+from ..precision import compute_dtype, without_autocast
 
 _UNIT = 2.0**-53  # unit roundoff of float64
 _ROUND_UP = 1.0 + 16.0 * _UNIT  # covers the few roundings of one scalar formula
@@ -109,6 +109,7 @@ def orthonormality_defect_bound(Q: Tensor) -> Tensor:
         return spectral_norm_bound(gap) * _ROUND_UP + error
 
 
+@without_autocast
 def gram_norm(A: Tensor, *, iterations: int = 6) -> Tensor:
     """‖A‖₂ by Gram iteration, differentiable: at most a factor p^(1/2^(T+1)) too large.
 

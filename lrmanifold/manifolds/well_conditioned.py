@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import linalg
 from .._arguments import check_choice, check_number
+from ..precision import without_autocast
 from .fixed_rank import FixedRank, Gradient
 
 Scale = float | Literal["free"]
@@ -84,6 +85,7 @@ class WellConditioned(FixedRank):
             return id(self)
         return (type(self), *self._kind(), self.tau, self.centre, self.scale)
 
+    @without_autocast
     def project_core(self, S: Tensor, *, margin: float = 0.0) -> Tensor:
         """The core with its spectrum clipped to a band of ratio 1 + tau, below `scale` if fixed.
 

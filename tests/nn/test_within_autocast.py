@@ -11,6 +11,7 @@ from small_nets import drift
 from torch import Tensor, nn
 
 import lrmanifold as lrm
+from lrmanifold import linalg
 from lrmanifold.optim import CondLR
 
 
@@ -42,6 +43,44 @@ def test_measurements_are_those_without_autocast():
     assert torch.equal(within(lambda: M.projx(X)), M.projx(X))
     stiefel, Q = lrm.Stiefel(), torch.randn(9, 4)
     assert torch.equal(within(lambda: stiefel.projx(Q)), stiefel.projx(Q))
+
+
+@pytest.mark.parametrize(
+    "manifold",
+    [
+        lrm.FixedRank(40, 30, 4),
+        lrm.WellConditioned(40, 30, 4, tau=0.1),
+        lrm.WellConditioned(40, 30, 4, tau=0.1, scale=2.0),
+        lrm.Stiefel(),
+    ],
+)
+def test_random_points_are_points(manifold):
+    size = getattr(manifold, "point_shape", (40, 4))
+    draw = lambda: manifold.random(*size, generator=torch.Generator().manual_seed(0))  # noqa: E731
+    assert torch.equal(within(draw), draw())
+
+
+KERNELS = {
+    "orthonormalize": linalg.orthonormalize,
+    "polar": linalg.polar,
+    "polar_decomposition": lambda A: linalg.polar_decomposition(A)[1],
+    "polar_with_root": lambda A: linalg.polar_with_root(A)[1],
+    "gram": linalg.gram,
+    "solve_right": lambda A: linalg.solve_right(A, A[:5]),
+    "spectral_clip": lambda A: linalg.spectral_clip(A[:5], 0.1),
+    "spectral_clip, tau = 0": lambda A: linalg.spectral_clip(A[:5], 0.0),
+    "condition_bound": lambda A: linalg.condition_bound(linalg.polar(A[:5]) + 0.01 * A[:5]),
+    "conditioning_penalty": lambda A: linalg.conditioning_penalty(A[:5]),
+    "conditioning_penalty_grad": lambda A: linalg.conditioning_penalty_grad(A[:5]),
+    "gram_norm": linalg.gram_norm,
+    "damped_polar": lambda A: linalg.damped_polar(A / 20.0, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compute_as_without_autocast(name):
+    A = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(within(lambda: KERNELS[name](A)), KERNELS[name](A))
 
 
 def test_weights_that_are_loaded_are_points():
