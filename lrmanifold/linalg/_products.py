@@ -56,12 +56,14 @@ def _norm(A: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # kept for the steps of a training, too
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small tensor that is sent to the device once."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def identity(r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The identity of size r, made once; not to be written to."""
     return torch.eye(r, dtype=dtype, device=device)
@@ -87,6 +89,7 @@ def _schedule(lower: float, tidy: int) -> tuple[float, ...]:
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _identities(
     scalings: tuple[float, ...], r: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -10,6 +10,7 @@ from strategies import seeds
 from torch import Tensor
 
 from lrmanifold import linalg
+from lrmanifold.linalg import _products
 
 
 def core(kind: str, r: int) -> Tensor:
@@ -269,3 +270,20 @@ def test_long_steps_turn_no_frame(size, sizes, spread, dtype, seed):
     U, _, Vh = linalg.svd(y.double())
     error = distances(P, U @ Vh) * r**0.5
     assert not len(error) or float(error.max()) <= (5e-4 if dtype == torch.float32 else 5e-7)
+
+
+def test_constants_made_in_inference_mode_serve_in_training():
+    _products.identity.cache_clear()
+    _products.constant.cache_clear()
+    S = torch.randn(2, 5, 5)
+    with torch.inference_mode():
+        linalg.clip_by_products(S, 0.1)
+    linalg.clip_by_products(S.requires_grad_(), 0.1).sum().backward()
+    assert bool(S.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_damped_polar_factors_of_halves_are_computed_in_float32(dtype):
+    X = (torch.randn(12, 5, generator=torch.Generator().manual_seed(0)) / 20).to(dtype)
+    exact = linalg.damped_polar_by_products(X.float(), 0.1).to(dtype)
+    assert torch.equal(linalg.damped_polar_by_products(X, 0.1), exact)
