@@ -44,6 +44,11 @@ def perp(Q: Tensor, Z: Tensor, overlap: Tensor | None = None) -> Tensor:
     return Z - Q @ (Q.mT @ Z if overlap is None else overlap)
 
 
+def frobenius(A: Tensor, *, keepdim: bool = False) -> Tensor:
+    """‖A‖ of each matrix, by squares in float64: those of 1e-23 and of 1e20 are beyond float32."""
+    return torch.linalg.matrix_norm(A, keepdim=keepdim, dtype=torch.float64).to(A.dtype)
+
+
 def change_of_base(X: Factors, xi: Factors, Y: Factors) -> Factors:
     """Project the tangent vector `xi` at `X` onto the tangent space at `Y`.
 

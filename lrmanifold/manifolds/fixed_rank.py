@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import linalg, retractions
 from .._arguments import check_choice, check_integer, check_tensor, shown
-from ..factors import Factors, change_of_base, joined, pack, perp, unpack
+from ..factors import Factors, change_of_base, frobenius, joined, pack, perp, unpack
 from ..precision import STORAGE_DTYPES, in_compute_dtype, without_autocast
 from ._geodesic import geodesic
 from ._hessian import ehess2rhess, lift
@@ -261,7 +261,7 @@ class FixedRank(geoopt.Manifold):
         X, xi = (self.unpack(z.to(linalg.compute_dtype(z.dtype))) for z in (x, u))
         for key, Q, P in (("U", X.U, xi.U), ("V", X.V, xi.V)):
             defect = (Q.mT @ P).abs().amax((-2, -1))
-            if bool((defect > atol + rtol * torch.linalg.matrix_norm(P)).any()):
+            if bool((defect > atol + rtol * frobenius(P)).any()):
                 return False, (
                     f"block {key}_p is not orthogonal to {key}: "
                     f"max |{key}ᵀ{key}_p| = {defect.max().item():.2e}"
@@ -302,7 +302,7 @@ class FixedRank(geoopt.Manifold):
         _, R_v = linalg.qr(joined(X.V, Y.V, dim=-1), rank_deficient=True)
         r = self.rank
         small = R_u[..., :r] @ X.S @ R_v[..., :r].mT - R_u[..., r:] @ Y.S @ R_v[..., r:].mT
-        return torch.linalg.matrix_norm(small, keepdim=keepdim)
+        return frobenius(small, keepdim=keepdim)
 
     # -- tangent space
 
@@ -318,7 +318,7 @@ class FixedRank(geoopt.Manifold):
     @in_compute_dtype
     def norm(self, x: Tensor, u: Tensor, *, keepdim=False) -> Tensor:
         """Frobenius norm of the dense vector, shape (...)."""
-        return torch.linalg.matrix_norm(u, keepdim=keepdim)
+        return frobenius(u, keepdim=keepdim)
 
     @in_compute_dtype
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import linalg
 from .._arguments import check_choice
-from ..factors import joined
+from ..factors import frobenius, joined
 from ..precision import in_compute_dtype, without_autocast
 
 StiefelRetraction = Literal["polar", "qr", "cayley"]
@@ -93,7 +93,7 @@ class Stiefel(geoopt.Manifold):
             return False, "`u` holds NaN or Inf"
         x, u = (z.to(linalg.compute_dtype(z.dtype)) for z in (x, u))
         defect = 2.0 * _sym(x.mT @ u).abs().amax((-2, -1))
-        size = torch.linalg.matrix_norm(u)
+        size = frobenius(u)
         if bool((defect > atol + rtol * size).any()):
             return False, f"Xᵀu is not skew: max |Xᵀu + uᵀX| = {defect.max().item():.2e}"
         return True, None
@@ -102,7 +102,7 @@ class Stiefel(geoopt.Manifold):
     def drift(self, X: Tensor) -> Tensor:
         """max |XᵀX - I| of each point, shape ``X.shape[:-2]``."""
         eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-        return (X.mT @ X - eye).abs().amax((-2, -1))
+        return (linalg.gram(X) - eye).abs().amax((-2, -1))
 
     # -- geometry
 
@@ -117,7 +117,7 @@ class Stiefel(geoopt.Manifold):
     @in_compute_dtype
     def norm(self, x: Tensor, u: Tensor, *, keepdim=False) -> Tensor:
         """Frobenius norm, shape (...) or (..., 1, 1) with `keepdim`."""
-        return torch.linalg.matrix_norm(u, keepdim=keepdim)
+        return frobenius(u, keepdim=keepdim)
 
     @in_compute_dtype
     def proju(self, x: Tensor, u: Tensor) -> Tensor:

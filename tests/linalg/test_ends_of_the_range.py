@@ -79,8 +79,27 @@ def test_drift_does_not_grow_with_rows_and_is_reported_as_it_is(rows, kind, forc
 def test_bases_of_many_rows_are_orthonormal():
     torch.manual_seed(0)
     A = torch.randn(200_000, 4)
-    assert defect(linalg.polar(A)) <= 1e-6
+    Q = linalg.polar(A)
+    assert defect(Q) <= 1e-6
     assert defect(linalg.orthonormalize(A)) <= 1e-6
+    assert float(lrm.Stiefel().drift(Q)) <= 1e-6
+
+
+@pytest.mark.parametrize("power", [-100, 0, 100])
+def test_norms_and_distances_of_any_size_are_those_of_the_dense_matrices(power):
+    torch.manual_seed(0)
+    M = lrm.FixedRank(7, 5, 3)
+    X, Y = (M.random(2, *M.point_shape).as_subclass(Tensor) for _ in range(2))
+    u = M.proju(X, torch.randn_like(X)) * 2.0**power
+    for Z in (X, Y):
+        M.unpack(Z).S.mul_(2.0**power)
+    exact = torch.linalg.matrix_norm(u.double())
+    assert torch.allclose(M.norm(X, u).double(), exact, rtol=1e-5, atol=0.0)
+    assert torch.allclose(lrm.Stiefel().norm(X, u).double(), exact, rtol=1e-5, atol=0.0)
+    exact = torch.linalg.matrix_norm(M.to_dense(X.double()) - M.to_dense(Y.double()))
+    assert torch.allclose(M.dist(X, Y).double(), exact, rtol=1e-5, atol=0.0)
+    if power >= 0:
+        assert not M.check_vector_on_tangent(X, u + 2.0**power * X)
 
 
 def test_singular_matrices_are_points_for_probe_gradients():
