@@ -47,6 +47,10 @@ def _rk4(state: _State, steps: int) -> tuple[_State, Tensor]:
     return state, torch.stack(torch.broadcast_tensors(*cores))
 
 
+def _largest(A: Tensor) -> Tensor:
+    return A.detach().abs().amax((-2, -1))
+
+
 def _check_sign(cores: Tensor) -> None:
     """Raise if det S vanishes or changes sign: where U_p and V_p are 0 nothing else tells."""
     sign = torch.linalg.slogdet(cores).sign.reshape(len(cores), -1)
@@ -87,14 +91,15 @@ def geodesic(X: Factors, xi: Factors, *, tol: float = 1e-13, max_steps: int = 40
     Q_v, R_v = linalg.qr(joined(X.V, xi.V, dim=-1), rank_deficient=True)
     start = (R_u[..., :r], X.S, R_v[..., :r], R_u[..., r:], xi.S, R_v[..., r:])
     # U_p S⁻¹ is only known to eps cond(S): no two runs agree better, however small the steps.
-    rounding = torch.finfo(torch.float64).eps * float(linalg.condition_number(X.S.detach()).max())
-    tol = max(tol, min(rounding, 1e-6))
+    rounding = torch.finfo(torch.float64).eps * linalg.condition_number(X.S.detach())
+    allowed = rounding.clamp(tol, 1e-6)  # of each point of a batch by itself, as its size below
     steps, (previous, _) = 8, _rk4(start, 4)
     while steps <= max_steps:
         state, cores = _rk4(start, steps)
-        size = sum(float(x.detach().abs().max()) for x in state[:3])
-        gaps = [(a - b).detach().abs().max() for a, b in zip(state, previous, strict=True)]
-        settled = float(torch.stack(gaps).max()) <= tol * max(1.0, size)  # NaN is not
+        size = torch.stack(torch.broadcast_tensors(*map(_largest, state[:3]))).sum(0)
+        gaps = [_largest(a - b) for a, b in zip(state, previous, strict=True)]
+        worst = torch.stack(torch.broadcast_tensors(*gaps)).amax(0)
+        settled = bool((worst <= allowed * size.clamp_min(1.0)).all())  # NaN is not
         if settled:
             _check_sign(cores)
         if settled and _is_apart(cores):

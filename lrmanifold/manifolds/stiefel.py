@@ -158,13 +158,14 @@ class Stiefel(geoopt.Manifold):
     @in_compute_dtype
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Geodesic of the Euclidean metric (Edelman, Arias, Smith 1998, section 2.2), O(n r²)."""
-        r = x.shape[-1]
+        dtype, r = x.dtype, x.shape[-1]
+        x, u = x.double(), u.double()  # the blocks have norm ‖u‖², whose rounding would be seen
         a, s = x.mT @ u, u.mT @ u
         a = 0.5 * (a - a.mT)
         eye = torch.eye(r, dtype=x.dtype, device=x.device).expand_as(a)
         block = joined(joined(a, -s, dim=-1), joined(eye, a, dim=-1), dim=-2)
         y = joined(x, u, dim=-1) @ torch.linalg.matrix_exp(block)[..., :r]
-        return y @ torch.linalg.matrix_exp(-a)
+        return (y @ torch.linalg.matrix_exp(-a)).to(dtype)
 
     @in_compute_dtype
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:

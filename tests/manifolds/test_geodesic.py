@@ -192,3 +192,16 @@ def test_ill_conditioned_points_have_geodesics_of_the_length_of_sigma_r(cond):
     assert float(M.drift(Y).max()) <= 1e-13
     # a metric projection agrees up to third order; here ‖ξ‖ = σ_r/2 bounds the difference
     assert float((M.dist(Y, M.retr(X, xi)) * cond).max()) <= 0.1
+
+
+@pytest.mark.parametrize(("size", "smallest"), [(1e12, 1.0), (1.0, 1e-12)])
+def test_a_large_or_ill_conditioned_point_of_a_batch_costs_the_others_no_accuracy(size, smallest):
+    M = lrm.FixedRank(7, 5, 3)
+    X = packed_point(7, 5, 3, (2,), 3.0, 0)
+    xi = M.proju(X, gaussian(*X.shape, seed=1))
+    xi = xi * (M.svdvals(X)[..., -1] / M.norm(X, xi))[..., None, None]
+    alone = M.to_dense(M.expmap(X[0], xi[0]))
+    S = torch.diag(torch.tensor([1.0, 1.0, smallest], dtype=torch.float64))
+    M.unpack(X[1]).S.copy_(size * S)
+    xi[1] *= 1e-3 * size if smallest == 1.0 else 0.0
+    assert relative(M.to_dense(M.expmap(X, xi)[0]), alone) <= 1e-12

@@ -150,6 +150,17 @@ def test_no_method_forms_an_n_by_n_matrix(retraction):
     assert record.numel == n * n  # what the recorder would have seen
 
 
+@pytest.mark.parametrize("length", [1.0, 100.0])
+def test_long_geodesics_end_on_the_manifold_in_float32(length):
+    M = lrm.Stiefel()
+    X = orthonormal(9, 4, seed=0)
+    xi = M.proju(X, gaussian(9, 4, seed=1))
+    xi = (xi * (length / xi.norm())).float()
+    Y = M.expmap(X.float(), xi)
+    assert Y.dtype == torch.float32
+    assert float(M.drift(Y)) <= 1e-6 * (1.0 + 0.1 * length)
+
+
 def test_geodesic_has_constant_speed_and_zero_tangential_acceleration():
     M, h = lrm.Stiefel(), 1e-3
     X = orthonormal(7, 3, seed=0)
