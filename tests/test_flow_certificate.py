@@ -328,12 +328,34 @@ def test_outputs_are_no_farther_apart_than_their_bound(certified):
     assert float(bound.median()) < 300 * float(apart.median())
 
 
+def test_a_bias_counts_at_every_place_of_a_sequence():
+    torch.manual_seed(0)
+    model = nn.Sequential(lrm.nn.LowRankLinear(4, 3, 2, dtype=torch.float64))
+    reference = lrm.densify(copy.deepcopy(model))
+    with torch.no_grad():
+        reference[0].bias.add_(1.0)
+    monitor = lrm.monitor(
+        model, lrm.optim.CondLR(model.parameters(), lr=0.1), reference=reference,
+        loss=lambda net: net(torch.ones(1, 4).double()).sum(),
+    )  # fmt: skip
+    x = torch.zeros(2, 16, 4, dtype=torch.float64)
+    apart = (model(x) - reference(x)).flatten(1).norm(dim=1)
+    assert bool((apart <= monitor.output_bound(x, certified=True) * (1 + 1e-12)).all())
+
+
 def test_networks_without_a_bound_of_outputs_are_refused():
     class Other(nn.Module):
         def forward(self, x):
             return 2.0 * x
 
-    for layer in (Other(), nn.GELU(), nn.MaxPool2d(3, 2), nn.Dropout(), nn.LeakyReLU(-2.0)):
+    class Doubled(nn.ReLU):
+        def forward(self, x):
+            return 2.0 * super().forward(x)
+
+    for layer in (
+        Other(), nn.GELU(), nn.MaxPool2d(3, 2), nn.Dropout(), nn.LeakyReLU(-2.0), nn.ELU(-3.0),
+        nn.AvgPool2d(2, divisor_override=1), nn.Softplus(threshold=0), Doubled(),
+    ):  # fmt: skip
         dense = nn.Sequential(nn.Linear(8, 8), layer).double()
         model = lrm.factorize(dense, rank=2, tau=0.1, keep_larger=True)
         monitor = lrm.monitor(
@@ -343,6 +365,22 @@ def test_networks_without_a_bound_of_outputs_are_refused():
         )  # fmt: skip
         with pytest.raises(ValueError, match="needs a chain"):
             monitor.output_bound(torch.ones(1, 8))
+
+
+def test_an_output_bound_needs_the_same_activations_and_leaves_its_input_alone():
+    dense = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Tanh()).double()
+    model = lrm.factorize(dense, rank=2, tau=0.1, keep_larger=True)
+    reference = lrm.densify(copy.deepcopy(model))
+    monitor = lrm.monitor(
+        model, lrm.optim.CondLR(model.parameters(), lr=0.1), reference=reference,
+        loss=lambda net: net(torch.ones(1, 8).double()).sum(),
+    )  # fmt: skip
+    x = -torch.ones(1, 8, dtype=torch.float64)
+    monitor.output_bound(x)
+    assert bool((x == -1).all())
+    reference[2] = nn.ReLU()
+    with pytest.raises(ValueError, match=r"the same layers, got Tanh\(\) and ReLU\(\)"):
+        monitor.output_bound(x)
 
 
 @pytest.mark.parametrize("place", [0, 1])

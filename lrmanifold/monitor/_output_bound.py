@@ -32,7 +32,7 @@ def output_bound(
     With `distance`, all parameters together may differ by that much: Σ a_i δ_i over Σ δ_i² <=
     distance² is at most distance · sqrt(Σ a_i²).
     """
-    x = x.detach().cpu().double()
+    x = x.detach().cpu().double().clone()  # layers may write in place
     known = torch.zeros(len(x), dtype=torch.float64)  # with measured changes of the layers
     squares = torch.zeros_like(known)  # Σ a_i², for a joint distance
     for ours, theirs in zip(_chain(model), _chain(reference), strict=True):
@@ -40,12 +40,16 @@ def output_bound(
         if isinstance(theirs, (nn.Linear, _ConvNd)):
             patches = _patches(theirs)
             lipschitz = _norm_of_map(theirs, ours, x.shape[2:])
-            # A bias acts at every pixel.
-            places = math.prod(z.shape[2:]) if theirs.bias is not None else 0
+            # A bias acts at every pixel, or at every place of a sequence.
+            places = 0 if theirs.bias is None else z[0].numel() // theirs.bias.numel()
             if distance is None:
                 known = lipschitz * known + (_exactly(ours, x) - z).flatten(1).norm(dim=1)
             reached = (patches * x.flatten(1).norm(dim=1)).square() + places
             squares = lipschitz**2 * squares + reached
+        elif repr(ours) != repr(theirs):
+            raise ValueError(
+                f"output_bound needs models of the same layers, got {ours} and {theirs}"
+            )
         x = z
     return known if distance is None else distance * squares.sqrt()
 
@@ -66,9 +70,11 @@ def _check_harmless(module: nn.Module) -> None:
     if isinstance(module, nn.LeakyReLU):
         fine = abs(module.negative_slope) <= 1.0
     if isinstance(module, nn.ELU):
-        fine = module.alpha <= 1.0
+        fine = abs(module.alpha) <= 1.0
     if isinstance(module, nn.Dropout):
         fine = not module.training or module.p == 0.0
+    if isinstance(module, nn.Softplus):
+        fine = module.beta >= 1.0 and module.threshold >= 20.0  # it jumps at its threshold
     if isinstance(module, (_MaxPoolNd, _AvgPoolNd)):
         sizes: tuple[Any, Any, Any] = (
             module.kernel_size, module.stride, getattr(module, "dilation", 1),
@@ -77,6 +83,9 @@ def _check_harmless(module: nn.Module) -> None:
         kernel, stride, dilation = map(_tuple, sizes)
         pairs = zip(kernel, stride * (len(kernel) // len(stride)), strict=True)
         fine = all(k <= s for k, s in pairs) and set(dilation) == {1}
+        fine = fine and getattr(module, "divisor_override", None) is None
+    home = type(module).forward.__module__
+    fine = fine and home.startswith("torch.nn.modules.")  # not a subclass's own
     if not fine:
         raise ValueError(
             "output_bound needs a chain (nn.Sequential) of linear and convolutional layers, "
