@@ -309,6 +309,8 @@ def test_checks_can_be_chosen_and_left_out_and_misspelt_ones_are_errors():
     assert names == [name for name in STATEMENTS if name != "retr"]
     with pytest.raises(ValueError, match=r"checks and skip must be among .* got \['retraction'\]"):
         check_manifold(lrm.Stiefel(), skip=["retraction"])
+    with pytest.raises(TypeError, match=r"size must be the shape of one point, such as .* got 7"):
+        check_manifold(lrm.Stiefel(), size=7)
 
 
 def test_a_manifold_without_random_points_is_not_passed():

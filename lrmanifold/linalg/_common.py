@@ -52,3 +52,5 @@ def check_square(S: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a tensor, got {shown(S)}")
     if S.ndim < 2 or S.shape[-1] != S.shape[-2]:
         raise ValueError(f"{name} must be square, got shape {tuple(S.shape)}")
+    if not S.is_floating_point():
+        raise TypeError(f"{name} must be a real floating point tensor, got {S.dtype}")

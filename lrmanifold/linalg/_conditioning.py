@@ -334,6 +334,7 @@ def conditioning_penalty(S: Tensor, *, squared: bool = False) -> Tensor:
     S. Schotthöfer, H. L. Yang, S. Schnake, *Dynamical low-rank compression of neural networks with
     robustness under adversarial attacks*, arXiv 2505.08022. mathematics 5.
     """
+    check_square(S, "S")
     dtype = S.dtype
     S, size = _unit_size(S.to(compute_dtype(dtype)))
     E, size = _penalty_defect(S), size[..., 0, 0]
@@ -361,6 +362,7 @@ def conditioning_penalty_grad(S: Tensor, *, squared: bool = False) -> Tensor:
     Tensor, shape (..., r, r)
         0 where R = 0 (a subgradient). At most 2 ‖S‖₂ in norm when not squared.
     """
+    check_square(S, "S")
     dtype = S.dtype
     S, size = _unit_size(S.to(compute_dtype(dtype)))
     E = _penalty_defect(S)
@@ -375,7 +377,6 @@ def conditioning_penalty_grad(S: Tensor, *, squared: bool = False) -> Tensor:
 
 def _unit_size(S: Tensor) -> tuple[Tensor, Tensor]:
     """S over its largest entry, and that: squares of S would leave the exponent range."""
-    check_square(S, "S")
     size = S.detach().abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(S.dtype).tiny)
     return S / size, size
 

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .._arguments import check_tensor
 from ._spectral_bound import gram_norm, rounding_of_products, spectral_norm_bound
 
 Sizes = int | Sequence[int]
@@ -82,9 +83,8 @@ def convolution_norm(
     H. Sedghi, V. Gupta, P. Long, *The singular values of convolutional layers*, ICLR 2019;
     Delattre et al., ICML 2023 (Gram iteration) and arXiv 2402.00240 (zero padding); mathematics 9.
     """
-    form, patches = _prepare(
-        kernel.detach().double(), input_size, stride, padding, dilation, groups, padding_mode
-    )
+    kernel = check_tensor("kernel", kernel).detach().double()
+    form, patches = _prepare(kernel, input_size, stride, padding, dilation, groups, padding_mode)
     matrices = form.kernel.flatten(2)
     by_patches = patches * (1.0 + 1e-15) * spectral_norm_bound(matrices).amax()
     if math.prod(form.kernel.shape[3:]) == 1:
@@ -109,6 +109,7 @@ def convolution_norm_estimate(
     For training: the same bounds without what covers rounding. The certificate is computed anew by
     :func:`convolution_norm`.
     """
+    check_tensor("kernel", kernel)
     form, patches = _prepare(kernel, input_size, stride, padding, dilation, groups, padding_mode)
     by_patches = patches * gram_norm(form.kernel.flatten(2), iterations=iterations).amax()
     if math.prod(form.kernel.shape[3:]) == 1:
@@ -141,9 +142,8 @@ def convolution_singular_range(
     (float, float) or None
         None where only bounds are known, as for zero padding.
     """
-    form, _ = _prepare(
-        kernel.detach().double(), input_size, stride, padding, dilation, groups, padding_mode
-    )
+    kernel = check_tensor("kernel", kernel).detach().double()
+    form, _ = _prepare(kernel, input_size, stride, padding, dilation, groups, padding_mode)
     if not form.exact:
         return None
     s = torch.linalg.svdvals(_transfer(form.kernel, form.grid))

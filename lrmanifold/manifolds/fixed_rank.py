@@ -128,6 +128,8 @@ class FixedRank(geoopt.Manifold):
         """Views ``Factors(U, S, V)`` of a packed tensor (point or tangent vector)."""
         if not isinstance(X, Tensor):
             raise TypeError(f"X must be a tensor, got {shown(X)}")
+        if not X.is_floating_point():
+            raise TypeError(f"X must be a real floating point tensor, got {shown(X)}")
         if tuple(X.shape[-2:]) != self.point_shape:
             raise ValueError(
                 f"X must have shape (..., {self.point_shape[0]}, {self.point_shape[1]}) for "
@@ -390,6 +392,8 @@ class FixedRank(geoopt.Manifold):
         -------
         Tensor, shape of `x`
         """
+        if self.gradient == "probe":
+            raise ValueError("ehess2rhess needs a manifold with gradient='factors', got 'probe'")
         return pack(
             *ehess2rhess(self.unpack(x), self.unpack(egrad), self.unpack(ehess), self.unpack(xi))
         )

@@ -78,7 +78,8 @@ def check_options(manifold: Any, dtype: Any, device: Any, seed: Any, trials: Any
 def point_size(manifold: geoopt.Manifold, size: Sequence[int] | None) -> tuple[int, ...]:
     """Shape of one point: as given, or the manifold's own, or (7, 3) or (7,) by its `ndim`."""
     if size is not None:
-        return tuple(size)
+        wanted = "the shape of one point, such as (7, 3)"
+        return tuple(check_instance("size", size, (tuple, list), wanted))
     return tuple(getattr(manifold, "point_shape", (7, 3)[: manifold.ndim or 0]))
 
 

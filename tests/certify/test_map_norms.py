@@ -218,6 +218,19 @@ def test_wrong_arguments_are_named(change, words):
         linalg.convolution_norm(torch.ones(6, 2, 3, 3), **change)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        linalg.convolution_norm,
+        linalg.convolution_norm_estimate,
+        linalg.convolution_singular_range,
+    ],
+)
+def test_complex_kernels_are_refused(function):
+    with pytest.raises(TypeError, match=r"kernel must be a real .*complex64"):
+        function(torch.ones(6, 2, 3, 3, dtype=torch.complex64))
+
+
 def line(kernel, size, **options):
     """The true norm of a convolution of one dimension, and its bound."""
     layer = nn.Conv1d(1, 1, len(kernel), bias=False, **options).double()

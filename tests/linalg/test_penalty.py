@@ -135,6 +135,10 @@ def test_condition_number_of_a_singular_matrix_is_infinite():
 def test_rectangular_input_is_refused(function):
     with pytest.raises(ValueError, match=r"S must be square, got shape \(2, 3\)"):
         function(torch.ones(2, 3))
+    with pytest.raises(TypeError, match=r"S must be a real floating point tensor, got .*complex64"):
+        function(torch.ones(2, 2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="S must be a tensor, got None"):
+        function(None)
 
 
 def test_one_value_has_no_penalty():

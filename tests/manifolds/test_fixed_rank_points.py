@@ -267,6 +267,15 @@ def test_factors_of_the_wrong_shape_are_named():
         M.unpack(U)
 
 
+def test_complex_and_integer_tensors_are_refused():
+    M = lrm.FixedRank(6, 5, 2)
+    for dtype in (torch.complex64, torch.int64):
+        X = M.origin(dtype=dtype).as_subclass(torch.Tensor)
+        for method in (M.to_dense, lambda X: M.proju(X, X), lambda X: M.egrad2rgrad(X, X)):
+            with pytest.raises(TypeError, match=f"X must be a real floating .* {dtype}"):
+                method(X)
+
+
 def test_half_precision_is_computed_in_float32_and_returned_in_half():
     M = lrm.FixedRank(8, 6, 3)
     X = M.random(2, *M.point_shape, dtype=torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +11,13 @@ from strategies import SHAPES, gaussian, seeds
 import lrmanifold as lrm
 
 shapes = st.sampled_from([s for s in SHAPES if s[2] < min(s[:2])])
+
+
+def test_gradients_of_probes_are_refused():
+    M = lrm.FixedRank(7, 5, 3, gradient="probe")
+    X = M.random().as_subclass(torch.Tensor)
+    with pytest.raises(ValueError, match="gradient='factors', got 'probe'"):
+        M.ehess2rhess(X, X, X, X)
 
 
 def problem(m, n, r, seed):
