@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -35,8 +35,11 @@ def storage_tolerance(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, 1e-4)
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    return (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    for a in args:  # a loop: each step comes here often
+        if isinstance(a, Tensor):
+            return a
+    return next((a for a in kwargs.values() if isinstance(a, Tensor)), None)
 
 
 def without_autocast(method: F) -> F:
@@ -44,7 +47,8 @@ def without_autocast(method: F) -> F:
 
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        kind = next((a.device.type for a in _tensors(args, kwargs)), "cpu")
+        first = _first_tensor(args, kwargs)
+        kind = "cpu" if first is None else first.device.type
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return method(*args, **kwargs)
         with torch.autocast(kind, enabled=False):
@@ -63,7 +67,8 @@ def in_compute_dtype(method: F) -> F:
     @without_autocast
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        dtype = next((a.dtype for a in _tensors(args, kwargs)), torch.float32)
+        first = _first_tensor(args, kwargs)
+        dtype = torch.float32 if first is None else first.dtype
         wide = compute_dtype(dtype)
         if wide == dtype:
             return method(self, *args, **kwargs)

@@ -3,14 +3,14 @@
 Every function takes leading batch dimensions and computes float16 and bfloat16 in float32, also
 within autocast; matrices are cast back, an SVD, singular values and condition numbers stay in
 float32. (:func:`clip_by_products`, :func:`inverse_grams`, :func:`polar_pair` and
-:func:`inverse_square_root` take float32 and float64 only.) On the CPU a wrong
+:func:`inverse_square_root` take float32 and float64 only, outside of autocast.) On the CPU a wrong
 input (NaN, Inf, a rank-deficient matrix) raises. On an accelerator raising would make the host wait
 for the device, so the usual path never looks: a matrix with NaN or Inf comes back as NaN, a
 rank-deficient one as NaN or with an arbitrary completion of its basis, and the others of the batch
 are untouched.
 """
 
-from ..precision import compute_dtype
+from ..precision import compute_dtype, without_autocast
 from ._certificate import condition_bound
 from ._common import all_finite
 from ._conditioning import (
@@ -29,8 +29,8 @@ from ._convolution_norms import (
 )
 from ._damped import damped_polar
 from ._newton_schulz import inverse_square_root
+from ._orthonormal import gram as _gram
 from ._orthonormal import (
-    gram,
     inverse,
     orthonormalize,
     polar,
@@ -54,6 +54,8 @@ from ._spectral_bound import (
     spectral_norm_bound,
 )
 from ._svd import SVD, svd, svdvals
+
+gram = without_autocast(_gram)  # inside of this package its callers see to that
 
 __all__ = [
     "SERIES_LIMIT",

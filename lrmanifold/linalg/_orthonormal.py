@@ -27,7 +27,6 @@ _TALL = 8192
 _NARROW_FROM, _NARROW_BLOCK = 1024, 256
 
 
-@without_autocast
 def gram(A: Tensor) -> Tensor:
     """``AᵀA``, shape (..., r, r).
 
@@ -89,13 +88,15 @@ def inverse(A: Tensor) -> Tensor:
     torch.linalg.LinAlgError
         On the CPU, if `A` is exactly singular. On an accelerator the result is Inf or NaN.
     """
-    dtype = A.dtype
-    result, info = torch.linalg.inv_ex(A.to(compute_dtype(dtype)))
+    wide = compute_dtype(A.dtype)
+    if wide != A.dtype:
+        return inverse(A.to(wide)).to(A.dtype)
+    result, info = torch.linalg.inv_ex(A)
     if A.device.type == "cpu" and bool(info.any()):
         raise torch.linalg.LinAlgError(
             f"the core S (shape {tuple(A.shape)}) is singular: the rank of the point has dropped"
         )
-    return result.to(dtype)
+    return result
 
 
 @without_autocast
@@ -111,7 +112,9 @@ def solve_right(B: Tensor, A: Tensor) -> Tensor:
         On the CPU, if `A` is exactly singular. On an accelerator the result is Inf or NaN.
     """
     wide = compute_dtype(B.dtype)
-    return (B.to(wide) @ inverse(A.to(wide))).to(B.dtype)
+    if wide != B.dtype:
+        return solve_right(B.to(wide), A.to(wide)).to(B.dtype)
+    return B @ inverse(A)
 
 
 def _defect(Q: Tensor) -> Tensor:

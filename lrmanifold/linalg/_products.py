@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..precision import without_autocast
 from ._common import compute_dtype, differentiated
 from ._orthonormal import gram
 
@@ -135,6 +136,7 @@ def _signs(A: Tensor, tolerance: float, tau: float, tidy: int | None = None) -> 
     return newton_schulz(A, max(tolerance / max(1.0, tau), 1e-12), tidy)
 
 
+@without_autocast
 def damped_polar_by_products(X: Tensor, damping: float) -> Tensor:
     r"""X (XᵀX + δ²I)^(-1/2), singular values σ/√(σ² + δ²), by products; ‖X‖₂ <= 1.
 

@@ -74,6 +74,7 @@ KERNELS = {
     "conditioning_penalty_grad": lambda A: linalg.conditioning_penalty_grad(A[:5]),
     "gram_norm": linalg.gram_norm,
     "damped_polar": lambda A: linalg.damped_polar(A / 20.0, 0.1),
+    "damped_polar_by_products": lambda A: linalg.damped_polar_by_products(A / 20.0, 0.1),
 }
 
 
