@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from docutils import nodes
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import conf as site  # the lessons run here as they do for the site
@@ -40,3 +42,17 @@ revealjs_script_conf = {
     "hash": True,
     "slideNumber": True,
 }
+
+
+def _pictures_apart(app, doctree, name):
+    """A slide of its own for each cell with a picture: below its text it would be off screen."""
+    from sphinx_revealjs.nodes import revealjs_break
+
+    for cell in list(doctree.findall(nodes.container)):
+        code = cell.get("nb_element") == "cell_code" and isinstance(cell.parent, nodes.section)
+        if code and next(cell.findall(nodes.image), None) is not None:
+            cell.parent.insert(cell.parent.index(cell), revealjs_break(notitle=True))
+
+
+def setup(app):
+    app.connect("doctree-resolved", _pictures_apart)
