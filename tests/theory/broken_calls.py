@@ -129,6 +129,9 @@ def _recording() -> Iterator[dict[Site, CodeType]]:
 
     def on_event(frame: FrameType, event: str, result: Any) -> None:
         if event == "return" and frame.f_code in known and _changed(result):
+            plain = not hasattr(known[frame.f_code][2], "__wrapped__")
+            if plain and frame.f_back is not None and frame.f_back.f_code in _decorators():
+                return  # what a decorator calls for itself
             caller = _caller(frame.f_back)
             if caller is not None:
                 found.setdefault(_site(frame.f_code, caller), frame.f_code)
