@@ -7,8 +7,10 @@ Low-rank weights with the retraction "factored" have coordinates of their own,
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import geoopt
@@ -55,8 +57,11 @@ class Ambient:
     """
 
     def __init__(self, manifold: Any, margin: float = 0.0) -> None:
-        self.manifold, self.margin = manifold, margin
         self.low_rank = isinstance(manifold, FixedRank)
+        if margin and self.low_rank:  # retractions end with the manifold's own projection
+            manifold = copy.copy(manifold)
+            manifold.project_core = partial(manifold.project_core, margin=margin)
+        self.manifold, self.margin = manifold, margin
 
     # -- tensors and blocks
 

@@ -101,7 +101,7 @@ class Engine:
             if M is None:
                 yield self._flat(bundle), bundle
             elif not is_factored(M):
-                yield Ambient(M), bundle
+                yield Ambient(M, margin), bundle
             elif is_accelerated(first.point) and may_be_padded(M):
                 for part in partition([item.manifold for item in bundle]):  # type: ignore[misc]
                     chosen = [bundle[i] for i in part]

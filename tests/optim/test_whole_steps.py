@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -91,6 +92,21 @@ def test_two_sets_of_a_users_class_are_not_moved_by_the_first_ones_bound(kind, f
 def test_a_margin_needs_a_projection_that_takes_one():
     with pytest.raises(ValueError, match=r"clip_margin must be 0 .* on NormCap.* got 0.5"):
         CondLR([on(NormCap(9, 8, 3, cap=1.0))], lr=0.1, clip_margin=0.5)
+
+
+@pytest.mark.parametrize("retraction", lrm.retractions.available())
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_core_outside_is_brought_as_far_inside_as_the_margin_says(retraction, kind, forced):
+    torch.manual_seed(0)
+    p = on(lrm.WellConditioned(9, 8, 3, tau=0.5, retraction=retraction))
+    p.manifold.unpack(p.data).S.copy_(torch.diag(torch.tensor([1.5, 1.0, 1.0])))
+    optimizer = kind([p], lr=0.01, clip_margin=0.5)
+    p.grad = torch.zeros_like(p)
+    p.manifold.unpack(p.grad).S[0, 0] = -1.0
+    with force_accelerator() if forced else contextlib.nullcontext():
+        optimizer.step()
+    assert float(p.manifold.cond(p.detach())) == pytest.approx(1.25, abs=1e-3)
 
 
 # -- whole or not at all
