@@ -266,13 +266,16 @@ def _parts(engine: Engine, item: Item, before: list[Tensor] | None) -> list[Tens
 
 
 def _read(engine: Engine, item: Item, parts: Iterator[Tensor]) -> None:
-    for key in _COUNTERS:
-        item.state[key] += next(parts)[0].to(torch.int64)
-    flag = next(parts)
+    names = engine.rule.names(item.group, item.manifold)
+    steps, skipped, flag = (next(parts) for _ in range(3))
+    for key, count in zip(_COUNTERS, (steps, skipped), strict=True):
+        item.state[key] += count[0].to(torch.int64)
+    if steps.device.type != "cpu" or bool(steps):
+        engine.forget(item, names)
     item.point.copy_(next(parts).view(item.point.shape))
     # On an accelerator the state is always there, and nobody waits for the flag.
     there = flag.device.type != "cpu" or bool(flag)
-    for name in engine.rule.names(item.group, item.manifold):
+    for name in names:
         value, old = next(parts), item.remembered(name, engine.rule)
         if there:
             item.state[name] = value.view(old.shape).to(old.dtype, copy=True)

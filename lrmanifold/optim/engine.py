@@ -84,9 +84,16 @@ class Engine:
 
     def _move_nothing(self, item: Item) -> None:
         """Of a parameter without entries (rows that another process has) only the state is kept."""
-        for name in self.rule.names(item.group, item.manifold):
+        names = self.rule.names(item.group, item.manifold)
+        self.forget(item, names)
+        for name in names:
             item.state[name] = item.remembered(name, self.rule)
         item.state["step"] += 1
+
+    def forget(self, item: Item, kept: Iterable[str]) -> None:
+        """Drop vectors that a step has not kept: not transported, they are none at the point."""
+        for gone in set(self.rule.vectors) - set(kept):
+            item.state.pop(gone, None)
 
     # -- bundles
 
@@ -250,8 +257,7 @@ class Engine:
     ) -> None:
         """Put a computed step into parameters and state; `ok` tells which weights have moved."""
         for item in items:
-            for gone in set(self.rule.vectors) - set(new):
-                item.state.pop(gone, None)  # not transported, it would be no vector at the point
+            self.forget(item, new)
         alone = len(items) == 1 and not is_accelerated(items[0].point)
         for name, value in ((None, Y), *new.items()):
             if alone and isinstance(value, Factors) and name is not None:

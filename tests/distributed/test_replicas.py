@@ -78,6 +78,28 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_all(tmp_path, distribute, s
     assert_ranks_agree_and_equal(tmp_path, 2, model, optimizer, 1e-6)
 
 
+def switching_worker(rank, world, folder):
+    model = network()
+    optimizer = optimizer_for(model, distribute=True)
+    for step in range(3):
+        optimizer.param_groups[0]["momentum"] = 0.0 if step == 1 else 0.5
+        if step == 2:  # the others have other owners without this one
+            model[0].weight.requires_grad_(False)
+        train(model, optimizer, 1, first=step)
+        save(folder, f"{rank}-{step}", model, optimizer)
+
+
+def test_momentum_that_was_switched_off_is_gone_on_all(tmp_path):
+    launch(switching_worker, 2, tmp_path)
+    for step, kept in ((0, True), (1, False), (2, True)):
+        files = (tmp_path / f"rank-{rank}-{step}.pt" for rank in range(2))
+        (one, state), (other, others) = (torch.load(f, weights_only=True) for f in files)
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+        for a, b in zip(state, others, strict=True):
+            assert a.keys() == b.keys()
+        assert ("momentum_buffer" in state[-1]) == kept
+
+
 def failing_worker(rank, world, folder):
     """A step that overflows at the rank which owns the layer."""
     model = network()

@@ -58,6 +58,18 @@ def test_rows_that_change_places_behind_the_optimizers_back_are_noticed():
         good = layer.weight.detach().clone()
 
 
+def test_without_momentum_parameters_without_entries_remember_none_either():
+    whole, empty = (torch.nn.Parameter(torch.ones(k, 3)) for k in (2, 0))
+    optimizer = CondLR([whole, empty], lr=0.1, momentum=0.9)
+    for momentum, kept in ((0.9, True), (0.0, False), (0.9, True)):
+        optimizer.param_groups[0]["momentum"] = momentum
+        for p in (whole, empty):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert optimizer.state[whole].keys() == optimizer.state[empty].keys()
+        assert ("momentum_buffer" in optimizer.state[whole]) == kept
+
+
 def test_a_scheduled_option_is_checked_and_later_groups_take_part():
     layer = lrm.nn.LowRankLinear(8, 8, 2)
     optimizer = CondLR([layer.weight], lr=0.1, penalty=0.1)
