@@ -38,7 +38,7 @@ def average_points(manifold: FixedRank, X: Tensor, Y: Tensor, weight: float) -> 
     Parameters
     ----------
     manifold : FixedRank
-        Its rank is that of the result; `X` and `Y` may have others.
+        Its rank, at most r_X + r_Y, is that of the result.
     X, Y : Tensor, shapes (..., m + r_X + n, r_X) and (..., m + r_Y + n, r_Y)
     weight : float
         In [0, 1]; 0 gives `X` and 1 gives `Y`, up to rounding and where `manifold` has their rank
@@ -51,12 +51,17 @@ def average_points(manifold: FixedRank, X: Tensor, Y: Tensor, weight: float) -> 
     Raises
     ------
     ValueError
-        If `weight` is out of range.
+        If `weight` is out of range, or the average has too small a rank.
     """
     check_instance("manifold", manifold, FixedRank, "an lrmanifold.FixedRank")
     check_tensor("X", X)
     check_tensor("Y", Y)
     weight = check_number("weight", weight, low=0.0, high=1.0)
+    most = X.shape[-1] + Y.shape[-1]
+    if manifold.rank > most:
+        raise ValueError(
+            f"rank of manifold must be at most r_X + r_Y = {most}, got {manifold.rank}"
+        )
     with PlainArithmetic([Y.device.type]).plain():
         return _average_points(manifold, X, Y, weight)
 

@@ -81,6 +81,13 @@ def test_it_is_the_nearest_point_to_the_average_of_the_matrices(shape, weight, t
     assert float(M.drift(Z)) <= 1e-12
 
 
+def test_two_points_have_no_average_of_more_than_the_sum_of_their_ranks():
+    X, Y = (lrm.FixedRank(10, 9, rank).random() for rank in (2, 3))
+    assert average_points(lrm.FixedRank(10, 9, 5), X, Y, 0.5).shape == (24, 5)
+    with pytest.raises(ValueError, match=r"at most r_X \+ r_Y = 5, got 6"):
+        average_points(lrm.FixedRank(10, 9, 6), X, Y, 0.5)
+
+
 @given(weight=st.floats(0, 1), seed=st.integers(0, 1000))
 def test_it_does_not_depend_on_the_gauge(weight, seed):
     torch.manual_seed(seed)
