@@ -157,9 +157,8 @@ def _entry(
             f"the state of {label} must have entries of {name}, {sorted(known)}, "
             f"got {sorted(state)}"
         )
-    wanted = rule.names(options, M)
-    used = tuple(key for key in wanted if key in state)
-    if used and used != wanted:
+    used = tuple(key for key in rule.known(M) if key in state)
+    if used and not set(rule.names(options, M)) <= set(used):
         raise ValueError(f"the state of {label} must have all entries of {name}, got only {used}")
     entry: dict[str, Any] = {}
     for key in _COUNTERS:

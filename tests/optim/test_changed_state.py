@@ -70,6 +70,24 @@ def test_without_momentum_parameters_without_entries_remember_none_either():
         assert ("momentum_buffer" in optimizer.state[whole]) == kept
 
 
+def test_a_momentum_that_rests_is_kept_through_a_file():
+    torch.manual_seed(0)
+    models = [net(4), net(4)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours, theirs = (CondLR(x.parameters(), lr=0.1, momentum=0.9) for x in models)
+    step(models[0], ours)
+    ours.param_groups[0]["momentum"] = 0.0
+    ours.zero_grad()
+    ours.step()  # without gradients nothing moves, and nothing is forgotten
+    models[1].load_state_dict(models[0].state_dict())
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for model, optimizer in zip(models, (ours, theirs), strict=True):
+        optimizer.param_groups[0]["momentum"] = 0.9
+        step(model, optimizer)
+    for a, b in zip(*(x.parameters() for x in models), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_scheduled_option_is_checked_and_later_groups_take_part():
     layer = lrm.nn.LowRankLinear(8, 8, 2)
     optimizer = CondLR([layer.weight], lr=0.1, penalty=0.1)
