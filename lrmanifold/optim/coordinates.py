@@ -58,7 +58,8 @@ class Ambient:
 
     def __init__(self, manifold: Any, margin: float = 0.0) -> None:
         self.low_rank = isinstance(manifold, FixedRank)
-        if margin and self.low_rank:  # retractions end with the manifold's own projection
+        # other retractions than "factored" end with the manifold's own projection
+        if margin and self.low_rank and not is_factored(manifold):
             manifold = copy.copy(manifold)
             manifold.project_core = partial(manifold.project_core, margin=margin)
         self.manifold, self.margin = manifold, margin

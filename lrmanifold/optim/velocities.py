@@ -111,6 +111,8 @@ class Velocities(Ambient):
 
     def project_core(self, S: Tensor) -> Tensor:
         """The manifold's own projection of a core."""
+        if self.margin:
+            return self.manifold.project_core(S, margin=self.margin)
         return self.manifold.project_core(S)
 
     def polars(self, Y_u: Tensor, Y_v: Tensor) -> tuple[Tensor, Tensor]:
