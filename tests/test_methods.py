@@ -354,6 +354,12 @@ def test_rates_rise_linearly_and_fall_to_zero(blobs):
     assert plain == pytest.approx([0.1 * (1 + math.cos(math.pi * k / 20)) for k in range(20)])
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_warm_up_that_rounds_to_the_whole_training_ends(schedule, blobs):
+    found = rates(torch.optim.SGD, blobs, schedule=schedule, warmup=0.98)
+    assert found == pytest.approx([*(0.2 * k / 19 for k in range(1, 20)), 0.2])
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_options_reach_the_training_and_equal_torchs(optimizer, blobs):
     """A dense network with decay, smoothing and Nesterov: a plain loop with torch's own classes."""

@@ -357,7 +357,7 @@ def _schedule(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     if settings.schedule == "cosine" and not settings.warmup:
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    rise = round(settings.warmup * steps)
+    rise = min(round(settings.warmup * steps), steps - 1)  # one step at least has the whole rate
 
     def factor(step: int) -> float:
         if step < rise:
