@@ -276,3 +276,21 @@ def test_the_packages_messages_point_to_what_is_here(caplog):
     _autoattack._log.warning("there are 16 points! See flags_doc.md for details.")
     assert "flags_doc" not in caplog.text
     assert "See lrmanifold.robustness.check_masking" in caplog.text
+
+
+def test_square_goes_on_where_two_logits_are_equal(device):
+    """Rounded logits are often equal: as many images are fooled as where class 0 gives way."""
+    net = network(device, classes=2)
+    x, y = labelled(net, device, wrong=0)
+
+    def rounded(z):
+        return net(z).round()
+
+    y = rounded(x).argmax(1)
+    options = {"attacks": ["square"], "queries": 60}
+    found = worst_case(rounded, (x, y), 0.03, **options).accuracy
+    expected = worst_case(
+        lambda z: rounded(z) - 0.25 * torch.arange(2, device=device), (x, y), 0.03, **options
+    )
+    assert expected.clean - expected.accuracy > 0.05
+    assert found == expected.accuracy
