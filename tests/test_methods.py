@@ -310,6 +310,14 @@ def test_unknown_kind_and_settings_are_refused(blobs):
             Settings(**wrong)
 
 
+@pytest.mark.parametrize("more", [{}, {"certified": 0.1}])
+def test_dlrt_has_no_adam_and_says_so(more, blobs):
+    settings = dataclasses.replace(SETTINGS, optimizer="sgd" if more else "adam")
+    for kind in ("dlrt", "robust_dlrt"):
+        with pytest.raises(ValueError, match=rf"{kind} takes optimizer 'sgd' alone, got 'adam'"):
+            run(Method(kind, kind, tol=0.1), blobs, settings, **more)
+
+
 def test_options_that_came_later_are_written_only_where_they_were_set():
     """So a run or a checkpoint from before such an option is still the same run."""
     plain = Settings(3, 32, 0.2, 0.5, 7).to_dict()

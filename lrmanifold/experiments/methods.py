@@ -54,7 +54,8 @@ class Method:
         epochs, truncated to two factors and trained on for the other half; "factors", two free
         factors A Bᵀ; "orthogonal", all matrices but the last orthogonal, of full rank; "condlr";
         "fixed_rank", the same manifold without a bound, its gradients by probes, which small
-        singular values do not harm; "dlrt" and "robust_dlrt", which choose ranks as they train.
+        singular values do not harm; "dlrt" and "robust_dlrt", which choose ranks as they train, by
+        gradient steps without momentum.
     tau : float or None
         For "condlr"; None is no bound, with the gradients of the factors.
     penalty : float
@@ -283,6 +284,8 @@ def _optimizer(
     """The same class for all methods of one step: on ordinary parameters SGD or AdamW."""
     lr, decay = settings.lr, settings.weight_decay
     params: Any = _groups(model, decay) if decay else model.parameters()
+    if method.kind in ("dlrt", "robust_dlrt") and settings.optimizer != "sgd":
+        raise ValueError(f"{method.kind} takes optimizer 'sgd' alone, got {settings.optimizer!r}")
     if method.kind == "dlrt":
         return DLRT(params, lr, s_steps=method.s_steps, tol=method.tol)
     if method.kind == "robust_dlrt":
