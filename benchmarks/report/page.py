@@ -182,8 +182,11 @@ def _strengths(results: Results) -> list[float]:
 
 def _legend(results: Results) -> str:
     attack = results.plan.attack
-    row = next(g.done[0] for g in results.groups if g.done)
-    names = ", ".join(row["worst"][results.eps]["attacks"])
+    done = [row for g in results.groups for row in g.done]
+    row = done[0]
+    # a machine without the package tries fewer
+    tried = dict.fromkeys(", ".join(r["worst"][results.eps]["attacks"]) for r in done)
+    names = " (or, in other rows, ".join(tried) + ")" * (len(tried) - 1)
     source = f"Transfer: PGD images of a {results.plan.reference} network of another start. "
     transfer = source if attack.transfer else ""
     others = f", none of the {attack.skip} that earlier plans drew" if attack.skip else ""
@@ -303,11 +306,12 @@ def _appendix(results: Results) -> list[str]:
 
 def _after(results: Results) -> str:
     groups = [g for g in results.main() if g.done]
-    names = groups[0].done[0]["worst"][results.eps]["attacks"]  # in the order in which they ran
+    firsts = [group.done[0]["worst"][results.eps] for group in groups]
+    names = max((first["attacks"] for first in firsts), key=len)  # in the order in which they ran
     rows = []
-    for group in groups:
-        after = group.done[0]["worst"][results.eps]["after"]
-        rows.append([group.family.name, *(f"{100 * after[name]:.1f}" for name in names)])
+    for group, first in zip(groups, firsts, strict=True):
+        after = {name: f"{100 * left:.1f}" for name, left in first["after"].items()}
+        rows.append([group.family.name, *(after.get(name, "–") for name in names)])
     return table(["family", *names], rows)
 
 

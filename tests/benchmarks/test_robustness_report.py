@@ -380,6 +380,21 @@ def test_bars_that_one_seed_cannot_have_are_not_promised(folder):
     assert "one split" in text
 
 
+def test_rows_that_were_attacked_less_are_told(folder):
+    """A machine without pyautoattack: its rows are under PGD alone, and keep standing so."""
+    results = read(folder)
+    last = results.groups[-1]
+    for group in results.groups:
+        if group is not last:
+            for one in group.rows:
+                found = one["worst"]["0.06"]
+                found |= {"after": {"pgd": 0.5, "square": 0.4}, "attacks": ["pgd", "square"]}
+    assert "only if pgd, square (or, in other rows, pgd) all fail" in page._legend(results)
+    lines = page._after(results).splitlines()
+    assert lines[2].endswith("| 50.0 | 40.0 |")
+    assert lines[-1] == f"| {last.family.name} | 50.0 | – |"
+
+
 def test_a_setting_at_an_end_of_its_grid_is_marked(folder):
     results = read(folder)
     # nothing of decay and smoothing was tried: no setting has all its neighbours
