@@ -335,3 +335,21 @@ def test_random_starts_and_crops_do_not_depend_on_torchs_default_dtype():
         torch.set_default_dtype(torch.float32)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_steps_in_l2_are_not_used_up_by_what_points_out_of_the_images():
+    """Black images, 95 % of the components outwards: the gain on a linear model is the exact one.
+
+    Gradients of 1e-25, whose squares are no float32 numbers, make no difference.
+    """
+    w = torch.rand(400, generator=torch.Generator().manual_seed(0))
+    w[:380] *= -1
+    x, y = torch.zeros(2, 1, 20, 20), torch.zeros(2, dtype=torch.int64)
+    for scale in (1.0, 1e-25):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(400, 2, bias=False))
+        model[1].weight.data = scale * torch.stack((torch.zeros(400), w))
+        for kind in ("pgd", "single"):
+            loss = AdversarialLoss(Adversarial(0.1, norm="l2", kind=kind, ramp=0.0), 10)
+            z = loss.attacked(model, x, y, 0.1, torch.zeros_like(x))
+            gain = (z - x).flatten(1) @ w
+            torch.testing.assert_close(gain, (0.1 * w[380:].norm()).expand(2), rtol=1e-5, atol=0)

@@ -47,6 +47,8 @@ cross_entropy = functools.partial(nn.functional.cross_entropy, reduction="none")
 def test_attacks_equal_those_of_foolbox(method, norm, normalized, device):
     net = convnet(device)
     x, y = images(device)
+    if norm == "l2":
+        x = 0.3 + 0.4 * x  # at the border of the box our steps are longer, see below
     channels = {"mean": MEAN, "std": STD} if normalized else {}
     preprocessing = None
     if normalized:
@@ -54,7 +56,7 @@ def test_attacks_equal_those_of_foolbox(method, norm, normalized, device):
         preprocessing = {**tensors, "axis": -3}
     other = foolbox.PyTorchModel(net, bounds=(0, 1), device=device, preprocessing=preprocessing)
     attacks = foolbox.attacks
-    eps = 0.1 if norm == "linf" else 1.0
+    eps = 0.1 if norm == "linf" else 0.3
     if method == "fgsm":
         ours = fgsm(net, x, y, eps, norm=norm, loss=cross_entropy, **channels)
         cls = attacks.LinfFastGradientAttack if norm == "linf" else attacks.L2FastGradientAttack
@@ -81,6 +83,7 @@ def test_float32_attacks_equal_those_of_foolbox_to_1e_5(device):
     torch.testing.assert_close(
         fgsm(net, x, y, 0.05, loss=cross_entropy), expected, rtol=0, atol=1e-5
     )
+    x = 0.3 + 0.4 * x
     theirs = foolbox.attacks.L2ProjectedGradientDescentAttack(
         abs_stepsize=0.1, steps=5, random_start=False
     )
@@ -216,6 +219,22 @@ def test_two_runs_are_the_default_and_the_first_starts_at_x(device):
     unused = torch.Generator().manual_seed(3)
     pgd(model, x, y, eps, random_start=False, generator=unused, **options)
     assert torch.equal(unused.get_state(), torch.Generator().manual_seed(3).get_state())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95, 0.99])
+def test_steps_in_l2_are_not_used_up_by_what_points_out_of_the_box(share, device):
+    """From a corner of the box, a linear model: only components that point inwards count."""
+    seeded = torch.Generator().manual_seed(0)
+    x = (torch.rand(4, 1, 400, generator=seeded) < 0.5).double().to(device)
+    inward = 1.0 - 2.0 * x[0, 0]
+    outward = (torch.rand(400, generator=seeded) < share).to(device)
+    w = torch.rand(400, generator=seeded).double().to(device)
+    w = torch.where(outward, -1.0, 1.0) * inward * w
+    x, y, eps = x[:1], torch.zeros(1, dtype=torch.int64, device=device), 0.1
+    model = Linear2(w.view(1, 400))
+    best = eps * float(torch.where(outward, 0.0, w).norm())
+    for z in (fgsm(model, x, y, eps, norm="l2"), pgd(model, x, y, eps, norm="l2", restarts=1)):
+        assert float((z - x).flatten() @ w) == pytest.approx(best, rel=1e-9)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -258,8 +258,8 @@ def _search(results: Results) -> str:
         f"{100 * search.validation:.0f} % of the training images that a trial does not see (the "
         f"worst case on at most {search.images:,} of them), "
         f"{'one split' if splits == 1 else f'mean over {splits} splits'}. Every family has "
-        f"{search.trials} trials; the grid grows wherever the search goes "
-        "(`benchmarks/robustness/search.py`), and the number of trials is its only limit. "
+        f"{search.trials} trial{'s' * (search.trials > 1)}; the grid grows wherever the search "
+        "goes (`benchmarks/robustness/search.py`), and the number of trials is its only limit. "
         "Inside its grid: all neighbours of the setting were tried."
     )
 

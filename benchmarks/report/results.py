@@ -166,7 +166,8 @@ def read(folder: Path) -> Results | None:
     whole = set.intersection(*seeds)
     begun = {s: sum(s in own for own in seeds) for s in sorted(set.union(*seeds) - whole)}
     for group in groups.values():
-        group.rows = [row for row in group.rows if row["seed"] in whole]
+        own = {row["seed"]: row for row in group.rows}  # processes may finish in another order
+        group.rows = [own[seed] for seed in plan.seeds if seed in whole]
     return Results(plan, trials, list(groups.values()), missing, begun) if whole else None
 
 

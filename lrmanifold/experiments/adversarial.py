@@ -202,8 +202,9 @@ class AdversarialLoss:
                         else _divergence(logits, target) * len(y)
                     )
                     (g,) = torch.autograd.grad(loss, z)
-                z = _project(x, z.detach() + length * _direction(g, how.norm) - x, eps, how.norm)
-        return z.detach().to(given)
+                z = z.detach()
+                z = _project(x, z + length * _direction(g, how.norm, z) - x, eps, how.norm)
+        return z.to(given)
 
 
 def _check_images(x: Tensor) -> None:
@@ -244,8 +245,14 @@ def _start(x: Tensor, norm: str, generator: torch.Generator) -> Tensor:
     return (share * draw / _flat(draw)).to(x)
 
 
-def _direction(g: Tensor, norm: str) -> Tensor:
-    return g.sign() if norm == "linf" else g / _flat(g).clamp_min(torch.finfo(g.dtype).tiny)
+def _direction(g: Tensor, norm: str, z: Tensor) -> Tensor:
+    """The unit step from z, without what points out of [0, 1] and would use it up."""
+    if norm == "linf":
+        return g.sign()
+    g = g.where(((g < 0) | (z < 1)) & ((g > 0) | (z > 0)), 0.0)
+    tiny = torch.finfo(g.dtype).tiny
+    g = g / g.abs().amax(tuple(range(1, g.ndim)), keepdim=True).clamp_min(tiny)
+    return g / _flat(g).clamp_min(tiny)
 
 
 def _project(x: Tensor, change: Tensor, eps: float | Tensor, norm: str) -> Tensor:

@@ -40,7 +40,8 @@ def fgsm(
 ) -> Tensor:
     """One step of length `eps` up the loss: x + eps sign(g) (linf) or x + eps g / |g|_2 (l2).
 
-    The result has shape, unit and dtype of `x`. Half precision: the attack computes in float32 and
+    In l2 g is without the components that point out of `clip`, which would use up the step. The
+    result has shape, unit and dtype of `x`. Half precision: the attack computes in float32 and
     stays inside the ball there, the model sees its images rounded to their dtype, and so is the
     result, each entry at most half a spacing further away. One forward and one backward pass. A
     sample with zero gradient comes back as it was. Source: Goodfellow, Shlens, Szegedy, ICLR 2015.
@@ -62,7 +63,7 @@ def fgsm(
     with torch.inference_mode(False), evaluation_mode(model):
         images = x
         x, y, f, box = prepare(model, x, y, norm, clip, mean, std, eps)
-        z = (x + eps * steepest(gradient(f, loss, x, y), norm)).clamp(*box) if eps else x
+        z = (x + eps * steepest(gradient(f, loss, x, y), norm, x, box)).clamp(*box) if eps else x
         return z.to(images.dtype)
 
 
@@ -154,17 +155,27 @@ def ascend(
     for _ in range(steps):
         if watch is not None:
             watch(z)
-        change = z + length * steepest(gradient(f, loss, z, y), norm) - x
+        change = z + length * steepest(gradient(f, loss, z, y), norm, z, box) - x
         z = (x + project(change, eps, norm)).clamp(*box)
     if watch is not None:
         watch(z)
     return z
 
 
-def steepest(g: Tensor, norm: str) -> Tensor:
-    """Unit step by which a linear function of gradient g grows most: sign(g), g / |g|_2; 0 at 0."""
+def steepest(g: Tensor, norm: str, z: Tensor, box: tuple[float, float]) -> Tensor:
+    """Unit step from z by which a linear function of gradient g grows most; 0 at 0.
+
+    sign(g), or g / |g|_2 without what points out of the box, which would use up the step.
+    """
     if norm == "linf":
         return g.sign()
+    low, high = box
+    g = g.where(((g < 0) | (z < high)) & ((g > 0) | (z > low)), 0.0)
+    return unit(g)
+
+
+def unit(g: Tensor) -> Tensor:
+    """g / |g|_2 of each image; 0 at 0."""
     flat, tiny = g.flatten(1), torch.finfo(g.dtype).tiny
     # scaled first: a confident network's gradient of 1e-30 is no zero, but its square is
     flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(tiny)
@@ -176,6 +187,6 @@ def _uniform_in_unit_ball(x: Tensor, norm: str, generator: torch.Generator | Non
     draw = torch.empty(x.shape, dtype=x.dtype, device=device)
     if norm == "linf":
         return draw.uniform_(-1, 1, generator=generator).to(x.device)
-    direction = steepest(draw.normal_(generator=generator), "l2").flatten(1)
+    direction = unit(draw.normal_(generator=generator)).flatten(1)
     volume = torch.empty_like(direction[:, :1]).uniform_(generator=generator)
     return (volume ** (1 / direction.shape[1]) * direction).view_as(x).to(x.device)
