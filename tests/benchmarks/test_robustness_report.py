@@ -351,6 +351,15 @@ def test_seeds_that_not_all_families_have_are_left_out_and_told(folder):
     assert read(folder) is None
 
 
+def test_the_first_seed_is_that_of_the_plan_in_whatever_order_rows_were_finished(folder):
+    expected = page.write(read(folder), folder).read_text()
+    lines = (folder / "runs.jsonl").read_text().splitlines()
+    (folder / "runs.jsonl").write_text("".join(f"{line}\n" for line in reversed(lines)))
+    results = read(folder)
+    assert all([row["seed"] for row in g.rows] == list(SEEDS) for g in results.groups)
+    assert sorted(page.write(results, folder).read_text()) == sorted(expected)
+
+
 def test_rows_of_an_earlier_plan_do_not_count(folder):
     write(folder, changed(seeds=SEEDS, title="Changed after the runs"))
     assert read(folder) is None
