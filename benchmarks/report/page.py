@@ -342,10 +342,11 @@ def _cost(results: Results) -> str:
     head = ["family", "trained", "stored", "multiply-adds", "largest cond", "ECE", "CPU s"]
     return table(head, rows) + (
         "\n\nLargest cond: of a layer's weight as a matrix, among the layers that are low-rank in "
-        "some family. ECE: calibration error, of the seeds that did not diverge. CPU seconds of "
-        "one training, median of the seeds, on a busy machine; of a GPU's host where it ran there; "
-        "of a training that was cut off only what came after. A network that is truncated and not "
-        "trained on keeps dense matrices here, so its multiply-adds are those of a dense one."
+        "some family, first seed. ECE: calibration error, of the seeds that did not diverge. CPU "
+        "seconds of one training, median of the seeds, on a busy machine; of a GPU's host where it "
+        "ran there; of a training that was cut off only what came after. A network that is "
+        "truncated and not trained on keeps dense matrices here, so its multiply-adds are those of "
+        "a dense one."
     )
 
 
