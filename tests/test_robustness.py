@@ -225,12 +225,12 @@ def test_two_runs_are_the_default_and_the_first_starts_at_x(device):
 def test_steps_in_l2_are_not_used_up_by_what_points_out_of_the_box(share, device):
     """From a corner of the box, a linear model: only components that point inwards count."""
     seeded = torch.Generator().manual_seed(0)
-    x = (torch.rand(4, 1, 400, generator=seeded) < 0.5).double().to(device)
+    x = (torch.rand(1, 1, 400, generator=seeded) < 0.5).double().to(device)
     inward = 1.0 - 2.0 * x[0, 0]
     outward = (torch.rand(400, generator=seeded) < share).to(device)
     w = torch.rand(400, generator=seeded).double().to(device)
     w = torch.where(outward, -1.0, 1.0) * inward * w
-    x, y, eps = x[:1], torch.zeros(1, dtype=torch.int64, device=device), 0.1
+    y, eps = torch.zeros(1, dtype=torch.int64, device=device), 0.1
     model = Linear2(w.view(1, 400))
     best = eps * float(torch.where(outward, 0.0, w).norm())
     for z in (fgsm(model, x, y, eps, norm="l2"), pgd(model, x, y, eps, norm="l2", restarts=1)):

@@ -18,6 +18,7 @@ from .._arguments import (
     shown,
 )
 from .._evaluation import check_output, evaluation_mode, module_of
+from .._steepest import steepest
 from ..precision import compute_dtype
 
 KINDS = ("pgd", "trades", "single")
@@ -203,7 +204,9 @@ class AdversarialLoss:
                     )
                     (g,) = torch.autograd.grad(loss, z)
                 z = z.detach()
-                z = _project(x, z + length * _direction(g, how.norm, z) - x, eps, how.norm)
+                z = _project(
+                    x, z + length * steepest(g, how.norm, z, (0.0, 1.0)) - x, eps, how.norm
+                )
         return z.to(given)
 
 
@@ -243,16 +246,6 @@ def _start(x: Tensor, norm: str, generator: torch.Generator) -> Tensor:
     draw = torch.randn(x.shape, **drawn)
     share = torch.rand(len(x), *[1] * (x.ndim - 1), **drawn)
     return (share * draw / _flat(draw)).to(x)
-
-
-def _direction(g: Tensor, norm: str, z: Tensor) -> Tensor:
-    """The unit step from z, without what points out of [0, 1] and would use it up."""
-    if norm == "linf":
-        return g.sign()
-    g = g.where(((g < 0) | (z < 1)) & ((g > 0) | (z > 0)), 0.0)
-    tiny = torch.finfo(g.dtype).tiny
-    g = g / g.abs().amax(tuple(range(1, g.ndim)), keepdim=True).clamp_min(tiny)
-    return g / _flat(g).clamp_min(tiny)
 
 
 def _project(x: Tensor, change: Tensor, eps: float | Tensor, norm: str) -> Tensor:
