@@ -161,6 +161,42 @@ def test_every_method_trains_against_the_attack(kind, stripes):
     assert trained.history.loss != ordinary.history.loss
 
 
+def test_a_truncated_network_sees_the_radius_grow_once(stripes, monkeypatch):
+    """As in the other methods, over the whole training; and starts that its first half had not."""
+    seen = []
+
+    def loss(self, model, x, y, eps, start):
+        seen.append((eps, float(start.sum())))
+        return nn.functional.cross_entropy(model(x), y)
+
+    monkeypatch.setattr(AdversarialLoss, "loss", loss)
+    for ramp in (0.3, 0.9):
+        seen.clear()
+        how = Adversarial(0.05, ramp=ramp)
+        fitted(stripes, how)
+        whole = [*seen]
+        seen.clear()
+        fitted(stripes, how, Method("cut", "finetuned"))
+        assert [eps for eps, _ in seen] == [eps for eps, _ in whole]
+        assert seen == whole
+
+
+def test_a_truncated_network_sees_the_certified_radius_grow_once(stripes, monkeypatch):
+    seen = []
+
+    class Loss(lrm.certify.CertifiedLoss):
+        def forward(self, bound, logits, y):
+            seen.append(self.schedule(0))
+            return nn.functional.cross_entropy(logits, y)
+
+    monkeypatch.setattr(lrm.certify, "CertifiedLoss", Loss)
+    for method in (METHOD, Method("cut", "finetuned")):
+        fitted(stripes, None, method, certified=0.1)
+    half = len(seen) // 2
+    assert seen[:half] == seen[half:]
+    assert seen[half - 1] == 1.0
+
+
 def test_wrong_arguments_are_named(stripes):
     for wrong in ({"eps": 0.0}, {"norm": "l1"}, {"kind": "fgsm"}, {"steps": 0}, {"ramp": 2.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -97,6 +97,8 @@ class AdversarialLoss:
     seed : int
     label_smoothing : float
         Of the cross entropy.
+    done : int
+        Batches of the whole training before the first one here, if it has several parts.
 
     Raises
     ------
@@ -105,12 +107,19 @@ class AdversarialLoss:
     """
 
     def __init__(
-        self, how: Adversarial, steps: int, *, seed: int = 0, label_smoothing: float = 0.0
+        self,
+        how: Adversarial,
+        steps: int,
+        *,
+        seed: int = 0,
+        label_smoothing: float = 0.0,
+        done: int = 0,
     ) -> None:
         self.how: Adversarial = check_instance("how", how, Adversarial, "an Adversarial")
         self.steps = check_integer("steps", steps, low=1)
         self.seed = check_integer("seed", seed)
         self.smoothing = check_number("label_smoothing", label_smoothing, low=0.0, high=1.0)
+        self.done = check_integer("done", done, low=0)
         self._seen = False
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
@@ -134,7 +143,7 @@ class AdversarialLoss:
     def radius(self, step: int) -> float:
         """The radius for the batch after `step` others: eps, or less while it grows."""
         grown = round(self.how.ramp * self.steps)
-        return self.how.eps * min(1.0, (step + 1) / grown) if grown else self.how.eps
+        return self.how.eps * min(1.0, (self.done + step + 1) / grown) if grown else self.how.eps
 
     def start(self, x: Tensor, step: int) -> Tensor:
         """Random starts of shape (B, C, H, W) in the unit ball of the norm, on the device of `x`.
@@ -142,7 +151,7 @@ class AdversarialLoss:
         They are multiplied by the radius. The CPU and CUDA draw different ones.
         """
         generator = torch.Generator(x.device)
-        generator.manual_seed((7_919 * step + self.seed + 1) % 2**63)
+        generator.manual_seed((7_919 * (self.done + step) + self.seed + 1) % 2**63)
         return _start(x, self.how.norm, generator)
 
     def loss(

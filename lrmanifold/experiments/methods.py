@@ -51,11 +51,11 @@ class Method:
         For tables.
     kind : one of `KINDS`
         "dense"; "svd", dense, then truncated to the rank; "finetuned", dense for half of the
-        epochs, truncated to two factors and trained on for the other half; "factors", two free
-        factors A Bᵀ; "orthogonal", all matrices but the last orthogonal, of full rank; "condlr";
-        "fixed_rank", the same manifold without a bound, its gradients by probes, which small
-        singular values do not harm; "dlrt" and "robust_dlrt", which choose ranks as they train, by
-        gradient steps without momentum.
+        epochs, truncated to two factors and trained on for the other half (a radius, if there is
+        one, grows once, over both); "factors", two free factors A Bᵀ; "orthogonal", all matrices
+        but the last orthogonal, of full rank; "condlr"; "fixed_rank", the same manifold without a
+        bound, its gradients by probes, which small singular values do not harm; "dlrt" and
+        "robust_dlrt", which choose ranks as they train, by gradient steps without momentum.
     tau : float or None
         For "condlr"; None is no bound, with the gradients of the factors.
     penalty : float
@@ -180,45 +180,59 @@ def train(
     if checkpoint is not None:
         checkpoint = Path(check_path("checkpoint", checkpoint))
     layers: dict[str, Any] = {"exclude": exclude, "keep_larger": keep_larger}
-    loop: dict[str, Any] = {
-        "on_step": on_step,
-        "on_resume": on_resume,
-        "checkpoint": checkpoint,
-        "save_every": save_every,
-    }
     if method.kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {method.kind!r}")
+    return _trained(
+        method, build, data, rank, settings, layers, (0, settings.steps(data)), dense=dense,
+        device=device, on_step=on_step, on_resume=on_resume, checkpoint=checkpoint,
+        save_every=save_every, certified=certified, adversarial=adversarial,
+        replay=check_flag("replay", replay),
+    )  # fmt: skip
+
+
+def _trained(
+    method: Method,
+    build: Callable[[], nn.Module],
+    data: Dataset,
+    rank: Rank,
+    settings: Settings,
+    layers: dict[str, Any],
+    span: tuple[int, int],
+    *,
+    dense: Trained | None = None,
+    device: torch.device | str,
+    certified: float | None,
+    adversarial: Adversarial | None,
+    replay: bool,
+    **loop: Any,
+) -> Trained:
+    """`span`: batches before, and of the whole training, over which a radius grows once."""
     torch.manual_seed(settings.seed)
     network = check_module("build()", build())
     size = sum(p.numel() for p in network.parameters())
-    again = functools.partial(
-        train,
-        Method("dense", "dense"),
-        build,
-        data,
-        rank,
-        device=device,
-        certified=certified,
-        adversarial=adversarial,
-        replay=replay,
-    )
+    kept: dict[str, Any] = {
+        "device": device, "certified": certified, "adversarial": adversarial, "replay": replay,
+    }  # fmt: skip
+    again = functools.partial(_trained, Method("dense", "dense"), build, data, rank)
     if method.kind == "svd":
         if dense is None:
-            dense = again(settings, **loop)
+            dense = again(settings, layers, span, **kept, **loop)
         model = copy.deepcopy(dense.model)
         factorize(model.network, rank=rank, tau=None, **layers)
-        kept = _shares(model, size)
+        shares = _shares(model, size)
         densify(model)
-        return Trained(model, dense.history, *kept)
+        return Trained(model, dense.history, *shares)
     before: list[float] = []
     if method.kind == "finetuned":
         if settings.epochs < 2:
             raise ValueError(f"finetuned needs settings.epochs >= 2, got {settings.epochs}")
         half = settings.epochs // 2
-        first = {**loop, "checkpoint": _beside(checkpoint)}
-        dense = again(dataclasses.replace(settings, epochs=settings.epochs - half), **first)
+        first = dataclasses.replace(settings, epochs=settings.epochs - half)
+        beside = {**loop, "checkpoint": _beside(loop["checkpoint"])}
+        dense = again(first, layers, span, **kept, **beside)
         network, before = dense.model.network, dense.history.loss
         settings = dataclasses.replace(settings, epochs=half, lr=settings.lr * method.finetune)
+        span = (first.steps(data), span[1])
     if method.kind in ("factors", "finetuned"):
         network = two_factors(network, rank, **layers)
     elif method.kind == "orthogonal":
@@ -227,22 +241,24 @@ def train(
         bound = {"tau": method.tau} if method.kind == "condlr" else _PROBED
         network = factorize(network, rank=rank, **bound, **layers)
     model = Normalized(network, data, channels_last=settings.channels_last).to(device)
+    part = "" if span == (0, settings.steps(data)) else f", from batch {span[0]} of {span[1]}"
     if certified is not None:
         settings = dataclasses.replace(settings, optimizer="adam")
-        loop["objective"] = _objective(model, data, settings, certified)
-        loop["about"] = f"certified loss, eps {certified!r}"
+        loop["objective"] = _objective(model, data, span, certified)
+        loop["about"] = f"certified loss, eps {certified!r}{part}"
     if adversarial is not None:
         loop["objective"] = AdversarialLoss(
             adversarial,
-            settings.steps(data),
+            span[1],
             seed=settings.seed,
             label_smoothing=settings.label_smoothing,
+            done=span[0],
         )
-        loop["about"] = repr(adversarial)
+        loop["about"] = f"{adversarial!r}{part}"
     loop["closure"] = method.kind in ("dlrt", "robust_dlrt")
     # the solver inside the orthogonal map waits for the device: such a step cannot be captured
     waits = loop["closure"] or method.kind == "orthogonal"
-    loop["replay"] = check_flag("replay", replay) and not waits and model.mean.is_cuda
+    loop["replay"] = replay and not waits and model.mean.is_cuda
     optimizer = _optimizer(model, method, settings, capturable=loop["replay"])
     history = fit(model, optimizer, data, settings, **loop)
     history.loss = before + history.loss
@@ -300,15 +316,15 @@ def _optimizer(
     return CondLR(params, lr, momentum=momentum, nesterov=nesterov, **common)
 
 
-def _objective(model: nn.Module, data: Dataset, settings: Settings, eps: float) -> Objective:
+def _objective(model: nn.Module, data: Dataset, span: tuple[int, int], eps: float) -> Objective:
     """The certified loss as a function of the step: a run that was cut off goes on alike."""
-    steps = settings.steps(data)
+    before, steps = span
     bound = certify.LipschitzBound(model, data.image_shape)
     done = [0]
     loss = certify.CertifiedLoss(eps, lambda _: min(1.0, done[0] / max(1, steps // 2)))
 
     def objective(model: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
-        done[0] = step
+        done[0] = before + step
         bound.forget()  # a checkpoint has no warm starts
         return loss(bound, model(x), y)
 
