@@ -13,6 +13,7 @@ from torch import nn
 
 import lrmanifold as lrm
 from lrmanifold.monitor._cone import normal_core
+from lrmanifold.monitor._output_bound import output_bound
 from lrmanifold.nn import LowRankLinear
 
 
@@ -343,6 +344,21 @@ def test_a_bias_counts_at_every_place_of_a_sequence():
     assert bool((apart <= monitor.output_bound(x, certified=True) * (1 + 1e-12)).all())
 
 
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.data())
+def test_circular_padding_shows_a_pixel_to_more_patches(n, k, stride, data):
+    """Padding wider than the kernel repeats patches: at n = k = pad = 3 the bound was 1.5 short."""
+    pad = data.draw(st.integers(0, n))
+    if n + 2 * pad < k:
+        return
+    options = {"stride": stride, "padding": pad, "padding_mode": "circular", "bias": False}
+    theirs = nn.Sequential(nn.Conv1d(1, 1, k, **options)).double().requires_grad_(False)
+    ours = copy.deepcopy(theirs)
+    ours[0].weight.add_(1.0)  # at an image of ones no other change of that length does more
+    x = torch.ones(1, 1, n, dtype=torch.float64)
+    apart = float((ours(x) - theirs(x)).norm())
+    assert apart <= float(output_bound(ours, theirs, x, math.sqrt(k))) * (1 + 1e-12)
+
+
 def test_networks_without_a_bound_of_outputs_are_refused():
     class Other(nn.Module):
         def forward(self, x):
@@ -365,6 +381,24 @@ def test_networks_without_a_bound_of_outputs_are_refused():
         )  # fmt: skip
         with pytest.raises(ValueError, match="needs a chain"):
             monitor.output_bound(torch.ones(1, 8))
+
+
+class Times(nn.Linear):
+    def forward(self, x):
+        return 9.0 * super().forward(x)
+
+
+def test_layers_with_a_function_of_their_own_have_no_bound_of_outputs():
+    """What they do to a difference was taken for the norm of their weight."""
+    hooked, own = nn.Linear(8, 8), nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda module, args, output: 9.0 * output)
+    own.forward = lambda x: 9.0 * x
+    loud = nn.ReLU()
+    loud.register_forward_pre_hook(lambda module, args: (9.0 * args[0],))
+    for layer in (Times(8, 8), hooked, own, loud):
+        net = nn.Sequential(nn.Linear(8, 8), layer)
+        with pytest.raises(ValueError, match="hooks or forwards of their own"):
+            output_bound(net, copy.deepcopy(net), torch.ones(1, 8), None)
 
 
 def test_an_output_bound_needs_the_same_activations_and_leaves_its_input_alone():

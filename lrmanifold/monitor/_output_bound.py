@@ -38,7 +38,7 @@ def output_bound(
     for ours, theirs in zip(_chain(model), _chain(reference), strict=True):
         z = _exactly(theirs, x)
         if isinstance(theirs, (nn.Linear, _ConvNd)):
-            patches = _patches(theirs)
+            patches = _patches(theirs, x.shape[2:], z.shape[2:])
             lipschitz = _norm_of_map(theirs, ours, x.shape[2:])
             # A bias acts at every pixel, or at every place of a sequence.
             places = 0 if theirs.bias is None else z[0].numel() // theirs.bias.numel()
@@ -60,13 +60,13 @@ def _chain(module: nn.Module) -> Iterator[nn.Module]:
         for part in module:
             yield from _chain(part)
         return
-    if not isinstance(module, (LowRankLayer, nn.Linear, _ConvNd)):
-        _check_harmless(module)
+    _check_known(module)
     yield module
 
 
-def _check_harmless(module: nn.Module) -> None:
-    fine = isinstance(module, _LIPSCHITZ_1) and not isinstance(module, _NOT_1)
+def _check_known(module: nn.Module) -> None:
+    linear = isinstance(module, (LowRankLayer, nn.Linear, _ConvNd))
+    fine = linear or (isinstance(module, _LIPSCHITZ_1) and not isinstance(module, _NOT_1))
     if isinstance(module, nn.LeakyReLU):
         fine = abs(module.negative_slope) <= 1.0
     if isinstance(module, nn.ELU):
@@ -85,12 +85,13 @@ def _check_harmless(module: nn.Module) -> None:
         fine = all(k <= s for k, s in pairs) and set(dilation) == {1}
         fine = fine and getattr(module, "divisor_override", None) is None
     home = type(module).forward.__module__
-    fine = fine and home.startswith("torch.nn.modules.")  # not a subclass's own
-    if not fine:
+    fine = fine and home.startswith(("torch.nn.modules.", "lrmanifold.nn."))  # not a subclass's own
+    own = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    if own or not fine:
         raise ValueError(
             "output_bound needs a chain (nn.Sequential) of linear and convolutional layers, "
             "activations with Lipschitz constant 1, pooling over disjoint windows and dropout in "
-            f"evaluation mode, got {module}"
+            f"evaluation mode, without hooks or forwards of their own, got {module}"
         )
 
 
@@ -113,7 +114,7 @@ def _norm_of_map(layer: nn.Module, ours: Any, size: torch.Size) -> float:
     )  # fmt: skip
 
 
-def _patches(layer: nn.Module) -> float:
+def _patches(layer: nn.Module, size: torch.Size, out: torch.Size) -> float:
     """Root of the number of patches that hold a pixel, times itself: ‖map‖ <= this ‖K‖₂."""
     if not isinstance(layer, _ConvNd):
         return 1.0
@@ -123,9 +124,12 @@ def _patches(layer: nn.Module) -> float:
             f"padding_mode={layer.padding_mode!r}, transposed={layer.transposed}"
         )
     product = 1.0
-    for k, s, dilation in zip(layer.kernel_size, layer.stride, layer.dilation, strict=True):
+    axes = zip(layer.kernel_size, layer.stride, layer.dilation, size, out, strict=True)
+    for k, s, dilation, n, places in axes:
         # A pixel is in ceil(k/s) patches along an axis; with gaps, in k at most.
         product *= math.ceil(k / s) if dilation == 1 and layer.padding_mode == "zeros" else k
+        if layer.padding_mode == "circular":  # wider than the kernel, patches come again
+            product *= math.ceil(places * math.gcd(n, s) / n)
     return math.sqrt(product)
 
 
