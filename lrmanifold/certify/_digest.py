@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import functools
 import hashlib
 import types
 from typing import Any
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from ._trace import HOOKS
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 
 
 def _mark(value: Any) -> str:
@@ -26,18 +30,37 @@ def _mark(value: Any) -> str:
         return f"[{', '.join(sorted(f'{k!r}: {_mark(v)}' for k, v in value.items()))}]"
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
+    if isinstance(value, functools.partial):
+        return f"partial {_mark([value.func, value.args, value.keywords])}"
+    if isinstance(value, _NAMESPACES) or (
+        dataclasses.is_dataclass(value) and not isinstance(value, type)
+    ):
+        return f"{type(value)} {_mark(getattr(value, '__dict__', None))}"
     # two lambdas may have one name
     number = id(value) if isinstance(value, types.FunctionType) else ""
     return f"{type(value)} {getattr(value, '__qualname__', '')} {number}"
 
 
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Its own, and those of its classes with their methods, up to nn.Module."""
+    own = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+    classes = type(module).__mro__
+    for cls in classes[: classes.index(nn.Module)]:
+        # copying and pickling write __slotnames__ into a class
+        own = {k: v for k, v in vars(cls).items() if not k.startswith("__")} | own
+    return own
+
+
 def digest(model: nn.Module) -> str:
     """A fingerprint by which a stale report is noticed: tensors, attributes, hooks."""
     found = hashlib.blake2b(repr(model).encode(), digest_size=16)
-    for name, module in model.named_modules():
-        own = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+    # shared ones under each of their names: which are shared may change
+    for name, module in model.named_modules(remove_duplicate=False):
         hooked = [k for k in HOOKS if vars(module).get(k)]
-        found.update(f"{name} {_mark(own)} {hooked}".encode())
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        found.update(f"{name} {_mark(_attributes(module))} {hooked}".encode())
+    for name, value in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
         found.update(f"{name} {_mark(value)}".encode())
     return found.hexdigest()

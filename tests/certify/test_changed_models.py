@@ -5,6 +5,10 @@ Each test is one that once got a bound too small, a report that was out of date,
 
 from __future__ import annotations
 
+import functools
+import types
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -138,3 +142,78 @@ def test_padding_of_images_without_channels(pad, shape):
     J = torch.stack([pad(e.view(1, *shape)).flatten() for e in torch.eye(n, dtype=D)])
     true = float(torch.linalg.matrix_norm(J, 2))
     assert true * (1 - 1e-12) <= certify.lipschitz(pad, shape).total <= true * 1.5
+
+
+@dataclass
+class Setting:
+    scale: float = 1.0
+
+
+class Held(nn.Module):
+    """Reads what a class, a namespace, a data class and a partial hold."""
+
+    shift = 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.space, self.setting = types.SimpleNamespace(scale=1.0), Setting()
+        self.act = functools.partial(nn.functional.leaky_relu, negative_slope=0.5)
+
+    def forward(self, x):
+        x = self.act(self.layer(x) * self.space.scale) * self.setting.scale
+        return x + self.shift
+
+
+def other_class_attribute(model, patch):
+    patch.setattr(Held, "shift", 9.0)
+
+
+def other_method(model, patch):
+    patch.setattr(Held, "forward", lambda self, x: 9 * self.layer(x))
+
+
+def other_namespace(model, patch):
+    model.space.scale = 9.0
+
+
+def other_data_class(model, patch):
+    model.setting.scale = 9.0
+
+
+def other_partial(model, patch):
+    model.act = functools.partial(nn.functional.leaky_relu, negative_slope=9.0)
+
+
+HOLDERS = [other_class_attribute, other_method, other_namespace, other_data_class, other_partial]
+
+
+@pytest.mark.parametrize("change", HOLDERS)
+def test_a_report_is_stale_after_a_change_of_what_a_class_or_a_holder_of_values_has(
+    change, monkeypatch
+):
+    model, x = Held(), torch.rand(3, 2)
+    report = certify.lipschitz(model, (2,))
+    certify.radius(model, x, bound=report)
+    change(model, monkeypatch)
+    with pytest.raises(ValueError, match="make it anew"):
+        certify.radius(model, x, bound=report)
+
+
+@pytest.mark.parametrize("shared", ["module", "weight"])
+def test_a_report_is_stale_after_another_layer_is_shared(shared):
+    """Each module and tensor under its first name: that list stays as it is."""
+    model, x = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))), torch.rand(3, 2)
+
+    def share(i):
+        if shared == "module":
+            model[2] = model[i]
+        else:
+            model[2].weight, model[2].bias = model[i].weight, model[i].bias
+
+    share(0)
+    report = certify.lipschitz(model, (2,))
+    certify.radius(model, x, bound=report)
+    share(1)
+    with pytest.raises(ValueError, match="make it anew"):
+        certify.radius(model, x, bound=report)
