@@ -10,7 +10,8 @@ def _inside(module: nn.Module) -> nn.Module | None:
     """What a wrapper wraps; None for every other module."""
     if isinstance(module, (DataParallel, DistributedDataParallel)):
         return module.module
-    return module._modules.get("_orig_mod")  # torch.compile's class is slow to import
+    # torch.compile's class is slow to import, and TorchScript's dict has no get
+    return module._modules["_orig_mod"] if "_orig_mod" in module._modules else None  # noqa: SIM401
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

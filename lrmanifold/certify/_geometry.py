@@ -19,6 +19,12 @@ def geometry_of(module: Any, context: Context) -> dict[str, Any]:
             f"{tuple(context.input_shape)}; input_shape is the shape of one sample, without the "
             "batch, such as (3, 32, 32)"
         )
+    for key in ("stride", "padding", "dilation"):
+        if isinstance(value := getattr(module, key), int):
+            raise BoundError(
+                f"{context.name or 'the model'}: its {key} was changed to {value} after it was "
+                f"made: give one number a dimension, {(value,) * d}"
+            )
     if module.padding_mode != "zeros":
         _check_pads(module, context)
     return {

@@ -140,7 +140,11 @@ def operation(
         if strange or kwargs.get("dtype") is not None or len(args) - 1 > len(names):
             raise _unknown(node, context)
         given = {k: constants(v) for k, v in given.items() if v is not None}
-        return module_bound(kind(**given), context), "chain"
+        try:
+            module = kind(**given)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise BoundError(f"{context.name}: {words} does not take {given}: {error}") from error
+        return module_bound(module, context), "chain"
     if target is F.dropout and number == 1:
         on = kwargs.get("training", args[2] if len(args) > 2 else True)
         if on:
@@ -222,6 +226,8 @@ def _arithmetic(
         raise _unknown(node, context)
     # float64 before anything else: torch takes a Python number to float32, |-128| to an int8
     value = torch.as_tensor(other, dtype=torch.float64)
+    if value.numel() == 0:
+        raise BoundError(f"{context.name}: a constant of shape {tuple(value.shape)} has no entry")
     if value.numel() > 1:
         shape = context.need_shape("whether a constant broadcasts depends on sizes")
         if tuple(torch.broadcast_shapes((1, *shape), value.shape)) != (1, *shape):

@@ -145,7 +145,13 @@ def _copied(module: nn.Module, context: Context) -> Bound:
     d = len(getattr(module, "padding", shape[1:] * 2)) // 2
     size = shape[-d:]
     numbers = torch.arange(math.prod(size), dtype=torch.float64, device="cpu").view(1, 1, *size)
-    with torch.no_grad():
-        copies = torch.bincount(module(numbers).long().flatten())
-    many = int(copies.max())
+    try:
+        with torch.no_grad():
+            copies = torch.bincount(module(numbers).long().flatten())
+    except RuntimeError as error:
+        raise BoundError(
+            f"{context.name or 'the model'} ({type(module).__name__}) does not take an image of "
+            f"{tuple(size)}: {str(error).splitlines()[0]}"
+        ) from error
+    many = max(copies.tolist(), default=0)
     return Bound(math.sqrt(many) * _UP, f"a pixel has up to {many} copies", slope=0.0)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lrmanifold import certify
-from lrmanifold.nn import LowRankConv1d
+from lrmanifold.nn import LowRankConv1d, LowRankConv2d
 
 D = torch.float64
 
@@ -217,3 +217,48 @@ def test_a_report_is_stale_after_another_layer_is_shared(shared):
     share(1)
     with pytest.raises(ValueError, match="make it anew"):
         certify.radius(model, x, bound=report)
+
+
+def changed(layer, **values):
+    for key, value in values.items():
+        setattr(layer, key, value)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (changed(nn.Conv2d(1, 1, 3), stride=2), r"stride was changed to 2 .* \(2, 2\)"),
+        (changed(nn.Conv2d(1, 1, 3), padding=1), r"padding was changed to 1 .* \(1, 1\)"),
+        (changed(LowRankConv2d(1, 1, 3, 1), dilation=2), r"dilation was changed to 2"),
+        (nn.ReflectionPad2d(9), "does not take an image of"),
+        (torch.jit.script(nn.Sequential(nn.Linear(4, 4))), "own forward"),
+    ],
+    ids=["stride", "padding", "dilation", "image", "script"],
+)
+def test_what_once_ended_in_an_error_of_python_is_named(model, words):
+    with pytest.raises(certify.BoundError, match=words):
+        certify.lipschitz(model, (1, 4, 4))
+
+
+def test_functions_with_wrong_arguments_and_constants_without_entries_are_named():
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return nn.functional.hardtanh(x, 1.0, -1.0)
+
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(1, 0))
+
+        def forward(self, x):
+            return x * self.scale
+
+    with pytest.raises(certify.BoundError, match="hardtanh does not take"):
+        certify.lipschitz(Wrong(), (2,))
+    with pytest.raises(certify.BoundError, match=r"a constant of shape \(1, 0\) has no entry"):
+        certify.lipschitz(Empty(), (2,))
+
+
+def test_an_image_of_which_nothing_is_left_has_the_constant_0():
+    assert certify.lipschitz(nn.ReplicationPad2d((0, 0, -1, -1)), (1, 2, 3)).total == 0.0
