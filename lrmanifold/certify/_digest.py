@@ -41,13 +41,23 @@ def _mark(value: Any) -> str:
     return f"{type(value)} {getattr(value, '__qualname__', '')} {number}"
 
 
+def _in_class(value: Any) -> Any:
+    """A function of a class by its code: a report may be read by another process."""
+    value = getattr(value, "fget", getattr(value, "__func__", value))
+    if not isinstance(value, types.FunctionType):
+        return value
+    code = value.__code__
+    place = (value.__module__, value.__qualname__, code.co_firstlineno)
+    return [*place, code.co_code.hex(), code.co_consts, value.__defaults__]
+
+
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """Its own, and those of its classes with their methods, up to nn.Module."""
     own = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
     classes = type(module).__mro__
     for cls in classes[: classes.index(nn.Module)]:
         # copying and pickling write __slotnames__ into a class
-        own = {k: v for k, v in vars(cls).items() if not k.startswith("__")} | own
+        own = {k: _in_class(v) for k, v in vars(cls).items() if not k.startswith("__")} | own
     return own
 
 

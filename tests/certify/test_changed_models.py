@@ -262,3 +262,26 @@ def test_functions_with_wrong_arguments_and_constants_without_entries_are_named(
 
 def test_an_image_of_which_nothing_is_left_has_the_constant_0():
     assert certify.lipschitz(nn.ReplicationPad2d((0, 0, -1, -1)), (1, 2, 3)).total == 0.0
+
+
+def test_a_report_is_good_in_another_process():
+    """Where the same classes have other functions, made from the same code."""
+
+    def made():
+        class Twice(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(2, 2)
+
+            @property
+            def factor(self):
+                return 2.0
+
+            def forward(self, x):
+                return self.factor * self.layer(x)
+
+        torch.manual_seed(0)
+        return Twice()
+
+    report = certify.lipschitz(made(), (2,))
+    certify.radius(made(), torch.rand(3, 2), bound=report)
