@@ -78,14 +78,6 @@ def test_sets_with_hardly_an_inside_are_accepted_in_float32(tau, scale, device):
     check_manifold(manifold, dtype=torch.float32, device=device).raise_if_failed()
 
 
-@pytest.mark.parametrize("tau", [0.0, 1e-4, 0.1, 1.0])
-@pytest.mark.parametrize("shape", [(7, 5, 3), (3, 5, 1)])
-@pytest.mark.parametrize(("retraction", "order"), [("svd", 2), ("factored", 1)])
-def test_retractions_onto_sets_of_fixed_size_have_their_order(tau, shape, retraction, order):
-    manifold = lrm.WellConditioned(*shape, tau=tau, scale=1.0)
-    check_retraction(manifold, retraction, order=order).raise_if_failed()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("check", [check_manifold, check_retraction])
 def test_half_precision_is_refused_as_its_rounding_hides_every_formula(check, dtype):
@@ -97,11 +89,6 @@ def test_half_precision_is_refused_as_its_rounding_hides_every_formula(check, dt
 def test_manifolds_of_geoopt_that_are_right_are_accepted(name):
     manifold, size = GEOOPT[name]
     check_manifold(manifold, size=size).raise_if_failed()
-
-
-def test_a_sphere_has_a_second_order_retraction_and_an_exact_one():
-    assert check_retraction(geoopt.Sphere(), order=2).ok
-    assert check_retraction(geoopt.SphereExact(), order=2).slopes["geodesic"] == math.inf
 
 
 # -- rejects what is wrong, by the name of what is wrong
@@ -229,6 +216,36 @@ class WrongNorm(lrm.Stiefel):
         return self.inner(x, u, keepdim=keepdim)
 
 
+class BatchedTransport(lrm.Stiefel):
+    """Right for one point; in a batch the elements are scaled apart."""
+
+    def transp(self, x, y, v):
+        v = super().transp(x, y, v)
+        return v * torch.arange(1.0, 1.0 + len(v)).view(-1, 1, 1).to(v) if v.ndim > 2 else v
+
+    def retr_transp(self, x, u, v):
+        y = self.retr(x, u)
+        return y, self.proju(y, v)
+
+
+class BatchedComponents(lrm.Stiefel):
+    """One adaptive rate for the whole batch."""
+
+    def component_inner(self, x, u, v=None):
+        product = super().component_inner(x, u, v)
+        return product.sum(0, keepdim=True).expand_as(product) if u.ndim > 2 else product
+
+
+class SinglePrecisionOrigin(lrm.Stiefel):
+    def origin(self, *size, dtype=None, device=None, seed=42):
+        return super().origin(*size, device=device, seed=seed)
+
+
+class OriginOfAnotherSize(lrm.Stiefel):
+    def origin(self, *size, dtype=None, device=None, seed=42):
+        return super().origin(5, 2, dtype=dtype, device=device, seed=seed)
+
+
 class Breaks(lrm.Stiefel):
     def projx(self, x):
         raise KeyError("forgotten")
@@ -255,6 +272,10 @@ WRONG = [
     (BadOrigin(), "origin", "origin() is refused (columns are not orthonormal"),
     (FixedPoint(), "random", "random() gives one point again and again"),
     (WrongNorm(), "norm", "‖u‖² and <u, u> differ"),
+    (BatchedTransport(), "batch", "transp of a batch and of its elements differ"),
+    (BatchedComponents(), "batch", "component_inner of a batch and of its elements differ"),
+    (SinglePrecisionOrigin(), "dtype", "origin gives torch.float32 on cpu for torch.float64"),
+    (OriginOfAnotherSize(), "origin", "origin(8, 3) has shape (5, 2)"),
     (Breaks(), "projx", "KeyError raised: 'forgotten'"),
 ]
 
@@ -274,6 +295,32 @@ def test_each_kind_of_wrongness_is_rejected_by_the_check_that_states_it(manifold
 
 def test_every_check_is_proved_able_to_fail():
     assert {check for _, check, _ in WRONG} == set(STATEMENTS)
+
+
+def test_a_method_that_is_missing_hides_nothing_that_others_do_wrong():
+    class WithoutTransport(lrm.Stiefel):
+        def transp(self, x, y, v):
+            raise NotImplementedError
+
+        retr_transp = transp
+
+        def projx(self, x):
+            y = super().projx(x)
+            return y.mean(0, keepdim=True).expand_as(y).float() if y.ndim > 2 else y.float()
+
+    class Half(lrm.Stiefel):
+        def norm(self, x, u, *, keepdim=False):
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls % 2:
+                return 2 * super().norm(x, u, keepdim=keepdim)
+            raise NotImplementedError
+
+    report = check_manifold(WithoutTransport(), size=FRAMES)
+    assert {r.name for r in report.results if r.status == "skipped"} == {"transp", "retr_transp"}
+    assert {"batch", "dtype"} <= set(report.failed)
+    assert "projx of a batch" in report["batch"].message
+    assert "projx gives torch.float32" in report["dtype"].message
+    assert check_manifold(Half(), size=FRAMES, checks=["norm"]).failed == ("norm",)
 
 
 def test_the_published_mean_clamp_is_not_a_projection_and_the_harness_says_so():
@@ -347,88 +394,6 @@ def test_random_tangent_is_tangent_and_isotropic():
     assert M.check_vector_on_tangent(X.expand(4000, *M.point_shape), xi)
     sizes = M.inner(X, xi)  # chi-squared with dim degrees of freedom
     assert abs(float(sizes.mean()) - M.dim) <= 5 * math.sqrt(2 * M.dim / 4000)
-
-
-def test_retraction_report_tells_slopes_and_complains_in_words():
-    right = check_retraction(lrm.Stiefel(), order=2)
-    assert right.ok
-    assert "order 2 confirmed" in str(right)
-    assert "slope 3.00" in str(right)
-    wrong = check_retraction(lrm.FixedRank(7, 5, 3), "factored", order=2)
-    assert wrong.complaints == ("‖R(tξ) − Exp(tξ)‖ has slope 2.00 in t, expected 3",)
-    assert str(wrong).startswith("factored on FixedRank(m=7, n=5, rank=3")
-    with pytest.raises(CheckError, match="order 2 NOT confirmed"):
-        wrong.raise_if_failed()
-    assert check_retraction(WrongDirection()).slopes["tangent"] == pytest.approx(1.0, abs=0.05)
-    with pytest.raises(ValueError, match=r"order must be an integer in 1\.\.2, got 3"):
-        check_retraction(lrm.Stiefel(), order=3)
-
-
-def test_without_a_geodesic_only_first_order_can_be_confirmed():
-    class NoGeodesic(lrm.Stiefel):
-        def expmap(self, x, u):
-            raise NotImplementedError
-
-    assert check_retraction(NoGeodesic(), order=1).ok
-    report = check_retraction(NoGeodesic(), order=2)
-    assert report.complaints == ("order 2 cannot be verified: no expmap",)
-    assert set(report.errors) == {"tangent"}
-
-
-def test_a_function_can_be_measured_as_a_retraction():
-    def overshoot(manifold, X, xi):
-        return lrm.retractions.get("svd")(manifold, X, 1.1 * xi)
-
-    report = check_retraction(lrm.FixedRank(7, 5, 3), overshoot)
-    assert report.name.startswith("overshoot on FixedRank")
-    assert report.slopes["tangent"] == pytest.approx(1.0, abs=0.1)
-    assert not report.ok
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize(
-    ("where", "told"),
-    [(lambda size: True, "17 of 17 steps"), (lambda size: size < 1e-3, "of 17 steps, the first")],
-)
-@pytest.mark.parametrize("manifold", [lrm.FixedRank(7, 5, 2), lrm.Stiefel()])
-def test_a_retraction_that_returns_no_numbers_is_not_confirmed(manifold, bad, where, told):
-    def broken(manifold, X, xi):
-        Y = manifold.retr(X, xi)
-        return Y * bad if where(float(xi.norm())) else Y
-
-    for order in (1, 2):
-        report = check_retraction(manifold, broken, order=order)
-        assert not report.ok
-        assert "is NaN or Inf at" in report.complaints[0]
-        assert told in report.complaints[0]
-        assert "order" in str(report)
-
-
-def test_a_geodesic_that_is_no_number_confirms_nothing():
-    class BrokenGeodesic(lrm.Stiefel):
-        def expmap(self, x, u):
-            return super().expmap(x, u) * math.nan
-
-    report = check_retraction(BrokenGeodesic(), order=2)
-    assert report.complaints[0].startswith("‖R(tξ) − Exp(tξ)‖ is NaN or Inf at 17 of 17 steps")
-
-
-def test_the_plot_has_both_errors_named_axes_and_the_fitted_slopes():
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots()
-    report = check_retraction(lrm.Stiefel(), order=2)
-    assert report.plot(ax) is ax
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels[0] == "‖R(tξ) − (W + tξ)‖, slope 2.00"
-    assert labels[1] == "‖R(tξ) − Exp(tξ)‖, slope 3.00"
-    assert ax.get_xlabel() == "step length t"
-    assert ax.get_ylabel() == "error (Frobenius norm)"
-    assert ax.get_xscale() == ax.get_yscale() == "log"
-    plt.close(figure)
-    plt.close(report.plot().figure)
 
 
 def test_the_library_does_not_import_its_harness_and_the_harness_no_test_tools():

@@ -67,6 +67,8 @@ class RetractionReport:
         an error is NaN or Inf, or too few are above roundoff.
     floor : float
         The roundoff.
+    refused : str
+        Why R(tξ) is no point, with the first such t; empty if it always is.
     """
 
     name: str
@@ -76,6 +78,7 @@ class RetractionReport:
     slopes: dict[str, float]
     floor: float
     slack: float = 0.1
+    refused: str = ""
 
     @property
     def expected(self) -> dict[str, int]:
@@ -105,7 +108,7 @@ class RetractionReport:
                 found.append(f"{LABELS[key]}: too few errors above roundoff to fit a slope")
             elif slope is not None and slope < want - self.slack:
                 found.append(f"{LABELS[key]} has slope {slope:.2f} in t, expected {want}")
-        return tuple(found)
+        return (*found, self.refused) if self.refused else tuple(found)
 
     def raise_if_failed(self) -> None:
         """Raise :class:`CheckError` with the complaints unless :attr:`ok`."""
@@ -157,6 +160,15 @@ def _norms(batch: Tensor) -> Tensor:
     return batch.double().flatten(1).norm(dim=1).cpu()
 
 
+def _refused(manifold: geoopt.Manifold, t: Tensor, points: Tensor, tol: float) -> str:
+    """What the manifold says of the first of the points R(tξ) that it does not accept."""
+    for s, y in zip(t.tolist(), points, strict=True):
+        ok, reason = manifold.check_point_on_manifold(y, explain=True, atol=tol, rtol=tol)
+        if not ok:
+            return f"R(tξ) is refused as a point at t = {s:.1e} ({reason or 'without a reason'})"
+    return ""
+
+
 def check_retraction(
     manifold: geoopt.Manifold,
     retraction: str | Callable[..., Tensor] | None = None,
@@ -170,7 +182,7 @@ def check_retraction(
 ) -> RetractionReport:
     """Measure the order of a retraction by log-log slopes, dense-wise.
 
-    A retraction has ‖R(tξ) − (W + tξ)‖ = O(t²). It is of second order if also
+    A retraction gives points, and ‖R(tξ) − (W + tξ)‖ = O(t²). It is of second order if also
     ‖R(tξ) − Exp(tξ)‖ = O(t³) for the geodesic ``manifold.expmap``, which is O(t²) otherwise
     (mathematics 2). Errors are root mean squares over random points and directions; on
     :class:`~lrmanifold.WellConditioned` the points are inside the set; for 0 < τ < 1e-5 there is
@@ -200,14 +212,16 @@ def check_retraction(
     t = torch.logspace(math.log10(eps) / 4, -1, 17, dtype=torch.float64)
     where = torch.empty(0, device=device).device
     samples: dict[str, list[Tensor]] = {"tangent": [], "geodesic": []}
-    largest = 0.0
+    largest, refused = 0.0, ""
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         for _ in range(trials):
             x = plain(manifold.random(*point_size(manifold, size), dtype=dtype, device=where))
             x, xi = where_smooth(manifold, x, random_tangent(manifold, x))
             W, D = dense(manifold, x), dense_vector(manifold, x, xi)
-            R = torch.stack([dense(manifold, step(x, s * xi)) for s in t.tolist()])
+            points = torch.stack([plain(step(x, s * xi)) for s in t.tolist()])
+            refused = refused or _refused(manifold, t, points, eps**0.6)
+            R = dense(manifold, points)
             samples["tangent"].append(_norms(R - (W + _times(t, D))))
             steps = _times(t, xi)
             try:
@@ -220,4 +234,4 @@ def check_retraction(
     errors = {key: value.sqrt() for key, value in means.items()}
     floor = 50.0 * eps * largest
     slopes = {key: _fit(t, error, floor) for key, error in errors.items()}
-    return RetractionReport(name, order, t, errors, slopes, floor)
+    return RetractionReport(name, order, t, errors, slopes, floor, refused=refused)
