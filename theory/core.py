@@ -49,7 +49,8 @@ class Evidence:
         fitted slope from the claimed one and what is allowed.
     holds : bool
         Whether the claim holds on this sample, tolerance included. Inside the hypotheses it is
-        False if `measured`, `bound` or one of `ratios` is NaN, whatever the check says.
+        False if `measured`, `bound`, `ratio` or one of `ratios` is NaN, whatever the check says:
+        so too if both sides are infinite.
     hypotheses_met : bool
         False: the sample is outside the claim. It is skipped and counted, never passed.
     independent : int
@@ -70,13 +71,13 @@ class Evidence:
     ratios: Sequence[float] = ()
 
     def __post_init__(self) -> None:
-        numbers = (self.measured, self.bound, *self.ratios)
+        numbers = (self.measured, self.bound, self.ratio, *self.ratios)
         if self.hypotheses_met and any(map(math.isnan, numbers)):
             object.__setattr__(self, "holds", False)
 
     @property
     def ratio(self) -> float:
-        """``measured / bound``; 0 if both vanish, NaN where the hypotheses are not met."""
+        """``measured / bound``; 0 if both vanish, NaN outside the hypotheses and for Inf / Inf."""
         if not self.hypotheses_met:
             return math.nan
         if self.bound == 0.0:

@@ -42,8 +42,9 @@ def check_places(files: Mapping[str, Path | None], folders: Mapping[str, Path | 
         if path is None:
             continue
         with _refused(name, path):
-            if path.is_dir():
-                raise ValueError(f"{name} must be a file, got the folder {path}")
+            _no_folder(name, path)
+            if path.exists() and not path.is_file():  # it would be replaced, /dev/null for one
+                raise ValueError(f"{name} must be an ordinary file, got the device or pipe {path}")
             other = seen.setdefault(path.resolve(), name)
             if other != name:
                 raise ValueError(f"{name} must be another file than {other}, got {path} for both")
@@ -52,6 +53,14 @@ def check_places(files: Mapping[str, Path | None], folders: Mapping[str, Path | 
         if folder is not None:
             with _refused(name, folder):
                 _probe(folder, "picture.png")
+    for name, path in files.items():
+        if path is not None:  # again: another option may have made it a folder
+            _no_folder(name, path)
+
+
+def _no_folder(name: str, path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"{name} must be a file, got the folder {path}")
 
 
 @contextlib.contextmanager

@@ -214,7 +214,8 @@ def verify(claim: Claim, settings: Settings, *, on_step: Callable[[], None] = _n
         found_by_search = search(claim, settings)
         searched = found_by_search.ratio
         if not found_by_search.holds:
-            failures.append(f"search from seed {found_by_search.seed}: ratio {searched:.6g}")
+            why = found_by_search.evidence["detail"].get("error", f"ratio {searched:.6g}")
+            failures.append(f"search from seed {found_by_search.seed}: {why}")
         worst["search"] = found_by_search.as_dict()
     spread = (
         (smallest(ratios), math.fsum(ratios) / len(ratios), largest(ratios))

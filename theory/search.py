@@ -89,12 +89,16 @@ def _key(found: Evidence) -> tuple[bool, bool, float]:
 def _evaluate(
     claim: Claim, seed: int, given: Sequence[Entry], settings: Settings
 ) -> tuple[Evidence, list[Entry]]:
-    """A moved sample may be one that the claim's code cannot compute: it is outside then."""
+    """A moved sample may be one that the claim's code cannot compute: it is outside then.
+
+    One of a seed of its own may not, as anywhere else: an error is no evidence for the claim.
+    """
     with taped(given) as tape:
         try:
             found = claim.check(claim.sample(seed, settings.dtype, settings.device))
-        except Exception:
-            found = _outside()
+        except Exception as error:
+            told = {"error": f"{type(error).__name__}: {error}"}
+            found = _outside() if given else Evidence(math.nan, math.nan, False, detail=told)
     return found, tape.entries
 
 

@@ -198,6 +198,16 @@ def test_a_sample_of_nan_is_the_worst_one(first):
     assert math.isnan(verdict.ratio[2])
 
 
+def test_an_infinite_side_is_not_covered_by_an_infinite_bound():
+    """Inf <= Inf is true, and says nothing: an overflow of both sides held with the ratio NaN."""
+    assert not inequality(math.inf, math.inf).holds
+    assert inequality(1.0, math.inf).holds
+    assert not inequality(math.inf, 1.0).holds
+    verdict = verify(claim(lambda sample: inequality(math.inf, math.inf)), Settings(trials=4))
+    assert not verdict.passed
+    assert verdict.violations == 4
+
+
 def test_search_takes_nan_for_a_violation():
     """NaN on a thousandth of the samples, where the ratio is largest."""
 

@@ -69,6 +69,27 @@ def _refused(*argv, **more):
     assert stopped.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("files", "folders"),
+    [
+        ({"--json": "a"}, {"--plots": "a"}),
+        ({"--csv": "a", "--json": "a/run.json"}, {}),
+        ({"--json": "a"}, {"--plots": "a/pictures"}),
+    ],
+)
+def test_what_one_option_needs_as_a_folder_is_no_file_of_another(files, folders, tmp_path):
+    with pytest.raises(ValueError, match=r"must be a file, got the folder .*a$"):
+        check_places(*({k: tmp_path / v for k, v in x.items()} for x in (files, folders)))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
+def test_a_device_or_a_pipe_is_refused_as_it_would_be_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"--json must be an ordinary file, got the device or"):
+        check_places({"--json": tmp_path / "pipe"}, {})
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_place_that_is_free_is_left_as_it_was(tmp_path):
     (tmp_path / "run.csv").write_text("old", encoding="utf-8")
     check_places({"--csv": tmp_path / "run.csv", "--json": None}, {"--plots": tmp_path})

@@ -367,6 +367,26 @@ def test_search_finds_what_sampling_does_not():
     assert again.searched == found.searched
 
 
+def test_a_seed_of_the_search_that_breaks_is_no_pass():
+    """The samples that a search starts from are as good as all others; moved ones may be none."""
+
+    def check(sample):
+        if sample["x"] < 0.2:
+            raise RuntimeError("no SVD today")
+        return inequality(sample["x"], 1.0)
+
+    def two(seed, dtype, device):
+        return {"x": Draw(seed, dtype, device).uniform()}
+
+    known = dataclasses.replace(claim(check), sample=two)
+    first = next(s for s in range(999) if all(two(100_000 * s + k, None, None)["x"] > 0.2
+                                              for k in range(6)))  # fmt: skip
+    assert verify(known, Settings(seed=first, trials=6)).passed
+    found = verify(known, Settings(seed=first, trials=6, search=200))
+    assert not found.passed
+    assert re.search(r"search from seed \d+: RuntimeError: no SVD today", found.failures[-1])
+
+
 def test_verify_takes_a_claim_of_ones_own_and_one_of_the_collection():
     found = theory.verify(claim(), trials=30, seed=2)
     assert found.passed
