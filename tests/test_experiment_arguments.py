@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -77,3 +79,33 @@ def test_numbers_of_numpy_are_taken_and_kept_as_pythons_own():
     kinds = [type(x) for x in vars(settings).values()]
     assert kinds == [type(x) for x in vars(Settings()).values()]
     assert len(list(data.batches(torch.ones(4), torch.ones(4), np.int64(2)))) == 2
+
+
+DAMAGES = {
+    "bytes": ("train_x", lambda x: (255 * x).byte(), "train_x must be a real floating point"),
+    "0..255": ("train_x", lambda x: 255 * x, r"train_x must be images in \[0, 1\], got .* 255\]"),
+    "NaN": ("train_x", lambda x: x * NAN, r"train_x must be images in \[0, 1\], got .*nan"),
+    "no channels": ("train_x", lambda x: x[:, 0], r"train_x must be a tensor of shape \(\*, \*,"),
+    "no images": ("train_x", lambda x: x[:0], r"train_x must hold at least one image, got .*\(0,"),
+    "too few": ("train_y", lambda y: y[:-1], r"train_y must be a tensor of shape \(1442,\), got"),
+    "above": ("train_y", lambda y: y + 1, r"train_y must be classes in 0..9, got 1..10"),
+    "ignored": (
+        "train_y",
+        lambda y: y.where(y > 0, -100),
+        r"train_y must be classes in 0..9, got -100..9",
+    ),
+    "shares": ("train_y", lambda y: y.float(), "train_y must be a tensor of dtype int64"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_data_that_contradict_themselves_are_refused_before_the_training(damage, device):
+    part, change, words = DAMAGES[damage]
+    images = dataclasses.replace(DIGITS, **{part: change(getattr(DIGITS, part)).to(device)})
+    model = dense().to(device)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises((TypeError, ValueError), match=f"data.{words}"):
+        training.fit(model, sgd(model), images, SETTINGS)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    with pytest.raises((TypeError, ValueError), match=words):
+        methods.train(Method("d", "dense"), dense, images, 4, SETTINGS)

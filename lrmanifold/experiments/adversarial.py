@@ -14,12 +14,12 @@ from .._arguments import (
     check_instance,
     check_integer,
     check_number,
-    check_tensor,
     shown,
 )
 from .._evaluation import check_output, evaluation_mode, module_of
 from .._steepest import steepest
 from ..precision import compute_dtype
+from .data import check_images
 
 KINDS = ("pgd", "trades", "single")
 NORMS = ("linf", "l2")
@@ -136,7 +136,7 @@ class AdversarialLoss:
                 "mode, which a function does not have"
             )
         if not (self._seen and x.device.type != "cpu"):
-            _check_images(x)
+            check_images("x", x)
             self._seen = True
         return self.loss(model, x, y, self.radius(step), self.start(x, step))
 
@@ -217,16 +217,6 @@ class AdversarialLoss:
                     x, z + length * steepest(g, how.norm, z, (0.0, 1.0)) - x, eps, how.norm
                 )
         return z.to(given)
-
-
-def _check_images(x: Tensor) -> None:
-    check_tensor("x", x)
-    low, high = (float(v) for v in x.aminmax()) if x.numel() else (0.0, 0.0)
-    if not (low >= -1e-6 and high <= 1 + 1e-6):
-        raise ValueError(
-            f"x must be images in [0, 1], got numbers in [{low:g}, {high:g}]: give them before "
-            "normalisation, and put that into the model"
-        )
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:

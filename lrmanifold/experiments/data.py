@@ -89,8 +89,29 @@ class Dataset:
 
 
 def check_dataset(name: str, value: Any) -> Dataset:
-    """Refuse what is no :class:`Dataset`."""
-    return check_instance(name, value, Dataset, "a Dataset, as experiments.data.load gives")
+    """Refuse what is no :class:`Dataset`, and training images that no training would refuse."""
+    check_instance(name, value, Dataset, "a Dataset, as experiments.data.load gives")
+    x, y, top = value.train_x, value.train_y, value.classes - 1
+    check_tensor(f"{name}.train_x", x, shape=(None,) * 4)
+    if not x.numel():
+        raise ValueError(f"{name}.train_x must hold at least one image, got shape {tuple(x.shape)}")
+    check_images(f"{name}.train_x", x)
+    check_tensor(f"{name}.train_y", y, shape=(len(x),), real=False, dtypes={torch.int64})
+    low, high = (int(v) for v in y.aminmax())
+    if low < 0 or high > top:  # torch leaves out examples of class -100
+        raise ValueError(f"{name}.train_y must be classes in 0..{top}, got {low}..{high}")
+    return value
+
+
+def check_images(name: str, x: Tensor) -> None:
+    """Refuse what are no images in [0, 1], up to rounding."""
+    check_tensor(name, x)
+    low, high = (float(v) for v in x.aminmax()) if x.numel() else (0.0, 0.0)
+    if not (low >= -1e-6 and high <= 1 + 1e-6):
+        raise ValueError(
+            f"{name} must be images in [0, 1], got numbers in [{low:g}, {high:g}]: give them "
+            "before normalisation, and put that into the model"
+        )
 
 
 def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset:
