@@ -341,6 +341,7 @@ WRONG = {
     "--batch-size -1": "batch_size must be an integer >= 1, got -1",
     "--seed 1180591620717411303424": "seed must be an integer in -9223372036854775808..18446744073",
     "--momentum 1": "momentum must be a finite number in [0, 1), got 1.0",
+    "--optimizer adam --momentum 0.9": "momentum belongs to optimizer condlr, got 0.9 with adam",
     "--device toaster": "device must be cpu, cuda or cuda:N, got 'toaster'",
     "--device cuda:99": "device cuda:99 does not exist",
     "--eps 0.1,x": "eps must be positive numbers",

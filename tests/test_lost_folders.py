@@ -1,9 +1,12 @@
-"""A folder that goes away, or can no longer be written, while the commands work for it."""
+"""Nothing is lost to a folder that goes away, a full log, a reader that leaves, a layer of 0."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import shutil
+import sys
 
 import pytest
 
@@ -14,7 +17,7 @@ pytest.importorskip("matplotlib")
 from command_line import STEPS, assert_refused, few_digits, invoke, names, read_only, train
 
 from lrmanifold import _lock
-from lrmanifold.cli import _commands, _train
+from lrmanifold.cli import _certify, _commands, _train, main
 from lrmanifold.experiments import demo as demos
 from lrmanifold.experiments import runs
 
@@ -162,3 +165,48 @@ def test_a_lock_that_another_has_taken_in_a_new_folder_stays(tmp_path):
     assert names(folder) == [_lock.NAME]
     second.__exit__(None, None, None)
     assert not names(folder)
+
+
+# -- the output
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file of Linux")
+@pytest.mark.parametrize(("stream", "code"), [("stdout", 2), ("stderr", 0)])
+def test_a_log_on_a_full_disk_costs_no_results(tmp_path, monkeypatch, capsys, stream, code):
+    words = ("train", "--epochs", "1", "--rank", "5", "--save-every", "0", "--out")
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full, monkeypatch.context() as now:
+        now.setattr(sys, stream, full)
+        found = main([*words, str(tmp_path / "run")])
+    assert found == code
+    assert names(tmp_path / "run") == FILES
+    said = capsys.readouterr()
+    if stream == "stdout":
+        assert said.err.splitlines()[-1] == "error: no space left for the output"
+    else:
+        assert "written: " in said.out
+
+
+def test_a_certificate_is_not_lost_to_a_reader_that_leaves(tmp_path, monkeypatch):
+    def leave(found):
+        raise BrokenPipeError
+
+    folder = tmp_path / "run"
+    assert train(folder).exit_code == 0
+    monkeypatch.setattr(_certify, "load", lambda name, root: few_digits())
+    monkeypatch.setattr(_certify, "table", leave)
+    assert isinstance(invoke("certify", folder, "--no-attack").exception, BrokenPipeError)
+    assert names(folder) == sorted([*FILES, "certificate.json", "certificate.png"])
+
+
+# -- what cannot be drawn
+
+
+def test_factors_that_decay_to_zero_have_results(tmp_path):
+    options = ("--method", "factors", "--weight-decay", 10, "--epochs", 12, "--batch-size", 16)
+    folder = tmp_path / "run"
+    result = train(folder, *options)
+    assert result.exit_code == 0, result.output
+    assert 0.0 in runs.load_results(folder)["history"]["spectra"]["network.fc1"][-1]
+    assert "warning: no picture of fc1, fc2: singular values of 0, Inf or NaN" in result.stderr
+    assert names(folder) == [name for name in FILES if name != "spectra.png"]
+    assert train(folder, *options).output.startswith("finished already")

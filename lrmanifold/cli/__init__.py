@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -42,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # as `| head` does; and nothing more may be flushed to it at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # where the output goes: files of results have been written, or have told what failed
+        print("error: no space left for the output", file=sys.stderr)
+        return 2
     except Exception as error:
         if type(error).__name__ == "Abort":  # what typer makes of the interrupt
             print("stopped", file=sys.stderr)

@@ -308,24 +308,26 @@ def _certify(
         report, found = certificate(
             model, images, radii, attack=attack, progress=lambda done: advance(), reach=reach
         )
-    typer.echo(str(report))
-    typer.echo(table(found))
-    if not any(found["verified"].values()):
-        typer.echo(
-            "Nothing is proved at these radii: give smaller ones by --eps, or train for proofs, "
-            "lrmanifold train --certified."
-        )
     new = plain(report, found)
     whole = joined(new, before)
     written = {"versions": runs.versions(), "data": describe(images), **whole}
-    write_somewhere(
-        folder,
-        {
-            files[0]: partial(runs.write_json, value=written),
-            files[1]: partial(runs.write_figure, figure=figure(whole, name)),
-        },
-        elsewhere=_COPY,
-    )
+    try:  # first: a reader of the output may leave
+        write_somewhere(
+            folder,
+            {
+                files[0]: partial(runs.write_json, value=written),
+                files[1]: partial(runs.write_figure, figure=figure(whole, name)),
+            },
+            elsewhere=_COPY,
+        )
+    finally:
+        typer.echo(str(report))
+        typer.echo(table(found))
+        if not any(found["verified"].values()):
+            typer.echo(
+                "Nothing is proved at these radii: give smaller ones by --eps, or train for "
+                "proofs, lrmanifold train --certified."
+            )
     kept = [eps for eps in whole["verified"] if eps not in new["verified"]]
     lost = {eps for old in before for eps in old["verified"]} - set(whole["verified"])
     note = f"; radii of before are kept: {', '.join(kept)}" if kept else ""

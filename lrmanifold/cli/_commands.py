@@ -125,7 +125,9 @@ def train_command(
         float | None,
         typer.Option(help="at the start, 0.1 by default, 0.01 with adam; a cosine to 0"),
     ] = None,
-    momentum: Annotated[float, typer.Option(help="of condlr")] = 0.3,
+    momentum: Annotated[
+        float | None, typer.Option(help="of --optimizer condlr alone, 0.3 by default")
+    ] = None,
     weight_decay: Annotated[
         float, typer.Option(help="of matrices; on a low-rank weight it acts on the core")
     ] = 0.0,
@@ -167,6 +169,8 @@ def train_command(
         check_word("model", model, models.NAMES)
         how = parse_method(method, "0" if certified and tau is None and method == "condlr" else tau)
         rule = parse_optimizer(optimizer, certified)
+        if rule == "adam" and momentum is not None:
+            raise ValueError(f"momentum belongs to optimizer condlr, got {momentum:g} with adam")
         rate = (0.01 if rule == "adam" else 0.1) if lr is None else lr
         # ten epochs of the digits are 120 steps, too few for SGD
         rounds = 60 if data == "digits" and rule == "sgd" else 10
@@ -174,7 +178,7 @@ def train_command(
             rounds if epochs is None else epochs,
             batch_size,
             rate,
-            momentum,
+            Settings.momentum if momentum is None else momentum,
             seed,
             rule,
             weight_decay=weight_decay,

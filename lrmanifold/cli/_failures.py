@@ -72,6 +72,15 @@ def one_line_errors(
         fail(f"{explained(error, elsewhere)}{way_out(error)}")
 
 
+def say(line: str, *, err: bool = False) -> None:
+    """Print a line before there are results: none are lost to a log on a full disk."""
+    try:
+        typer.echo(line, err=err)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+
+
 def fail(line: str) -> None:
     """Print one line and leave with exit code 2."""
     typer.echo(f"error: {' '.join(line.split())}", err=True)
@@ -106,7 +115,7 @@ def write_somewhere(
         As in :func:`explained`.
     """
     if not os.path.lexists(folder):
-        typer.echo(f"warning: {folder} was removed in the meantime: it is made again", err=True)
+        say(f"warning: {folder} was removed in the meantime: it is made again", err=True)
     try:
         _write_all(folder, files)
         return

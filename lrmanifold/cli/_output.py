@@ -29,12 +29,17 @@ def progress_bar(
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
+    progress = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
+    progress.start()
+    try:
         task = progress.add_task(title, total=total)
         yield (
             lambda words: progress.update(task, description=words),
             lambda: progress.advance(task),
         )
+    finally:
+        with contextlib.suppress(OSError):  # what was computed is not lost to a full log
+            progress.stop()
 
 
 def describe(data: Dataset) -> dict[str, Any]:

@@ -19,13 +19,14 @@ from ..checkpoint import CheckpointError
 from ..experiments import models, runs
 from ..experiments.adversarial import Adversarial
 from ..experiments.data import Dataset
+from ..experiments.factors import drawable
 from ..experiments.folder import RUN_FILES
 from ..experiments.methods import Method, Trained, train
-from ..experiments.resume import seconds_done, steps_done
+from ..experiments.resume import checksums, seconds_done, steps_done
 from ..experiments.training import Settings
 from ..report import report as make_report
 from . import _certify
-from ._failures import OUT, claim_folder, fail, one_line_errors, write_somewhere
+from ._failures import OUT, claim_folder, fail, one_line_errors, say, write_somewhere
 from ._output import accuracy_words, describe, progress_bar
 
 # What may go wrong in the training itself and is no bug.
@@ -105,7 +106,7 @@ class Job:
                 **({"adversarial": vars(self.adversarial)} if self.adversarial else {}),
                 "eps": self.strengths,
             },
-            "data": describe(self.images),
+            "data": {**describe(self.images), **checksums(self.images)},
         }
 
 
@@ -127,7 +128,7 @@ def run(job: Job, *, force: bool = False) -> None:
                 "--out, or start anew by --force"
             )
         if job.images.note:
-            typer.echo(f"note: {job.images.note}")
+            say(f"note: {job.images.note}")
         began = time.perf_counter() - seconds_done(job.checkpoint)
         trained = _train(job)
         _finish(job, trained, began)
@@ -138,7 +139,7 @@ def _train(job: Job) -> Trained:
     done = 0
 
     def resumed(step: int) -> None:
-        typer.echo(f"resumes after step {step} of {job.steps}, from {job.checkpoint}", err=True)
+        say(f"resumes after step {step} of {job.steps}, from {job.checkpoint}", err=True)
 
     said: list[warnings.WarningMessage] = []
     try:
@@ -171,7 +172,7 @@ def _train(job: Job) -> Trained:
                 adversarial=job.adversarial,
             )
         for words in dict.fromkeys(str(warning.message) for warning in said):
-            typer.echo(f"warning: {words}", err=True)
+            say(f"warning: {words}", err=True)
         return trained
     except KeyboardInterrupt as error:
         where = f"stopped at step {done} of {job.steps}"
@@ -236,10 +237,13 @@ def _finish(job: Job, trained: Trained, began: float) -> None:
     }
     title = f"FGSM on {job.images.name}"
     figures = {"accuracy.png": viz.accuracy_curves({job.method.name: accuracy}, title=title)}
-    if trained.history.spectra and job.method.kind != "svd":
+    if job.method.kind != "svd":
         spectra = trained.history.spectra.items()
         named = {name.removeprefix("network."): s for name, s in spectra}
-        figures["spectra.png"] = viz.spectra(named, tau=job.method.tau)
+        if shown := drawable(named):
+            figures["spectra.png"] = viz.spectra(shown, tau=job.method.tau)
+        if left := ", ".join(name for name in named if name not in shown):
+            say(f"warning: no picture of {left}: singular values of 0, Inf or NaN", err=True)
     proof = ""
     if job.radii:
         certified, found = _certify.certificate(trained.model.cpu(), job.images, job.radii)
@@ -256,10 +260,10 @@ def _finish(job: Job, trained: Trained, began: float) -> None:
     results["files"] = sorted(files)
     try:
         write_somewhere(job.folder, files)
+        job.remove_checkpoint()
     finally:
         typer.echo(str(summary))
         typer.echo(accuracy_words(results, job.images))
         if proof:
             typer.echo(proof)
-    job.remove_checkpoint()
     typer.echo(f"written: {', '.join(sorted(files))} in {job.folder}")

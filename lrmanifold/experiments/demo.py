@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import linalg, robustness
 from .._worst import worst
 from .data import Dataset, load
-from .factors import spectrum
+from .factors import drawable, spectrum
 from .methods import Method, Trained, comparison, train
 from .models import build
 from .training import Settings
@@ -284,8 +284,8 @@ def pictures(result: Comparison) -> dict[str, Any]:
             for key, title in (("fgsm", "FGSM"), ("pgd", "PGD, 20 steps"))
         }
         found["accuracy.png"] = viz.accuracy_panels(panels, relative_to=with_runs[0].method.name)
-    spectra = {o.method.name: o.spectra["fc2"] for o in with_runs if "fc2" in o.spectra}
-    if spectra:
+    known = {o.method.name: o.spectra["fc2"] for o in with_runs if "fc2" in o.spectra}
+    if spectra := drawable(known):
         found["spectra.png"] = viz.spectra(
             spectra,
             tau={o.method.name: o.method.tau for o in with_runs},

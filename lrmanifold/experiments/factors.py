@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,6 +95,11 @@ def _pair(module: Any, rank: int) -> TwoFactors:
         if biased:
             second.bias.copy_(module.bias)
     return TwoFactors(first, second)
+
+
+def drawable(spectra: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that a logarithmic picture can show: factors that decay away have singular values 0."""
+    return {k: s for k, s in spectra.items() if all(0 < v < math.inf for row in s for v in row)}
 
 
 def spectrum(layer: nn.Module) -> Tensor | None:

@@ -190,6 +190,14 @@ def identity(
     }
 
 
+def checksums(data: Dataset) -> dict[str, list[int]]:
+    """Of training and test part: files that have changed are other data of the same name."""
+    return {
+        "images (CRC-32)": [checksum(data.train_x), checksum(data.test_x)],
+        "labels (CRC-32)": [checksum(data.train_y), checksum(data.test_y)],
+    }
+
+
 def _options(group: dict[str, Any]) -> str:
     """What does not change in training: all but the parameters and the scheduled rate."""
     plain = (bool, int, float, str, tuple, type(None))
