@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
@@ -15,7 +18,10 @@ from command_line import FILES, assert_refused, few_digits, invoke, names, train
 
 from lrmanifold import checkpoint
 from lrmanifold.cli import _commands, _train
-from lrmanifold.experiments import resume, runs
+from lrmanifold.experiments import methods, resume, runs
+from lrmanifold.experiments.methods import KINDS, Method
+from lrmanifold.experiments.models import mlp
+from lrmanifold.experiments.training import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -110,11 +116,33 @@ def test_a_certified_run_names_its_optimizer(tmp_path):
     [
         (("--optimizer", "condlr"), "optimizer must be adam with certified, got 'condlr'"),
         (("--label-smoothing", 0.1), "label_smoothing must be 0 with certified"),
+        (("--momentum", 0.9), "momentum belongs to optimizer condlr, got 0.9 with adam"),
     ],
 )
 def test_what_certified_training_would_ignore_is_refused(tmp_path, words, said):
     assert_refused(train(tmp_path / "run", *CERTIFIED, *words), said)
     assert not names(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["train_x", "test_x", "train_y", "test_y"])
+def test_results_of_other_images_of_the_same_number_are_another_run(
+    finished, tmp_path, monkeypatch, part
+):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    images = few_digits()
+    other = dataclasses.replace(images, **{part: getattr(images, part).flip(0)})
+    monkeypatch.setattr("lrmanifold.cli._commands.load", lambda name, root: other)
+    kind = "images" if part.endswith("x") else "labels"
+    assert_refused(train(folder), "results of another run", f"with {kind} (CRC-32) ", "--force")
+
+
+def test_older_results_without_checksums_are_those_of_a_finished_run(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    results = runs.load_results(folder)
+    for kind in ("images", "labels"):
+        del results["data"][f"{kind} (CRC-32)"]
+    runs.write_results(folder / "results.json", results)
+    assert train(folder).output.startswith("finished already: ")
 
 
 def test_the_seconds_are_those_of_all_sessions(tmp_path, monkeypatch):
@@ -162,3 +190,17 @@ def test_a_damaged_model_is_not_finished(finished, tmp_path):
     (tmp_path / "model.pt").write_bytes(whole[: len(whole) // 2])
     assert_refused(train(tmp_path), "model.pt: is damaged", "--out", "--force")
     assert train(tmp_path, "--force").exit_code == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_of_every_method_comes_back(tmp_path, kind, device):
+    tau, tol = (0.1 if kind == "condlr" else None), (0.1 if kind == "robust_dlrt" else None)
+    method, images = Method(kind, kind, tau, tol=tol), few_digits()
+    trained = methods.train(
+        method, lambda: mlp(64, 10), images, 8, Settings(2, 64), exclude="fc3", device=device
+    )
+    path = tmp_path / "model.pt"
+    runs.save_model(path, trained.model, architecture="mlp", method=method, data=images)
+    loaded, own = runs.load_model(path), trained.model.cpu().eval()
+    assert torch.equal(loaded(images.test_x), own(images.test_x))
+    assert str(loaded) == str(own)

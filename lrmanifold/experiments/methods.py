@@ -238,7 +238,7 @@ def _trained(
     elif method.kind == "orthogonal":
         network = orthogonalize(network)
     elif method.kind != "dense":
-        bound = {"tau": method.tau} if method.kind == "condlr" else _PROBED
+        bound = {"tau": method.tau} if method.kind == "condlr" else PROBED
         network = factorize(network, rank=rank, **bound, **layers)
     model = Normalized(network, data, channels_last=settings.channels_last).to(device)
     part = "" if span == (0, settings.steps(data)) else f", from batch {span[0]} of {span[1]}"
@@ -265,7 +265,7 @@ def _trained(
     return Trained(model, history, *_shares(model, size))
 
 
-_PROBED: dict[str, Any] = {"tau": None, "gradient": "probe"}
+PROBED: dict[str, Any] = {"tau": None, "gradient": "probe"}
 
 
 def _check_build(build: Any) -> None:

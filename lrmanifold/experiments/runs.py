@@ -27,7 +27,8 @@ from ..nn import LowRankLayer, factorize
 from . import models
 from .data import Dataset
 from .factors import TwoFactors, two_factors
-from .methods import Method
+from .methods import PROBED, Method
+from .orthogonal import orthogonalize
 from .training import Normalized
 
 FORMAT = "lrmanifold run, version 2"
@@ -202,9 +203,12 @@ def _rebuild(recipe: dict[str, Any], state: dict[str, Any]) -> Normalized:
     if needed > _LARGEST_SHARE * stored:
         raise ValueError(f"{stored} stored numbers for a network of {needed}")
     network: torch.nn.Module = models.build(recipe["architecture"], data)
-    ranks = recipe["ranks"]
-    if ranks and recipe["kind"] == "condlr":
-        factorize(network, rank=ranks, tau=recipe["tau"], init="random", keep_larger=True)
-    elif ranks:
+    kind, ranks = recipe["kind"], recipe["ranks"]
+    if kind == "orthogonal":
+        orthogonalize(network)
+    elif kind in ("factors", "finetuned") and ranks:
         two_factors(network, ranks, keep_larger=True)
+    elif ranks:
+        bound = {"tau": recipe["tau"]} if kind == "condlr" else PROBED
+        factorize(network, rank=ranks, **bound, init="random", keep_larger=True)
     return Normalized(network, data)
