@@ -318,6 +318,12 @@ def test_dlrt_has_no_adam_and_says_so(more, blobs):
             run(Method(kind, kind, tol=0.1), blobs, settings, **more)
 
 
+def test_label_smoothing_that_certified_training_would_ignore_is_refused(blobs):
+    settings = dataclasses.replace(SETTINGS, label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"label_smoothing of settings must be 0 .*, got 0\.1"):
+        run(Method("c", "condlr", 0.0), blobs, settings, certified=0.1)
+
+
 def test_options_that_came_later_are_written_only_where_they_were_set():
     """So a run or a checkpoint from before such an option is still the same run."""
     plain = Settings(3, 32, 0.2, 0.5, 7).to_dict()

@@ -155,7 +155,8 @@ def train(
     certified : float, optional
         An l2 radius, in the unit of the images, to train for: the worst case that the network's
         Lipschitz bound allows, the radius growing over the first half, by
-        :class:`~lrmanifold.optim.CondLRAdam` (AdamW on ordinary parameters).
+        :class:`~lrmanifold.optim.CondLRAdam` (AdamW on ordinary parameters). This loss has no label
+        smoothing.
     adversarial : Adversarial, optional
         Train on images that an attack finds.
     replay : bool
@@ -171,6 +172,11 @@ def train(
     _check_build(build)
     check_dataset("data", data)
     check_settings(settings)
+    if certified is not None and settings.label_smoothing:
+        raise ValueError(
+            "label_smoothing of settings must be 0 with certified, whose loss has none, got "
+            f"{settings.label_smoothing}"
+        )
     if adversarial is not None:
         check_instance("adversarial", adversarial, Adversarial, "an Adversarial")
         if certified is not None:
