@@ -55,7 +55,6 @@ REDUCED = {
     "cifar10-mean-norm",
     "cifar10-no-norm",
     "cifar10-wide",
-    "cifar10-wide-cpu",
     "fashion-mnist",
     "fashion-mnist-adversarial",
     "fashion-mnist-beyond",
