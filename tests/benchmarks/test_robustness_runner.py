@@ -58,6 +58,7 @@ REDUCED = {
     "fashion-mnist",
     "fashion-mnist-adversarial",
     "fashion-mnist-beyond",
+    "fashion-mnist-tenth",
     "mnist",
     "mnist-beyond",
     "mnist-orthogonal",
