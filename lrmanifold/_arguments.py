@@ -219,6 +219,15 @@ def check_instance(
     raise TypeError(_message(name, wanted, value, hint))
 
 
+def check_state(value: Any, keys: Collection[str]) -> Mapping[str, Any]:
+    """The state of a scheduler: a mapping with these keys."""
+    if not isinstance(value, Mapping) or not set(keys) <= set(value):
+        raise ValueError(
+            f"state must have {' and '.join(keys)}, as state_dict() gives, got {shown(value)}"
+        )
+    return value
+
+
 def check_callable(name: str, value: Any, wanted: str = "a function") -> Callable[..., Any]:
     """Something that can be called; `wanted` tells with what."""
     if not callable(value):

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,12 +27,13 @@ def write_atomically(path: str | os.PathLike[str], data: Bytes) -> None:
 
     The bytes go to a temporary file beside it, which then replaces it in one step. A reader, or
     whoever comes after a crash, finds the old file or the new one; of several writers the last one
-    wins. A symbolic link at `path` is replaced, not followed.
+    wins. A symbolic link at `path` is replaced, not followed; the permissions of a file stay.
 
     Raises
     ------
     OSError
-        Names `path`. Nothing is left of the temporary file.
+        Names `path`: also if it is a device or a pipe, or a file that nobody may write. Nothing is
+        left of the temporary file.
     """
     path = Path(path)
     try:
@@ -50,9 +52,12 @@ def _write(path: Path, data: Bytes) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
     if path.is_dir() and not path.is_symlink():
         raise IsADirectoryError(errno.EISDIR, "Is a directory")
+    mode = _mode(path)
     temporary, descriptor = _new_file(path)
     try:
         with open(descriptor, "wb") as file:
+            if mode is not None:
+                os.chmod(temporary, mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # or a crash may leave a renamed, empty file
@@ -63,6 +68,21 @@ def _write(path: Path, data: Bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def _mode(path: Path) -> int | None:
+    """The permissions of the file that is replaced; None if there is none, or a link."""
+    try:
+        mode = os.stat(path, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISLNK(mode):
+        return None
+    if not stat.S_ISREG(mode):  # replaced, it would be gone: /dev/null for one
+        raise OSError(errno.EINVAL, "A device or pipe, not a file")
+    if not mode & 0o222:  # a rename would not ask
+        raise PermissionError(errno.EACCES, "Read-only file")
+    return stat.S_IMODE(mode)
 
 
 def _new_file(path: Path) -> tuple[Path, int]:

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
-from .._arguments import check_instance, check_integer, check_module, check_number, check_text
+from .._arguments import (
+    check_instance,
+    check_integer,
+    check_module,
+    check_number,
+    check_state,
+    check_text,
+)
 from .._wrappers import names_without_wrappers
 from ..factors import unpack
 from ..manifolds import WellConditioned
@@ -344,14 +351,15 @@ class RankScheduler:
         Raises
         ------
         ValueError
-            If the model's ranks are not those that were saved.
+            If it is no such state, or the model's ranks are not those that were saved.
         """
+        check_state(state, ("ranks", "count"))
         if dict(state["ranks"]) != self.ranks:
             raise ValueError(
                 f"ranks must be those of the model, {self.ranks}, got {dict(state['ranks'])}: load "
                 "the model's state dict first"
             )
-        self.count = int(state["count"])
+        self.count = check_integer("state['count']", state["count"], low=0)
 
 
 def _capped(layer: LowRankLayer) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import check_callable, check_instance, check_text
+from .._arguments import check_callable, check_instance, check_integer, check_state, check_text
 
 
 class OptionScheduler:
@@ -75,9 +75,27 @@ class OptionScheduler:
         return {"count": self.count, "initial": list(self.initial)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore and set the option accordingly."""
-        self.count, self.initial = int(state["count"]), list(state["initial"])
-        self._apply()
+        """Restore and set the option accordingly.
+
+        Raises
+        ------
+        ValueError
+            If it is no such state, or one of more groups than there are. Nothing is changed then.
+        """
+        check_state(state, ("count", "initial"))
+        initial, groups = list(state["initial"]), self.optimizer.param_groups
+        if len(initial) > len(groups):
+            raise ValueError(
+                f"state must be of at most {len(groups)} groups, as the optimizer has, got "
+                f"{len(initial)}: add the groups first"
+            )
+        before = self.count, self.initial
+        self.count, self.initial = check_integer("state['count']", state["count"], low=0), initial
+        try:
+            self._apply()
+        except Exception:  # a value that the optimizer refuses
+            self.count, self.initial = before
+            raise
 
 
 def _copied(value: Any) -> Any:

@@ -128,6 +128,29 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
         checkpoint.load(tmp_path / "a.pt", nn.Linear(1, 1))
 
 
+@posix
+def test_a_file_keeps_its_permissions_and_one_that_is_read_only_is_not_replaced(tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o444)
+    with pytest.raises(PermissionError, match=r"Read-only file: .*a\.pt"):
+        write_atomically(path, b"newer")
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["a.pt"]
+
+
+@posix
+def test_a_device_or_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"not a file: .*pipe"):
+        write_atomically(tmp_path / "pipe", b"new")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def stuck_writer(path, begun):
     os.fsync = lambda _: (begun.set(), time.sleep(60))  # type: ignore[assignment]
     write_atomically(path, b"half")

@@ -351,6 +351,8 @@ def test_a_run_continues_bit_for_bit_in_a_model_built_with_another_rank(name, ta
     run(*second, 4)
     with pytest.raises(ValueError, match="load the model"):
         second[-1].load_state_dict(states[-1])
+    with pytest.raises(ValueError, match="state must have ranks and count"):
+        second[-1].load_state_dict({})
     for part, state in zip(second, states, strict=True):
         part.load_state_dict(state)
     assert second[-1].ranks == first[-1].ranks

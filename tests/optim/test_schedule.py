@@ -71,6 +71,25 @@ def test_a_schedule_built_after_a_resume_keeps_to_the_first_value_once_it_is_loa
     assert optimizer.param_groups[0]["penalty"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({}, "state must have count and initial"),
+        ({"count": 3, "initial": [1.0, 2.0]}, "state must be of at most 1 groups"),
+        ({"count": -1, "initial": [1.0]}, "count"),
+        ({"count": 3, "initial": [-1.0]}, "penalty"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(state, words):
+    optimizer = CondLR(LowRankLinear(6, 5, 3).parameters(), 0.1, penalty=2.0)
+    scheduler = OptionScheduler(optimizer, "penalty", lambda step: 0.5**step)
+    scheduler.step()
+    with pytest.raises(ValueError, match=words):
+        scheduler.load_state_dict(state)
+    assert scheduler.state_dict() == {"count": 1, "initial": [2.0]}
+    assert optimizer.param_groups[0]["penalty"] == 1.0
+
+
 def test_schedules_of_rate_and_option_run_side_by_side():
     optimizer = CondLR(LowRankLinear(6, 5, 3).parameters(), 0.4, weight_decay=0.2)
     rate = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
