@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,14 +145,22 @@ def plain(value: Any, where: str) -> Any:
         return _plain_tensor(value)
     if isinstance(value, Mapping):
         for key in value:
-            if type(key) not in _READABLE and type(key) is not tuple:
-                _refuse(f"the key {key!r} of {where}", key)
-        return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+            _check_key(key, f"the key {key!r} of {where}")
+        # a Counter, as MultiStepLR has it, is read as one
+        kind = Counter if type(value) is Counter else dict
+        return kind({key: plain(item, f"{where}[{key!r}]") for key, item in value.items()})
     if type(value) in (list, tuple):
         return type(value)(plain(item, f"{where}[{i}]") for i, item in enumerate(value))
     if type(value) not in _READABLE:
         _refuse(where, value)
     return value
+
+
+def _check_key(key: Any, where: str) -> None:
+    for part in key if type(key) is tuple else ():
+        _check_key(part, where)
+    if type(key) not in (*_READABLE, tuple):
+        _refuse(where, key)
 
 
 def _refuse(where: str, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from pathlib import Path
 
 import geoopt
 import pytest
@@ -324,7 +325,7 @@ def test_an_optimizer_that_does_not_fit_changes_nothing(tmp_path):
 
 
 def test_what_could_not_be_read_again_is_not_written(tmp_path):
-    for extra in ({"f": len}, [nn.ReLU()], {"a": {"b": {1, 2}}}):
+    for extra in ({"f": len}, [nn.ReLU()], {"a": {"b": {1, 2}}}, {("a", (1, Path())): 1}):
         with pytest.raises(CheckpointError, match="to be read without running code, got"):
             checkpoint.save(tmp_path / "a.pt", model(), extra=extra)
     with pytest.raises(ValueError, match=r"optimizer must be None for a\.safetensors"):
@@ -334,6 +335,16 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path):
     with pytest.raises(CheckpointError, match=r"'weight' has no values"):
         checkpoint.save(tmp_path / "a.pt", nn.Linear(2, 2, device="meta"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_schedule_with_milestones_goes_on_from_a_file(tmp_path):
+    def schedule():
+        return torch.optim.lr_scheduler.MultiStepLR(torch.optim.SGD([torch.zeros(1)], 1.0), [1, 3])
+
+    checkpoint.save(tmp_path / "a.pt", nn.Linear(2, 2), extra=schedule().state_dict())
+    again = schedule()
+    again.load_state_dict(checkpoint.peek(tmp_path / "a.pt"))
+    assert [*again.milestones.elements()] == [1, 3]  # what its step(epoch) asks for
 
 
 # -- versions
