@@ -354,10 +354,10 @@ class RankScheduler:
             If it is no such state, or the model's ranks are not those that were saved.
         """
         check_state(state, ("ranks", "count"))
-        if dict(state["ranks"]) != self.ranks:
+        if state["ranks"] != self.ranks:
             raise ValueError(
-                f"ranks must be those of the model, {self.ranks}, got {dict(state['ranks'])}: load "
-                "the model's state dict first"
+                f"ranks must be those of the model, {self.ranks}, got {state['ranks']}: load the "
+                "model's state dict first"
             )
         self.count = check_integer("state['count']", state["count"], low=0)
 

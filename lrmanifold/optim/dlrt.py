@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -109,8 +109,6 @@ class DLRT(GeometricOptimizer):
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
         check_choice("integrator", group["integrator"], _INTEGRATORS)
-        if any(g["integrator"] != group["integrator"] for g in self.param_groups):
-            raise ValueError("integrator must be the same for all groups: they step together")
         tol, low, high = group["tol"], group["min_rank"], group["max_rank"]
         if tol is not None:
             tol = check_number("tol", tol, low=0.0, high=1.0, open_high=True)
@@ -131,6 +129,13 @@ class DLRT(GeometricOptimizer):
         owners = [id(M) for M in all_of_them if M is not None]
         if tol is not None and len(set(owners)) < len(owners):
             raise ValueError("with tol each weight needs a manifold of its own: it holds the rank")
+
+    def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        names = sorted({g["integrator"] for g in groups})
+        if len(names) > 1:
+            raise ValueError(
+                f"integrator must be the same for all groups, which step together, got {names}"
+            )
 
     # -- the step
 

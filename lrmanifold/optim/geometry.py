@@ -117,6 +117,16 @@ class Label:
         return f"parameter {self._place} of group {self._number} ({size})"
 
 
+def check_vector(key: str, vector: Tensor, p: Tensor, label: Any) -> None:
+    """Refuse a vector of the state that belongs to another rank than the parameter has now."""
+    if vector.shape != p.shape:
+        raise ValueError(
+            f"{key} of {label} has shape {tuple(vector.shape)}, the parameter {tuple(p.shape)}: it "
+            "became one of another rank, as a state dict makes it. Load the optimizer's state too, "
+            "or build a new optimizer"
+        )
+
+
 def mark(p: Tensor) -> tuple:
     """What changes when somebody writes to `p`; an accelerator is not waited for.
 

@@ -118,6 +118,7 @@ def checked_state(
     marks = state_dict.get(_MARK, {})
     if not isinstance(marks, Mapping):
         raise ValueError(f"{_MARK} of state_dict must be a dict of flags, got {shown(marks)}")
+    optimizer._check_groups(saved)
     found: dict[Tensor, dict[str, Any]] = {}
     for g, (old, group) in enumerate(zip(saved, groups, strict=True)):
         options = {**optimizer.defaults, **old, "params": group["params"]}

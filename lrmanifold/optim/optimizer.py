@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from .arithmetic import PlainArithmetic
 from .coordinates import is_factored
 from .distributed import move_sharded, move_shared_out
 from .engine import Engine
-from .geometry import GeometryMemory
+from .geometry import GeometryMemory, check_vector
 from .items import Item, Rule
 from .loading import brought_over, checked_state, completed, marked
 from .velocities import tangent_of_velocity
@@ -80,6 +80,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_options(self.param_groups[-1])
+            self._check_groups(self.param_groups)
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
@@ -106,9 +107,13 @@ class GeometricOptimizer(torch.optim.Optimizer):
         check_number("clip_margin", margin, low=0.0, high=1.0, open_high=True)
         for p in group["params"]:
             self._check_parameter(group, p, manifold_of(p))
-        if group.get("capturable") and not isinstance(group["lr"], Tensor):
-            # In a captured graph a number is a constant: schedulers write into a tensor.
-            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+        if group.get("capturable"):
+            # In a captured graph a number is a constant, and so is a tensor of the host, as a file
+            # brings it: schedulers write into a tensor of the device.
+            group["lr"] = torch.as_tensor(group["lr"], device=group["params"][0].device)
+
+    def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Raise for groups that cannot be in one optimizer."""
 
     def _check_parameter(self, group: dict[str, Any], p: Tensor, manifold: Any) -> None:
         if group.get("capturable") and not is_accelerated(p):
@@ -284,12 +289,8 @@ class GeometricOptimizer(torch.optim.Optimizer):
             # of a shape that is off the manifold the geometry speaks, below
             fits = tuple(p.shape[-2:]) == getattr(manifold, "point_shape", tuple(p.shape[-2:]))
             for key in self.rule.vectors if fits else ():
-                if key in state and state[key].shape != p.shape:
-                    raise ValueError(
-                        f"{key} of {label} has shape {tuple(state[key].shape)}, the parameter "
-                        f"{tuple(p.shape)}: it became one of another rank, as a state dict makes "
-                        "it. Load the optimizer's state too, or build a new optimizer"
-                    )
+                if key in state:
+                    check_vector(key, state[key], p, label)
             yield Item(group, p, p.detach(), p.grad.detach(), manifold, label, state)
 
     def _ensure(self, item: Item) -> None:
@@ -323,6 +324,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
         buffer = state.get("momentum_buffer")
         if buffer is None:
             return torch.zeros_like(p.detach())
+        check_vector("momentum_buffer", buffer, p, "p")
         if not is_factored(manifold):
             return buffer.clone()
         found = tangent_of_velocity(manifold, gathered(p.detach()), gathered(buffer))

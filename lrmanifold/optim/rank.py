@@ -12,6 +12,7 @@ from ..factors import change_of_base, pack, unpack
 from ..manifolds import Factors, FixedRank, WellConditioned
 from ..parameter import replace_data
 from .coordinates import is_factored
+from .geometry import check_vector
 from .velocities import tangent_of_velocity, velocity_of_tangent
 
 # State tensors that are tangent vectors at the parameter's point.
@@ -153,6 +154,9 @@ def resize(p: Tensor, X: Factors, state: dict[str, Any] | None = None) -> None:
     with torch.no_grad():
         before = unpack(p.to(wide), manifold.m, manifold.n)
         state = {} if state is None else state
+        for key in _TANGENT_STATE:
+            if key in state:
+                check_vector(key, state[key], p, f"a weight on {manifold.name}")
         # Ours keeps velocities where the retraction suits; geoopt's optimizers tangent vectors.
         velocities = is_factored(manifold) and {"skipped", "momentum_buffer"} <= state.keys()
         if velocities:

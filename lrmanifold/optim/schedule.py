@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import check_callable, check_instance, check_integer, check_state, check_text
+from .._arguments import (
+    check_callable,
+    check_instance,
+    check_integer,
+    check_state,
+    check_text,
+    shown,
+)
 
 
 class OptionScheduler:
@@ -83,6 +90,9 @@ class OptionScheduler:
             If it is no such state, or one of more groups than there are. Nothing is changed then.
         """
         check_state(state, ("count", "initial"))
+        if not isinstance(state["initial"], (list, tuple)):
+            found = shown(state["initial"])
+            raise ValueError(f"initial of state must be a list of values, got {found}")
         initial, groups = list(state["initial"]), self.optimizer.param_groups
         if len(initial) > len(groups):
             raise ValueError(

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import lrmanifold as lrm
-from lrmanifold.optim import CondLR, CondLRAdam, CondLRMuon, OptionScheduler, param_groups
+from lrmanifold.optim import (
+    DLRT,
+    CondLR,
+    CondLRAdam,
+    CondLRMuon,
+    OptionScheduler,
+    RankScheduler,
+    param_groups,
+)
 
 
 def net(rank):
@@ -32,7 +40,15 @@ def test_momentum_of_another_rank_is_refused(make, ranks):
     before = model[0].weight.detach().clone()
     with pytest.raises(ValueError, match="of another rank"):
         step(model, optimizer)
+    ranks = RankScheduler(model, optimizer, tol=0.5, coefficient_steps=1)
+    with pytest.raises(ValueError, match="of another rank"):
+        ranks.step(lambda: model(torch.ones(2, 12)).sum().backward())
+    if "momentum_buffer" in optimizer.state[model[0].weight]:
+        with pytest.raises(ValueError, match="of another rank"):
+            optimizer.momentum(model[0].weight)
     assert torch.equal(model[0].weight, before)
+    with pytest.raises(ValueError, match="ranks must be those of the model"):
+        ranks.load_state_dict({"count": 1, "ranks": 4})
 
 
 def test_rows_that_change_places_behind_the_optimizers_back_are_noticed():
@@ -203,3 +219,36 @@ def test_a_model_of_another_dtype_goes_on_as_from_a_file(make, start, dtype):
     train(other, resumed)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_an_integrator_comes_with_the_state_and_is_one_for_all_groups():
+    def groups():
+        return [{"params": net(3).parameters()}, {"params": net(2).parameters()}]
+
+    optimizer = DLRT(groups(), 0.1)
+    optimizer.load_state_dict(DLRT(groups(), 0.1, integrator="ksl").state_dict())
+    assert [g["integrator"] for g in optimizer.param_groups] == ["ksl", "ksl"]
+    mixed = copy.deepcopy(optimizer.state_dict())
+    mixed["param_groups"][1]["integrator"] = "bug"
+    words = r"integrator must be the same for all groups.*\['bug', 'ksl'\]"
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(mixed)
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": net(2).parameters(), "integrator": "bug"})
+    assert [g["integrator"] for g in optimizer.param_groups] == ["ksl", "ksl"]
+
+
+@pytest.mark.parametrize("make", [CondLR, CondLRAdam, CondLRMuon])
+def test_a_capturable_rate_that_a_file_brings_to_the_host_goes_to_the_device(device, make):
+    """A captured graph takes a tensor of the host for a constant."""
+    there = torch.device("meta") if device.type == "cpu" else device
+    model = lrm.nn.LowRankLinear(12, 16, 3, device=there)
+    optimizer = make(model.parameters(), 0.1, capturable=True)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["lr"] = torch.tensor(0.05)
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"].device.type == there.type
+    if there.type != "meta":
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.05)
+    late = make(model.parameters(), torch.tensor(0.1), capturable=True)
+    assert late.param_groups[0]["lr"].device.type == there.type

@@ -77,6 +77,7 @@ def test_a_schedule_built_after_a_resume_keeps_to_the_first_value_once_it_is_loa
         ({}, "state must have count and initial"),
         ({"count": 3, "initial": [1.0, 2.0]}, "state must be of at most 1 groups"),
         ({"count": -1, "initial": [1.0]}, "count"),
+        ({"count": 3, "initial": 1.0}, "initial of state must be a list"),
         ({"count": 3, "initial": [-1.0]}, "penalty"),
     ],
 )
