@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -281,6 +282,9 @@ class LowRankLayer(WholeWeight):
                         f"on {self.manifold}, got {type(weight).__name__}"
                     )
                 weight.__class__ = PointParameter
+                if weight is not self.__dict__.get("_own_weight"):
+                    # the weight before may stay in a layer it was tied to, with a rank of its own
+                    self.__dict__["_manifold"] = copy.copy(self.manifold)
                 weight.manifold = self.manifold
             elif _alike(known, self.manifold):
                 self.__dict__["_manifold"] = known

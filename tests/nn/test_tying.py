@@ -88,3 +88,48 @@ def test_frozen_layers_stay_to_the_bit_and_thaw(kind):
     assert not torch.equal(model[0].weight, before["0.weight"])
     for layer in (model[0], model[2]):
         assert float(layer.manifold.drift(layer.weight.detach())) <= 1e-12
+
+
+def assigned(model):
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def emptied(model):
+    state = model.state_dict()
+    model.to("meta").to_empty(device=state["0.weight"].device)
+    model.load_state_dict(state)
+
+
+def replaced(model):
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+
+
+@pytest.mark.parametrize("how", [assigned, emptied, replaced])
+def test_a_weight_that_is_tied_no_more_has_a_rank_of_its_own(how, device):
+    """torch unties in these ways; the manifold, which holds the rank, must not stay shared."""
+    model = tied_network().to(device)
+    how(model)
+    assert model[0].weight is not model[2].weight
+    other = lrm.nn.LowRankLinear(8, 8, 1, dtype=torch.float64, device=device)
+    model[0].load_state_dict(other.state_dict())
+    assert (model[0].rank, model[2].rank) == (1, 3)
+    optimizer = lrm.optim.CondLR(model.parameters(), lr=0.1)
+    x = torch.ones(2, 8, dtype=torch.float64, device=device)
+    model(x).square().mean().backward()
+    optimizer.step()
+    model[0].load_state_dict(model[2].state_dict())
+    model[2].weight = model[0].weight  # tied again
+    model[0].load_state_dict(other.state_dict())
+    assert (model[0].rank, model[2].rank) == (1, 1)
+
+
+def test_a_swapped_weight_keeps_its_tie(device):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model = tied_network().to(device).float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model[0].weight is model[2].weight
+    model[0].load_state_dict(lrm.nn.LowRankLinear(8, 8, 1).state_dict())
+    assert (model[0].rank, model[2].rank) == (1, 1)
