@@ -56,7 +56,8 @@ def _write(path: Path, data: Bytes) -> None:
     temporary, descriptor = _new_file(path)
     try:
         with open(descriptor, "wb") as file:
-            if mode is not None:
+            # asked only for another one: some file systems have no permissions to change
+            if mode not in (None, stat.S_IMODE(os.fstat(file.fileno()).st_mode)):
                 os.chmod(temporary, mode)
             file.write(data)
             file.flush()

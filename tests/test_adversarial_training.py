@@ -177,7 +177,6 @@ def test_a_truncated_network_sees_the_radius_grow_once(stripes, monkeypatch):
         whole = [*seen]
         seen.clear()
         fitted(stripes, how, Method("cut", "finetuned"))
-        assert [eps for eps, _ in seen] == [eps for eps, _ in whole]
         assert seen == whole
 
 
