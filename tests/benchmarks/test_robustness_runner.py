@@ -51,6 +51,7 @@ def finished(tmp_path_factory):
 REDUCED = {
     "cifar10-adversarial",
     "cifar10-half",
+    "cifar10-half-rivals",
     "cifar10-longer",
     "cifar10-mean-norm",
     "cifar10-no-norm",
