@@ -46,7 +46,7 @@ def changed(**tables):
     found = copy.deepcopy(TINY)
     for name, change in tables.items():
         if isinstance(change, dict):
-            found[name] |= change
+            found[name] = {**found.get(name, {}), **change}
         else:
             found[name] = change
     return found

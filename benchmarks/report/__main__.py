@@ -8,7 +8,7 @@ from pathlib import Path
 from lrmanifold.experiments.runs import write_atomically
 
 from .._record import FOLDER
-from . import page
+from . import overview, page
 from .results import read
 
 
@@ -28,7 +28,9 @@ def main() -> None:
         found.append((plan.parent.name, results))
         print(page.write(results, plan.parent))
     if found:
-        write_atomically(options.results / "report.md", page.index(found).encode())
+        for name, drawing in overview.pictures(found).items():
+            write_atomically(options.results / name, drawing)
+        write_atomically(options.results / "report.md", overview.index(found).encode())
 
 
 if __name__ == "__main__":

@@ -391,23 +391,4 @@ def _bound(groups: Sequence[Group]) -> str:
     return table(head, rows)
 
 
-def index(pages: Sequence[tuple[str, Results]]) -> str:
-    """The page of all tables."""
-    parts = [
-        "# Robustness of low-rank training",
-        "Every table was planned before it was run: `plan.toml` beside it holds hypotheses, "
-        "families, "
-        "the search for settings and its budget. Written by `python -m benchmarks.report`.",
-    ]
-    for name, results in pages:
-        held = [f"- {f.hypothesis.text} **{f.verdict}**" for f in findings(results)]
-        parts += [f"## [{results.plan.title}]({name}/report.md)", "\n".join(held)]
-    parts.append(
-        "## Older tables\n\n[before.md](before.md): measured with weaker attacks and settings "
-        "chosen on "
-        "test images; what is wrong with each stands there."
-    )
-    return "\n\n".join(parts) + "\n"
-
-
 assert LEAST_SEEDS == 5  # VERDICTS says so

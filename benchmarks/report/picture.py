@@ -27,13 +27,18 @@ _KINDS = {
 }
 
 
+def method(family: Family) -> str:
+    """Its kind in words, without size or setting."""
+    if family.ours:
+        return "CondLRAdam" if family.optimizer == "adam" else "CondLR"
+    if "penalty" in family.start:
+        return "penalty"
+    return _KINDS.get(family.method.kind, family.method.kind)
+
+
 def side(results: Results, family: Family) -> str:
     """Families of one side have one colour: one method and, where a plan has several, one size."""
-    name = _KINDS.get(family.method.kind, family.method.kind)
-    if family.ours:
-        name = "CondLRAdam" if family.optimizer == "adam" else "CondLR"
-    elif "penalty" in family.start:
-        name = "penalty"
+    name = method(family)
     several = any(f.ranks is not None for f in results.plan.families)
     if not several or family.method.kind in ("dense", "orthogonal"):
         return name
@@ -85,7 +90,7 @@ def frontier(results: Results) -> bytes:
         )
         axis.grid(True, color="#DDDDDD", linewidth=0.7)
     viz.legend_below(figure, axes[0], columns=4)
-    return _png(figure)
+    return png(figure)
 
 
 def curves(results: Results) -> bytes | None:
@@ -101,10 +106,11 @@ def curves(results: Results) -> bytes | None:
         shown[group.family.name] = {eps: list(by.values()) for eps, by in found.items() if by}
     if not results.plan.attack.pgd:
         return None
-    return _png(viz.accuracy_curves(shown, title=f"PGD, {results.plan.network.data}"))
+    return png(viz.accuracy_curves(shown, title=f"PGD, {results.plan.network.data}"))
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """As a file's bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

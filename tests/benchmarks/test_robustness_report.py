@@ -15,13 +15,12 @@ pytest.importorskip("matplotlib")
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_plan import START, TINY, changed, write
+from tiny_results import SEEDS, made, row, trial, with_difference
 
 from benchmarks._record import FOLDER
-from benchmarks.report import page, picture, published
+from benchmarks.report import overview, page, picture, published
 from benchmarks.report.results import (
     LEAST_SEEDS,
-    Group,
-    Results,
     efficient,
     findings,
     half_width,
@@ -32,41 +31,6 @@ from benchmarks.report.results import (
 )
 from benchmarks.robustness.measures import packed, unpacked
 from benchmarks.robustness.plan import parse
-
-SEEDS = [0, 1, 2, 3, 4]
-
-
-def trial(family, clean, worst, *, lr=0.1, k=0):
-    values = {**family.start, "lr": lr}
-    point = [k] + [0] * (len(values) - 1)
-    return {
-        "family": family.name, "values": values, "point": point, "clean": clean, "worst": worst,
-    }  # fmt: skip
-
-
-def row(family, seed, clean, worst, **more):
-    return {
-        "family": family.name, "seed": seed, "values": dict(family.start), "shares": [0.5],
-        "clean": {"accuracy": clean}, "worst": {"0.06": {"accuracy": worst}}, "stored_share": 0.4,
-        **more,
-    }  # fmt: skip
-
-
-def made(accuracies, seeds=SEEDS, **changes):
-    """Results with worst-case accuracies by family, one for each seed."""
-    plan = parse(changed(seeds=list(seeds), **changes), "tiny")
-    trials = [trial(f, [0.9], [0.5]) for f in plan.families]
-    groups = [
-        Group(f, [row(f, s, 0.9, a) for s, a in zip(seeds, accuracies[f.name], strict=True)])
-        for f in plan.families
-    ]
-    return Results(plan, trials, groups)
-
-
-def with_difference(d, **changes):
-    base = {name: [0.5] * len(d) for name in ("dense", "cut", "wild")}
-    seeds = range(len(d))
-    return made({**base, "ours": [0.5 + x / 100 for x in d]}, seeds=seeds, **changes)
 
 
 @pytest.mark.parametrize(
@@ -157,12 +121,12 @@ def test_rows_that_keep_their_images_give_the_wider_interval(marked):
     generator = np.random.default_rng(2)
     results = with_difference([3.0, 3.5, 2.5, 3.2, 2.8])
     for group in results.groups:
-        for row in group.rows:
-            mask = generator.random(100) < row["worst"]["0.06"]["accuracy"]
-            row["worst"]["0.06"]["accuracy"] = float(mask.mean())
+        for one in group.rows:
+            mask = generator.random(100) < one["worst"]["0.06"]["accuracy"]
+            one["worst"]["0.06"]["accuracy"] = float(mask.mean())
             if marked:
-                row |= {"images": 100}
-                row["worst"]["0.06"]["robust"] = packed(torch.from_numpy(mask))
+                one |= {"images": 100}
+                one["worst"]["0.06"]["robust"] = packed(torch.from_numpy(mask))
     (found,) = findings(results)
     assert found.over_images == marked
     ours, dense = (
@@ -206,8 +170,8 @@ def test_sizes_are_sides_of_their_own():
     """A rival of another size is no rival: only `ours` has ranks of its own here."""
     results = made({name: [0.5] * 5 for name in ("dense", "cut", "ours", "wild")})
     for group in results.groups:
-        for row in group.rows:
-            row["stored_share"] = 0.25 if group.family.name == "ours" else 0.5
+        for one in group.rows:
+            one["stored_share"] = 0.25 if group.family.name == "ours" else 0.5
     sides = {f.name: picture.side(results, f) for f in results.plan.families}
     assert sides == {
         "dense": "dense", "cut": "truncated, 50 %", "ours": "CondLR, 25 %", "wild": "A Bᵀ, 50 %",
@@ -240,10 +204,10 @@ def test_the_frontier_is_shown_whole_but_for_what_learned_little(behind, monkeyp
     last = results.trials[-1]
     results.trials += [dict(last), dict(last)]
     below = ((0, 0), (-0.14, 0.1), (-0.16, 0.2))
-    for trial, (clean, worst) in zip(results.trials[-3:], below, strict=True):
-        trial["clean"], trial["worst"] = [behind + clean], [0.3 + worst]
+    for one, (clean, worst) in zip(results.trials[-3:], below, strict=True):
+        one["clean"], one["worst"] = [behind + clean], [0.3 + worst]
     drawn = []
-    monkeypatch.setattr(picture, "_png", drawn.append)
+    monkeypatch.setattr(picture, "png", drawn.append)
     picture.frontier(results)
     axis = drawn[0].axes[0]
     (low, high), (bottom, top) = axis.get_xlim(), axis.get_ylim()
@@ -324,7 +288,7 @@ def test_the_page_says_everything(folder):
         "0.5 clean + 0.5 worst case", "3 |",
     ):  # fmt: skip
         assert word in text, word
-    assert "**yes**" in page.index([("tiny", results)])
+    assert "**yes**" in overview.index([("tiny", results)])
 
 
 def without(folder, keep):
@@ -437,7 +401,7 @@ def test_the_pages_that_are_committed_are_what_the_program_writes(tmp_path, monk
         assert written == (plan.parent / "report.md").read_text(encoding="utf-8")
     assert len(pages) >= 5
     index = (FOLDER / "robustness" / "report.md").read_text(encoding="utf-8")
-    assert page.index(pages) == index
+    assert overview.index(pages) == index
 
 
 def test_published_lines_stand_alone():
