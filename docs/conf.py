@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -115,6 +116,22 @@ def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
         lines[i] = line
 
 
+def results_copied(app) -> None:
+    """The tables' pages and pictures are written beside the results; the site has copies."""
+    source, target = ROOT / "benchmarks" / "results", Path(app.srcdir) / "results"
+    shutil.rmtree(target, ignore_errors=True)
+    for path in (p for end in ("md", "png") for p in source.rglob(f"*.{end}")):
+        if path.name != "remarks.md":  # is in its table's page
+            copied = target / path.relative_to(source)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copied)
+
+
+def results_linked(app, name, source: list[str]) -> None:
+    """Links that work in the repository work on the site."""
+    source[0] = source[0].replace("../benchmarks/results/", "results/")
+
+
 def unbroken(app, name, source: list[str]) -> None:
     """A mean and its spread stay on one line, and so does 3e-4, which is no code."""
     text = re.sub(r"(?<=\d) ± (?=\d)", "\u00a0±\u00a0", source[0])
@@ -124,5 +141,7 @@ def unbroken(app, name, source: list[str]) -> None:
 
 def setup(app) -> None:
     """Hooks of this project."""
+    app.connect("builder-inited", results_copied)
+    app.connect("source-read", results_linked)
     app.connect("source-read", unbroken)
     app.connect("autodoc-process-docstring", plain_text, priority=900)

@@ -55,6 +55,7 @@ def write(results: Results, folder: Path) -> Path:
         _registration(results),
         "## What was expected and what came out",
         _findings(findings(results)),
+        *_remarks(folder),
         "## The chosen settings on the test images",
         _accuracy(results, sorted(results.main(), key=lambda g: -g.mean(*results.column("worst")))),
         _legend(results),
@@ -124,6 +125,14 @@ def _machine(results: Results) -> str:
         return ""
     others = (f" On {name}: {', '.join(own)}." for name, own in there.items() if name != most)
     return f"Run on {most}.{''.join(others)} "
+
+
+def _remarks(folder: Path) -> list[str]:
+    """What people add after the runs, if they do: plans cannot change any more."""
+    path = folder / "remarks.md"
+    if not path.is_file():
+        return []
+    return ["## Remarks, written after the runs", path.read_text(encoding="utf-8").strip()]
 
 
 def _findings(found: Sequence[Finding]) -> str:

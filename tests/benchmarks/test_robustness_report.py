@@ -291,6 +291,13 @@ def test_the_page_says_everything(folder):
     assert "**yes**" in overview.index([("tiny", results)])
 
 
+def test_remarks_after_the_runs_stand_on_the_page(folder):
+    assert "after the runs" not in page.write(read(folder), folder).read_text()
+    (folder / "remarks.md").write_text("- Too short.\n")
+    text = page.write(read(folder), folder).read_text()
+    assert "## Remarks, written after the runs\n\n- Too short.\n\n## The chosen" in text
+
+
 def without(folder, keep):
     lines = (folder / "runs.jsonl").read_text().splitlines()
     kept = [line for line in lines if keep(json.loads(line))]
@@ -395,8 +402,9 @@ def test_the_pages_that_are_committed_are_what_the_program_writes(tmp_path, monk
         pages.append((plan.parent.name, results))
         folder = tmp_path / plan.parent.name
         folder.mkdir()
-        if (measured := plan.parent / "conditioning.json").is_file():
-            shutil.copy(measured, folder)
+        for name in ("conditioning.json", "remarks.md"):
+            if (beside := plan.parent / name).is_file():
+                shutil.copy(beside, folder)
         written = page.write(results, folder).read_text(encoding="utf-8")
         assert written == (plan.parent / "report.md").read_text(encoding="utf-8")
     assert len(pages) >= 5

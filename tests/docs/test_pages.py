@@ -71,6 +71,15 @@ def test_commands_exist():
             assert (ROOT / path).exists(), (page.name, path)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_what_a_page_links_in_the_repository_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"(?:\]\(|^```\{image\} )([^)#\s]+)", text, flags=re.MULTILINE)
+    for link in found:
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+
+
 def test_sections_that_docstrings_cite_are_there():
     text = (DOCS / "mathematics.md").read_text(encoding="utf-8")
     sections = set(re.findall(r"^##+ ([\d.]+?)\.? ", text, flags=re.MULTILINE))
