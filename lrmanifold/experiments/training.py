@@ -64,7 +64,8 @@ class Settings:
         Share of the steps over which it rises first, linearly.
     augment : {"none", "crop-flip"}
     bfloat16 : bool
-        Forward passes under autocast; weights and steps stay in float32.
+        Forward passes under autocast; weights and steps stay in float32. On a processor without
+        bfloat16 instructions several times slower than float32.
     channels_last : bool
         Layout of images in memory: faster for convolutions on CPUs, the same up to rounding.
 
