@@ -125,6 +125,8 @@ def results_copied(app) -> None:
             copied = target / path.relative_to(source)
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copied)
+    with (target / "robustness" / "report.md").open("a", encoding="utf-8") as index:
+        index.write("\n```{toctree}\n:hidden:\n:glob:\n\nbefore\n*/report\n```\n")
 
 
 def results_linked(app, name, source: list[str]) -> None:

@@ -71,15 +71,16 @@ def lines(pages: Sequence[tuple[str, Results]]) -> list[Line]:
 
 
 def row(line: Line) -> list[str]:
-    """Of a table in Markdown under `HEAD`."""
+    """Of a table in Markdown under `HEAD`; what belongs together stays on one line."""
     f = line.finding
+    points = f"{f.difference:+.1f} ({f.low:+.1f} to {f.high:+.1f})".replace("-", "−")
     return [
         f"[{line.plan}]({line.plan}/report.md), {line.size}",
         line.column,
         f"{f.better} − {f.than}",
         f"> {f.hypothesis.margin:g}".replace("-", "−"),
-        f"{f.difference:+.1f} ({f.low:+.1f} to {f.high:+.1f})".replace("-", "−"),
-        f"**{f.verdict}**",
+        points.replace(" ", "\u00a0"),
+        f"{f.seeds} seeds" if f.seeds < LEAST_SEEDS else f"**{f.verdict}**",
         " / ".join("yes" if rest else "no" for rest in line.at_rest),
     ]
 
@@ -139,6 +140,7 @@ def index(pages: Sequence[tuple[str, Results]]) -> str:
         "lost**: the first side minus the second in points of accuracy, whether that is more than "
         "was expected, and whether the search of either side came to rest (all neighbours of its "
         "setting were tried). Where the rival's did not, a lead may be one of the search. "
+        "Fewer than five seeds say neither yes nor no. "
         "Intervals hold together at 95 % within a table, not over this page; a later table "
         "may repeat an earlier one, which stays.",
         "The pictures have the worst cases of five seeds or more, by rival: the table, the "
