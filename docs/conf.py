@@ -125,8 +125,11 @@ def results_copied(app) -> None:
             copied = target / path.relative_to(source)
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copied)
-    with (target / "robustness" / "report.md").open("a", encoding="utf-8") as index:
-        index.write("\n```{toctree}\n:hidden:\n:glob:\n\nbefore\n*/report\n```\n")
+    folder = target / "robustness"
+    names = sorted(path.parent.name for path in folder.glob("*/report.md"))
+    entries = "\n".join([*(f"{name} <{name}/report>" for name in names), "before"])
+    with (folder / "report.md").open("a", encoding="utf-8") as index:
+        index.write(f"\n```{{toctree}}\n:hidden:\n\n{entries}\n```\n")
 
 
 def results_linked(app, name, source: list[str]) -> None:

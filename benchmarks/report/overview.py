@@ -12,7 +12,7 @@ from .picture import method, png
 from .results import LEAST_SEEDS, Finding, Results, findings, strength
 
 RIVALS = ("dense", "orthogonal, full rank", "truncated", "A Bᵀ", "no bound", "penalty")
-HEAD = ("table, weights stored", "column", "compared", "expected", "points", "holds", "at rest")
+HEAD = ("table, weights stored", "compared", "expected", "points", "holds", "at rest")
 _LOOK = {"ahead": viz.PALETTE[1], "not decided": viz.PALETTE[7], "behind": viz.PALETTE[2]}
 
 
@@ -73,13 +73,12 @@ def lines(pages: Sequence[tuple[str, Results]]) -> list[Line]:
 def row(line: Line) -> list[str]:
     """Of a table in Markdown under `HEAD`; what belongs together stays on one line."""
     f = line.finding
-    points = f"{f.difference:+.1f} ({f.low:+.1f} to {f.high:+.1f})".replace("-", "−")
+    points = f"{f.difference:+.1f} ({f.low:+.1f}\u00a0to\u00a0{f.high:+.1f})".replace("-", "−")
     return [
         f"[{line.plan}]({line.plan}/report.md), {line.size}",
-        line.column,
-        f"{f.better} − {f.than}",
+        f"{f.better} − {f.than}, {line.column}",
         f"> {f.hypothesis.margin:g}".replace("-", "−"),
-        points.replace(" ", "\u00a0"),
+        points,
         f"{f.seeds} seeds" if f.seeds < LEAST_SEEDS else f"**{f.verdict}**",
         " / ".join("yes" if rest else "no" for rest in line.at_rest),
     ]
