@@ -163,6 +163,12 @@ def test_few_classes_skip_what_is_not_defined_for_them(classes, skipped, device)
     assert found.accuracy < found.clean
 
 
+def test_where_no_attack_is_defined_clean_accuracy_is_not_the_worst_case(device):
+    net = network(device, 3)
+    with pytest.raises(ValueError, match=r"attacks: none of \['apgd-t'\] .* classes as 3"):
+        worst_case(net, labelled(net, device), 0.05, attacks=("apgd-t",))
+
+
 @pytest.mark.parametrize("call", [worst_case, check_masking])
 def test_the_model_its_gradients_and_the_random_numbers_are_left_as_found(call, device):
     net = network(device)

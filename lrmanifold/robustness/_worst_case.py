@@ -129,6 +129,8 @@ def worst_case(
     ------
     ImportError
         If an attack of `pyautoattack` is asked for and the package is missing.
+    ValueError
+        If no attack that is asked for is defined for so few classes.
     """
     check_callable("model", model, "a module or a function of images")
     eps = check_number("eps", eps, low=0)
@@ -186,6 +188,8 @@ def worst_case(
     if not total:
         raise ValueError("nothing to measure: 0 samples")
     ran = [name for name in names if name not in skipped]
+    if not ran:  # the clean accuracy is no worst case
+        raise ValueError(f"attacks: none of {names} is defined for so few classes as {classes}")
     after, left = {}, clean
     for name in ran:
         left -= fooled_by.count(name)
