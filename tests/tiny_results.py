@@ -20,7 +20,7 @@ def trial(family, clean, worst, *, lr=0.1, k=0):
 
 def row(family, seed, clean, worst, **more):
     return {
-        "family": family.name, "seed": seed, "values": dict(family.start), "shares": [0.5],
+        "family": family.name, "seed": seed, "values": dict(family.start), "shares": [0.5, 0.0],
         "clean": {"accuracy": clean}, "worst": {"0.06": {"accuracy": worst}}, "stored_share": 0.4,
         **more,
     }  # fmt: skip

@@ -37,10 +37,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def percent(group: Group, *path: str) -> str:
     """Mean ± standard deviation in %; a dash where nothing was measured."""
-    if not group.values(*path):
+    count, rows = len(group.values(*path)), len(group.rows)
+    if not count:
         return "–"
     text = f"{100 * group.mean(*path):.1f}"
-    return text + (f" ± {100 * group.spread(*path):.1f}" if len(group.rows) > 1 else "")
+    text += f" ± {100 * group.spread(*path):.1f}" if count > 1 else ""
+    return text + (f" ({count} of {rows})" if count < rows else "")
 
 
 def write(results: Results, folder: Path) -> Path:
@@ -192,6 +194,8 @@ def _strengths(results: Results) -> list[float]:
 def _legend(results: Results) -> str:
     attack = results.plan.attack
     done = [row for g in results.groups for row in g.done]
+    if not done:
+        return "Every network diverged, which counts as 0 %."
     row = done[0]
     # a machine without the package tries fewer
     tried = dict.fromkeys(", ".join(r["worst"][results.eps]["attacks"]) for r in done)
@@ -293,8 +297,9 @@ def _appendix(results: Results) -> list[str]:
         words = "The family of each side that validation scores best; bands: standard deviations."
         parts += ["### PGD", f"![accuracy against the strength of PGD](pgd.png)\n\n{words}"]
         parts += [table(["family", *(strength(e) for e in attack.pgd)], rows)]
-    parts += ["### What is left after each attack and all before it (first seed)", _after(results)]
-    parts += ["### Size, cost, conditioning", _cost(results)]
+    if any(g.done for g in results.main()):
+        after = "### What is left after each attack and all before it (first seed)"
+        parts += [after, _after(results), "### Size, cost, conditioning", _cost(results)]
     checked = [g for g in results.main() if g.done and g.done[0].get("masking")]
     if checked:
         parts += ["### Do gradients mislead the attacks? (first seed)", _masking(checked)]

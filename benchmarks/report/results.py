@@ -155,7 +155,12 @@ def read(folder: Path) -> Results | None:
     for row in rows:
         key = (row["family"], repr(sorted(row["values"].items())))
         groups.setdefault(key, Group(plan.family(row["family"]), [])).rows.append(row)
-    there = {g.family.name for g in groups.values()}
+    scores: dict[str, set[float]] = {}
+    for group in groups.values():
+        scores.setdefault(group.family.name, set()).update(group.shares)
+    # a family is there with all its chosen settings or not at all
+    there = {name for name, own in scores.items() if own >= {*plan.search.robust_share}}
+    groups = {key: g for key, g in groups.items() if g.family.name in there}
     needed = {plan.reference, *(n for h in plan.hypotheses for n in (*h.better, *h.than))}
     if not needed <= there:
         return None
@@ -187,6 +192,7 @@ class Finding:
     seeds: int
     trials: tuple[int, int]
     over_images: bool  # the interval covers other test images too
+    untrained: bool = False  # each seed of `than` diverged: whatever it is compared with is ahead
 
     @property
     def verdict(self) -> str:
@@ -194,6 +200,8 @@ class Finding:
         margin = self.hypothesis.margin
         if self.seeds < LEAST_SEEDS:
             return f"no verdict from {self.seeds} seed{'' if self.seeds == 1 else 's'}"
+        if self.untrained:
+            return f"no verdict, {self.than} diverged in every seed"
         if self.low > margin:
             return "yes"
         return "no" if self.high < margin else "not decided"
@@ -219,7 +227,10 @@ def findings(results: Results) -> list[Finding]:
         )
         names, ends = (ours.family.name, theirs.family.name), (middle - half, middle + half)
         over = d.shape[1] > 1
-        found.append(Finding(hypothesis, *names, middle, *ends, len(seeds), (mine, rivals), over))
+        trials, untrained = (mine, rivals), not theirs.done
+        found.append(
+            Finding(hypothesis, *names, middle, *ends, len(seeds), trials, over, untrained)
+        )
     return found
 
 

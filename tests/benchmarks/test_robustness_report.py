@@ -166,6 +166,27 @@ def test_a_diverged_seed_counts_as_zero():
     assert "5 (1 diverged)" in page._accuracy(results, [group])
 
 
+@pytest.mark.parametrize(
+    ("lost", "verdict"),
+    [
+        (("ours", "dense"), "no verdict, dense diverged in every seed"),
+        (("dense",), "no verdict, dense diverged in every seed"),
+        (("ours",), "no"),
+        ((), "yes"),
+    ],
+)
+def test_nobody_is_close_to_a_network_that_never_trained(lost, verdict):
+    """Two families at 0 % in every seed are at most three points apart, and tell nothing."""
+    hypothesis = {"text": "", "better": ["ours"], "than": ["dense"], "margin": -3.0}
+    names = ("dense", "cut", "ours", "wild")
+    results = made({name: [0.5] * 5 for name in names}, hypothesis=[hypothesis])
+    for group in results.groups:
+        if group.family.name in lost:
+            group.rows = [one | {"diverged": True} for one in group.rows]
+    (found,) = findings(results)
+    assert found.verdict == verdict
+
+
 def test_sizes_are_sides_of_their_own():
     """A rival of another size is no rival: only `ours` has ranks of its own here."""
     results = made({name: [0.5] * 5 for name in ("dense", "cut", "ours", "wild")})
@@ -307,6 +328,37 @@ def without(folder, keep):
 def test_a_table_without_a_family_has_no_page(folder):
     without(folder, lambda row: row["family"] != "cut")
     assert read(folder) is None
+
+
+def test_a_family_without_one_of_its_chosen_settings_is_not_there(folder):
+    """A run that was cut off between two settings of a family: neither is shown as all."""
+    path = folder / "runs.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for missing, found in (("wild", ("wild",)), ("cut", None)):
+        with open(path, "w") as file:
+            for one in rows:
+                shares = [0.5] if one["family"] == missing else one["shares"]
+                file.write(json.dumps({**one, "shares": shares}) + "\n")
+        results = read(folder)
+        assert (results and results.missing) == found
+
+
+def test_a_page_of_networks_that_all_diverged_says_so(folder):
+    results = read(folder)
+    for group in results.groups:
+        group.rows = [one | {"diverged": True} for one in group.rows]
+    text = page.write(results, folder).read_text()
+    assert "Every network diverged" in text
+    assert "**no verdict, dense diverged in every seed**" in text
+
+
+@pytest.mark.parametrize(("kept", "cell"), [(1, "70.0 (1 of 5)"), (3, "70.0 ± 0.0 (3 of 5)")])
+def test_a_mean_over_fewer_seeds_says_over_how_many(folder, kept, cell):
+    """The network that transfer takes its images from diverged in the other seeds."""
+    group = read(folder).main()[0]
+    for one in group.rows[kept:]:
+        del one["transfer"]
+    assert page.percent(group, "transfer", "0.1") == cell
 
 
 def test_seeds_that_not_all_families_have_are_left_out_and_told(folder):
