@@ -21,7 +21,7 @@ from lrmanifold.experiments.orthogonal import OrthogonalConv2d
 from lrmanifold.nn import LowRankLayer
 
 from . import bound
-from .plan import Attack, Plan, Search
+from .plan import Attack, Plan, PlanError, Search
 
 ATTACKS = ("pgd", "apgd-ce", "apgd-t", "fab-t", "square")
 
@@ -87,6 +87,25 @@ def drawn(data: Dataset, count: int, skip: int = 0) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))
     order = order[skip : skip + count]
     return data.test_x[order], data.test_y[order]
+
+
+def check_drawn(data: Dataset, asked: Attack) -> None:
+    """Refuse to skip so many test images that fewer than those asked for are left."""
+    there = len(data.test_y)
+    if asked.skip and asked.skip + asked.images > there:
+        raise PlanError(
+            f"skip = {asked.skip} and images = {asked.images} of [attack]: together they must be "
+            f"at most the {there} test images of {data.name}"
+        )
+
+
+def check_logits(model: nn.Module, data: Dataset) -> None:
+    """FloatingPointError if the network overflows on test images though its weights do not."""
+    device = next(model.parameters()).device
+    with robustness.evaluation_mode(model), torch.no_grad():
+        parts = (model(x.to(device)) for x in data.test_x.split(512))
+        if not all(bool(torch.isfinite(z).all()) for z in parts):
+            raise FloatingPointError("the logits of the trained network are not finite")
 
 
 def at_once(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrmanifold.experiments.adversarial import Adversarial
+from lrmanifold.experiments.adversarial import NORMS, Adversarial
 from lrmanifold.experiments.methods import KINDS, Method
 from lrmanifold.experiments.training import Settings
 
@@ -219,6 +220,7 @@ def parse(raw: Mapping[str, Any], name: str) -> Plan:
     wanted = {plan.reference, *(n for h in hypotheses for n in (*h.better, *h.than))}
     if len(known) < len(families) or not wanted <= known:
         raise PlanError(f"families must have different names, and be there: {sorted(wanted)}")
+    _check_counts(plan)
     for hypothesis in hypotheses:
         eps, there = hypothesis.eps, plan.attack.worst if hypothesis.column == "worst" else ()
         if eps is not None and eps not in there:
@@ -238,7 +240,30 @@ def _family(entry: Mapping[str, Any], axes: Mapping[str, Axis]) -> Family:
         raise PlanError(f"{method.name}: kind must be one of {KINDS}, got {method.kind!r}")
     if not {*COMMON} <= start.keys() <= {*COMMON, *OWN} or not start.keys() <= axes.keys():
         raise PlanError(f"{method.name}: start must name {COMMON}, maybe {OWN}, got {[*start]}")
+    for name, value in start.items():
+        rung = axes[name].value(value, 0)
+        if rung is None or not math.isclose(rung, value, rel_tol=1e-5):
+            raise PlanError(
+                f"{method.name}: start must lie on the rungs of its axes, got {name} = {value!r}"
+                + ("" if rung is None else f"; the nearest is {rung}")
+            )
     return Family(method, optimizer, start, **own)
+
+
+def _check_counts(plan: Plan) -> None:
+    """What would otherwise show after hours, or as a row that counts twice."""
+    asked, attack = plan.search, plan.attack
+    lists = {"seeds": plan.seeds, "seeds of the search": asked.seeds, "share": asked.robust_share}
+    for name, values in lists.items():
+        if not values or len(set(values)) < len(values):
+            raise PlanError(f"{name}: must be different ones, at least one, got {[*values]}")
+    if asked.trials < 1 or attack.images < 1 or attack.skip < 0:
+        raise PlanError(
+            "trials and images must be at least 1 and skip at least 0, got "
+            f"{asked.trials}, {attack.images} and {attack.skip}"
+        )
+    if attack.norm not in NORMS:
+        raise PlanError(f"norm must be one of {NORMS}, got {attack.norm!r}")
 
 
 def _hypothesis(entry: Mapping[str, Any]) -> Hypothesis:

@@ -124,6 +124,8 @@ class Runner:
         A machine without the repository's history leaves the commit open; the digest says which.
         """
         count = 0
+        if not any((folder / f"{name}.jsonl").is_file() for name in ("trials", "runs")):
+            raise FileNotFoundError(f"{folder}: holds neither trials.jsonl nor runs.jsonl")
         for ours, name in ((self.trials, "trials"), (self.rows, "runs")):
             known = {row["key"] for row in ours.rows()}
             for row in Table(folder / f"{name}.jsonl").rows():
@@ -263,7 +265,7 @@ class Runner:
         path = self._checkpoint(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            trained: Trained | None = train(
+            found = train(
                 method,
                 lambda: models.build(family.model or network.model, data),
                 self._resident(data),
@@ -278,6 +280,8 @@ class Runner:
                 adversarial=plan.adversarial,
                 replay=True,
             )
+            measures.check_logits(found.model, data)
+            trained: Trained | None = found
         except FloatingPointError as error:
             self.log(f"{family.name} {values}, seed {seed}: {error}")
             trained = None
@@ -295,6 +299,7 @@ class Runner:
         if "all" not in self._data:
             name, samples = self.plan.network.data, self.plan.network.samples
             data = _shared.load(name, self.root)
+            measures.check_drawn(data, self.plan.attack)
             if samples is not None and samples < len(data.train_y):
                 order = torch.randperm(len(data.train_y), generator=_generator(0))[:samples]
                 x, y = data.train_x[order], data.train_y[order]

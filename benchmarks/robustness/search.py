@@ -39,6 +39,12 @@ class Axis:
     below: float = math.inf
     announced: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.factor > 1 or not (self.first is None or self.first > 0):
+            raise ValueError(
+                f"factor must be > 1 and first > 0, got {self.factor!r} and {self.first!r}"
+            )
+
     def value(self, start: float, k: int) -> float | None:
         """The value k rungs above `start`; None where the axis has no more."""
         if self.first is None:

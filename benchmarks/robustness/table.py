@@ -21,7 +21,7 @@ class Table:
         if not self.path.is_file():
             return []
         found: dict[str, dict[str, Any]] = {}
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_bytes().split(b"\n"):  # a torn line may end within a letter
             try:
                 row = json.loads(line)
             except ValueError:

@@ -92,11 +92,26 @@ def test_every_plan_of_the_results_parses_and_its_network_converts():
         ({"hypothesis": [{"text": "", "better": ["dense"], "than": ["me"]}]}, "me"),
         ({"hypothesis": [{**TINY["hypothesis"][0], "column": "fgsm"}]}, "fgsm"),
         ({"hypothesis": [{**TINY["hypothesis"][0], "eps": 0.3}]}, "one of worst"),
+        ({"seeds": [0, 1, 0]}, "seeds"),
+        ({"search": {"seeds": []}}, "seeds of the search"),
+        ({"search": {"robust_share": []}}, "share"),
+        ({"search": {"trials": 0}}, "trials"),
+        ({"attack": {"norm": "L2"}}, "L2"),
+        ({"attack": {"skip": -3}}, "skip"),
+        ({"axes": {"lr": {"factor": 1}}}, "factor"),
     ],
 )
 def test_what_is_wrong_in_a_plan_is_named(change, word, tmp_path):
     with pytest.raises(PlanError, match=word):
         plans.load(write(tmp_path / "wrong", changed(**change)))
+
+
+@pytest.mark.parametrize(("decay", "end"), [(0.005, "; the nearest is 0.003"), (0.0001, "")])
+def test_a_search_that_would_not_begin_where_the_plan_says_is_refused(decay, end):
+    """It began at the nearest rung, or, below the first one, with the default rate."""
+    family = {**TINY["family"][0], "start": {**START, "weight_decay": decay}}
+    with pytest.raises(PlanError, match=f"got weight_decay = {decay}{end}$"):
+        parse(changed(family=[family, *TINY["family"][1:]]), "tiny")
 
 
 def test_a_plan_must_be_committed_before_it_runs(tmp_path):
@@ -280,6 +295,47 @@ def test_a_plan_leaves_the_test_images_of_an_earlier_one_alone(tmp_path):
     assert row["images"] == 30
     assert stands.any()
     assert not stands[~right.numpy()].any()
+
+
+def one_dense(**tables):
+    found = changed(family=TINY["family"][:1], seeds=[0], search={"trials": 1}, **tables)
+    del found["hypothesis"]
+    return found
+
+
+def test_to_skip_more_test_images_than_there_are_is_refused_before_any_training(tmp_path):
+    raw = one_dense(attack={"images": 30, "skip": 340})
+    with pytest.raises(PlanError, match=r"skip = 340 and images = 30 .* 355 test images of digits"):
+        runner(tmp_path, raw).go()
+    assert not (tmp_path / "tiny" / "trials.jsonl").exists()
+
+
+def test_a_network_that_overflows_with_finite_weights_is_a_diverged_row(tmp_path):
+    """One step of 1e15: the loss was that of before, and each weight is a number."""
+    start = {**START, "lr": 1e15}
+    raw = one_dense(training={"epochs": 1, "batch_size": 512})
+    raw["family"] = [{**raw["family"][0], "start": start}]
+    assert runner(tmp_path, raw).go()
+    (trial,) = Table(tmp_path / "tiny" / "trials.jsonl").rows()
+    assert (trial["clean"], trial["worst"]) == ([0.0], [0.0])
+    (row,) = Table(tmp_path / "tiny" / "runs.jsonl").rows()
+    assert row["diverged"]
+
+
+def test_a_line_that_is_torn_within_a_letter_is_no_row(tmp_path):
+    table = Table(tmp_path / "rows.jsonl")
+    table.append({"key": "a", "family": "τ = 0"})
+    line = table.path.read_bytes().replace(b'"a"', b'"b"')
+    with open(table.path, "ab") as file:
+        file.write(line[: line.index("τ".encode()) + 1])
+    assert [row["key"] for row in table.rows()] == ["a"]
+    table.append({"key": "c", "family": "τ = 0"})
+    assert [row["key"] for row in table.rows()] == ["a", "c"]
+
+
+def test_rows_from_a_folder_that_is_not_there_are_not_taken(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: holds neither"):
+        runner(tmp_path).take(tmp_path / "nowhere")
 
 
 def test_an_attack_computes_an_orthogonal_matrix_once():
