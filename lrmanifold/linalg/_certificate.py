@@ -37,7 +37,8 @@ def condition_bound(S: Tensor) -> Tensor:
     Returns
     -------
     Tensor, shape (...)
-        Infinite where nothing is proved (e >= 1).
+        Infinite where nothing is proved (e >= 1). Differentiable; 0 is taken where E = 0, and where
+        the bound is infinite.
     """
     S = checked(S, "S")
     check_square(S, "S")
@@ -47,8 +48,10 @@ def condition_bound(S: Tensor) -> Tensor:
         S = S / size.clamp_min(torch.finfo(S.dtype).tiny)
     E, _ = relative_defect(S)
     for e in _defect_bounds(E):
-        bound = ((1.0 + e) / (1.0 - e)).sqrt()
-        bounds.append(torch.where(e < 1.0, bound, torch.full_like(bound, math.inf)))
+        # where twice: the root of a negative number has a derivative of NaN, even times zero
+        small = torch.where(e < 1.0, e, 0.0)
+        bound = ((1.0 + small) / (1.0 - small)).sqrt()
+        bounds.append(torch.where(e < 1.0, bound, math.inf))
     return torch.stack(bounds).amin(0)
 
 
@@ -82,5 +85,7 @@ def _defect_bounds(E: Tensor) -> Iterator[Tensor]:
     for k in range(max(_LOOKS) + 1):
         E = E @ E if k else E
         if k in _LOOKS:
-            e = norm[..., 0, 0] * torch.linalg.vector_norm(E, dim=(-2, -1)) ** (0.5**k)
+            size = torch.linalg.vector_norm(E, dim=(-2, -1))
+            # a root of 0 has an infinite slope; above, no power of E comes near the limit
+            e = norm[..., 0, 0] * size.clamp_min(torch.finfo(E.dtype).tiny) ** (0.5**k)
             yield e * (1.0 + rounding) + rounding

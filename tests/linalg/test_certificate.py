@@ -86,6 +86,25 @@ def test_powers_of_a_tiny_defect_do_not_underflow_to_a_proof(size):
     assert not certified(E, 1 + 0.9 * size) or size < 1e-10
 
 
+@pytest.mark.parametrize("values", [(1.0, 1.2, 2.0, 2.0), (1.0, 1.05, 1.1), (3.0, 1.0)])
+def test_the_slope_of_the_bound_is_that_of_finite_differences(values):
+    """Also where the first of the bounds proves nothing: its root has no derivative."""
+    r = len(values)
+    S = matrix(torch.tensor(values * 3, dtype=torch.float64).sort(descending=True)[0], 3 * r, 0)
+    D = torch.randn(S.shape, dtype=S.dtype, generator=torch.Generator().manual_seed(0))
+    (slope,) = torch.autograd.grad(linalg.condition_bound(S.requires_grad_()), S)
+    with torch.no_grad():
+        ends = [linalg.condition_bound(S + h * D) for h in (1e-6, -1e-6)]
+    torch.testing.assert_close((slope * D).sum(), (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("core", [torch.ones(1, 1), 2.0 * torch.eye(3), torch.ones(3, 3)])
+def test_where_the_bound_has_no_slope_0_is_taken(core):
+    S = core.clone().requires_grad_()
+    linalg.condition_bound(S).backward()
+    assert torch.equal(S.grad, torch.zeros_like(S))
+
+
 def test_a_singular_core_is_not_bounded():
     S = torch.diag(torch.tensor([1.0, 0.0]))
     assert linalg.condition_bound(S).isinf()
