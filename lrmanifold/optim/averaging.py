@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import geoopt
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from .. import linalg
 from .._arguments import (
@@ -80,13 +81,18 @@ def _average_points(manifold: FixedRank, X: Tensor, Y: Tensor, weight: float) ->
     return pack(Q_u @ P[..., :k], S, Q_v @ Qh[..., :k, :].mT).to(Y.dtype)
 
 
+def _decayed(decay: float, average: Tensor, value: Tensor, count: Any) -> Tensor:
+    """``torch.optim.swa_utils.get_ema_avg_fn(decay)``, which cannot be pickled."""
+    return decay * average + (1 - decay) * value
+
+
 class RetractingAverage(AveragedModel):
     """See :func:`retracting_average`."""
 
     def __init__(
         self, model: nn.Module, decay: float | None, device: Any, use_buffers: bool
     ) -> None:
-        average: Any = None if decay is None else get_ema_avg_fn(decay)
+        average: Any = None if decay is None else partial(_decayed, decay)
         super().__init__(unwrapped(model), device, average, use_buffers=use_buffers)
         self.decay = decay
 
@@ -99,12 +105,14 @@ class RetractingAverage(AveragedModel):
         GeometryError
             If a weight has lost its manifold here or in `model`; nothing is changed then.
         ValueError
-            If `model` has other parameters than the model that was copied, or in another order.
+            If `model` has other parameters than the model that was copied, or in another order, or
+            if one of its parameters or buffers has another shape; nothing is changed then. The rank
+            of a weight may be another one, that of an adapter's start may not.
         """
         model = unwrapped(model)
         count = int(self.n_averaged)
         weight = 1.0 if count == 0 else 1.0 / (count + 1) if self.decay is None else 1 - self.decay
-        pairs = list(self._on_manifolds(model))
+        pairs = self._on_manifolds(model)
         with PlainArithmetic({p.device.type for p, _ in pairs}).plain():
             new = [_average(p, q, weight) for p, q in pairs]
         for (p, q), X in zip(pairs, new, strict=True):
@@ -115,7 +123,7 @@ class RetractingAverage(AveragedModel):
         for (p, _), X in zip(pairs, new, strict=True):
             p.copy_(X)
 
-    def _on_manifolds(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    def _on_manifolds(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         named, others = (parameters_without_wrappers(x) for x in (self.module, model))
         if list(named) != list(others):
             # torch goes by place, and stops where the shorter one ends
@@ -124,6 +132,7 @@ class RetractingAverage(AveragedModel):
                 "model must have the parameters of the averaged one, got "
                 + (f"one that differs in {odd}" if odd else f"them in the order {list(others)}")
             )
+        pairs = []
         # Each parameter under one name: tied ones need one average.
         for p, name in {p: name for name, p in named.items()}.items():
             mine, other = manifold_of(p), manifold_of(others[name])
@@ -131,7 +140,31 @@ class RetractingAverage(AveragedModel):
                 lost = "the average" if mine is None else "the model"
                 raise GeometryError(f"{name!r} has lost its manifold in {lost}")
             if mine is not None:
-                yield p, others[name]
+                pairs.append((p, others[name]))
+        _check_sizes(named, others)
+        _check_sizes(*(dict(x.named_buffers(remove_duplicate=False)) for x in (self.module, model)))
+        return pairs
+
+
+def _check_sizes(mine: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    """Raise for another number or shape: torch stops midway there, or fills up by broadcasting."""
+    if len(mine) != len(others):
+        raise ValueError(
+            f"model must have {len(mine)} buffers, as the averaged one, got {len(others)}"
+        )
+    for (name, p), q in zip(mine.items(), others.values(), strict=True):
+        here, there = _size(p), _size(q)
+        if here != there:
+            raise ValueError(
+                f"{name!r} of model must have the shape {here}, as in the averaged one, got "
+                f"{there}: average the changed model anew"
+            )
+
+
+def _size(p: Tensor) -> tuple[int, ...]:
+    """Shape; of a low-rank weight that of its matrix, as the rank may change."""
+    M = manifold_of(p)
+    return (*p.shape[:-2], M.m, M.n) if isinstance(M, FixedRank) else tuple(p.shape)
 
 
 def _average(p: Tensor, q: Tensor, weight: float) -> Tensor:

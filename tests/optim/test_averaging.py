@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_nets import drift, low_rank_layers
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 import lrmanifold as lrm
 from lrmanifold.errors import GeometryError
@@ -229,3 +230,51 @@ def test_a_model_of_other_parameters_is_refused():
     with pytest.raises(ValueError, match=r"in the order \['b.weight'"):
         average.update_parameters(turned)
     assert int(average.n_averaged) == 0
+
+
+def test_a_model_of_other_shapes_is_refused_before_anything_changes():
+    """torch fills up by broadcasting, or stops midway with a message about sizes."""
+
+    def dense(outputs, norm=3):
+        return nn.ModuleList([nn.Linear(3, outputs), nn.BatchNorm1d(norm)])
+
+    def adapted(rank):
+        return lrm.nn.adapt(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=rank)
+
+    for make, other, word in (
+        (lambda: dense(3), dense(1), r"'0\.weight' of model .* \(3, 3\), .* got \(1, 3\)"),
+        (lambda: dense(3), dense(3, 1), r"'1\.weight' of model"),
+        (lambda: dense(3, 0), nn.ModuleList([nn.Linear(3, 3)]), "differs in"),
+        (lambda: adapted(2), adapted(3), r"'0\..*start' of model .* \(18, 2\), .* got \(19, 3\)"),
+        (network, lrm.factorize(nn.Sequential(nn.Linear(3, 3)), rank=2, keep_larger=True), "model"),
+    ):
+        model = make()
+        average = retracting_average(model, 0.5)
+        average.update_parameters(model)
+        before = copy.deepcopy(average.state_dict())
+        with pytest.raises(ValueError, match=word):
+            average.update_parameters(other)
+        after = average.state_dict()
+        assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_an_average_goes_through_pickle():
+    model = network()
+    average = retracting_average(model, 0.9)
+    train(model, 3, average)
+    other = pickle.loads(pickle.dumps(average))
+    train(model, 3, average, other)
+    for a, b in zip(average.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_with_a_decay_dense_weights_are_averaged_as_by_torch():
+    model, decay = nn.Linear(4, 3), 0.9
+    ours = retracting_average(model, decay)
+    torchs = AveragedModel(model, avg_fn=get_ema_avg_fn(decay))
+    for _ in range(5):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(3, 4))
+        ours.update_parameters(model)
+        torchs.update_parameters(model)
+    assert torch.equal(ours.module.weight, torchs.module.weight)
