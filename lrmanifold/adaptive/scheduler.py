@@ -26,6 +26,7 @@ from ..factors import unpack
 from ..manifolds import WellConditioned
 from ..nn.layer import LowRankLayer
 from ..optim.arithmetic import PlainArithmetic
+from ..optim.coordinates import is_factored
 from ..optim.rank import (
     augment,
     factors_of,
@@ -89,7 +90,8 @@ class RankScheduler:
     Raises
     ------
     ValueError
-        For options out of range, budgets that `min_rank` forbids, and gradients that need S⁻¹.
+        For options out of range, budgets that `min_rank` forbids, and layers without a bound whose
+        gradients or retraction need S⁻¹.
     """
 
     def __init__(
@@ -156,6 +158,12 @@ class RankScheduler:
                 raise ValueError(
                     f"{name} has no bound on its condition number and gradients that divide by S; "
                     "an augmented core is singular: build it with gradient='probe'"
+                )
+            if not _capped(layer) and self.augment != 0 and is_factored(layer.manifold):
+                raise ValueError(
+                    f"{name} has no bound on its condition number and the retraction 'factored', "
+                    "which divides by S; an augmented core is singular: leave the retraction to "
+                    "the layer, or take 'svd', 'ksl' or 'bug'"
                 )
         if target_compression is not None:
             least = {name: self._limits(name, layer)[0] for name, layer in self._layers.items()}

@@ -405,6 +405,12 @@ def test_what_cannot_be_adapted_is_refused_in_words():
     ):
         with pytest.raises(ValueError, match=word):
             RankScheduler(model, CondLR(model.parameters(), 0.1), tol=0.1)
+    divides = {"tau": None, "gradient": "probe", "retraction": "factored"}
+    model = nn.Sequential(LowRankLinear(4, 3, 2, **divides))
+    optimizer = CondLR(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"0 has no bound .* retraction 'factored'"):
+        RankScheduler(model, optimizer, tol=0.1)
+    RankScheduler(model, optimizer, tol=0.1, augment=0).step()  # nothing is added to its core
     model = nn.Sequential(LowRankLinear(4, 3, 2))
     with pytest.raises(ValueError, match="closure"):
         RankScheduler(model, CondLR(model.parameters(), 0.1), tol=0.1, every=5).step()
