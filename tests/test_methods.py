@@ -18,7 +18,7 @@ from lrmanifold.experiments.factors import TwoFactors, spectrum, two_factors
 from lrmanifold.experiments.methods import Method, comparison, train
 from lrmanifold.experiments.models import mlp
 from lrmanifold.experiments.orthogonal import orthogonalize
-from lrmanifold.experiments.stream import crop_and_flip
+from lrmanifold.experiments.stream import Stream, crop_and_flip
 from lrmanifold.experiments.training import History, Normalized, Settings, fit
 
 SETTINGS = Settings(epochs=2, batch_size=16, lr=0.1, momentum=0.3, seed=3)
@@ -182,12 +182,26 @@ def test_finetuned_is_half_dense_then_the_truncated_factors(blobs):
     groups = lrm.optim.param_groups(model, weight_decay=0.01)
     optimizer = lrm.optim.CondLR(groups, 0.05, momentum=0.3)
     second = dataclasses.replace(settings, epochs=1, lr=0.05)
-    history = fit(model, optimizer, blobs, second)
+    history = fit(model, optimizer, blobs, second, done=2)
     assert found.history.loss == first.history.loss + history.loss
     for p, q in zip(found.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(p, q)
     with pytest.raises(ValueError, match=r"finetuned needs settings\.epochs >= 2, got 1"):
         run(Method("cut", "finetuned"), blobs, Settings(epochs=1))
+
+
+def test_the_second_part_of_a_training_sees_what_the_first_did_not():
+    """Orders and crops go on behind those of the first part, as in a training that is whole."""
+    x = torch.rand(40, 1, 6, 6)
+    data = Dataset(
+        "x", x, torch.arange(40) % 2, x[:2], torch.arange(2), 2, ("a", "b"), (0.5,), (1.0,)
+    )
+    settings = Settings(epochs=4, batch_size=16, seed=3, augment="crop-flip")
+    whole, second = (Stream(data, settings, x.device, done) for done in (0, 2))
+    seen = [next(whole)[0] for _ in range(4 * 3)]
+    rest = [next(second)[0] for _ in range(2 * 3)]
+    assert all(torch.equal(a, b) for a, b in zip(seen[6:], rest, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(seen[:6], rest, strict=True))
 
 
 def test_orthogonal_keeps_all_matrices_but_the_last_orthogonal(blobs):

@@ -239,6 +239,7 @@ def _trained(
         network, before = dense.model.network, dense.history.loss
         settings = dataclasses.replace(settings, epochs=half, lr=settings.lr * method.finetune)
         span = (first.steps(data), span[1])
+        loop["done"] = first.epochs  # or this half saw the batches of the first once more
     if method.kind in ("factors", "finetuned"):
         network = two_factors(network, rank, **layers)
     elif method.kind == "orthogonal":

@@ -22,20 +22,28 @@ AUGMENTATIONS = ("none", "crop-flip")
 class Stream:
     """Batches of the training images, epoch after epoch, on a device; one order for each seed.
 
+    `done`: epochs that an earlier part of the training took from such a stream; this one goes on
+    behind them.
+
     Attributes
     ----------
     taken : int
-        Batches since the beginning of the training.
+        Batches since the beginning of this part of the training.
     order : Tensor
         State of the generator at the start of the present epoch.
     """
 
-    def __init__(self, data: Dataset, settings: Settings, device: torch.device) -> None:
+    def __init__(
+        self, data: Dataset, settings: Settings, device: torch.device, done: int = 0
+    ) -> None:
         self.data, self.settings, self.device = data, settings, device
         self._generator = torch.Generator().manual_seed(settings.seed)
+        for _ in range(done):
+            self._pass()  # draws its order at once
         self.order, self.taken = self._generator.get_state(), 0
         self._epoch, self._batch = 0, 0
         self._per_epoch = -(-len(data.train_y) // settings.batch_size)
+        self._before = done * self._per_epoch
         self._rest: Iterator[tuple[Tensor, Tensor]] | None = None
 
     def go_to(self, at: Position, taken: int) -> None:
@@ -61,7 +69,7 @@ class Stream:
         x, y = x.to(self.device), y.to(self.device)
         if self.settings.augment == "crop-flip":
             # by the place in the stream: a run that was cut off draws the same
-            x = crop_and_flip(x, _generator(self.settings.seed, self.taken))
+            x = crop_and_flip(x, _generator(self.settings.seed, self._before + self.taken))
         return x, y
 
     def _pass(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -205,6 +205,7 @@ def fit(
     about: str | None = None,
     closure: bool = False,
     replay: bool = False,
+    done: int = 0,
 ) -> History:
     """Train, with cross entropy by default; the loop that every comparison uses.
 
@@ -244,6 +245,9 @@ def fit(
         ``optimizer.skipped_steps``. Without effect on the CPU, with `closure`, and with an
         `objective` other than :class:`~lrmanifold.experiments.adversarial.AdversarialLoss`, which
         may compute anything.
+    done : int
+        Epochs that an earlier part of the training took, of the same seed: order and crops of the
+        images go on behind them.
 
     Returns
     -------
@@ -269,6 +273,8 @@ def fit(
     if about is None:
         about = "cross entropy" if objective is None else _name(objective)
     check_text("about", about)
+    if check_integer("done", done, low=0):
+        about += f", after {done} epochs"
     device = next(check_module("model", model).parameters()).device
     captured = check_flag("replay", replay) and device.type == "cuda" and not closure
     captured &= objective is None or type(objective) is AdversarialLoss
@@ -277,7 +283,7 @@ def fit(
     if captured:
         check_rates(optimizer, device)
     schedule = _schedule(optimizer, settings, settings.steps(data))
-    stream = Stream(data, settings, device)
+    stream = Stream(data, settings, device, done)
     history, keeper, at = History(), None, None
     if checkpoint is not None:
         same = identity(settings, data, model, optimizer, about)
