@@ -28,13 +28,16 @@ class Line:
     at_rest: tuple[bool, bool]  # the search of either side
     ours: tuple[bool, bool]  # CondLR or CondLRAdam, with a bound
     rival: str  # the kind of the side that is not ours
+    tau: float | None  # of ours
 
     @property
     def label(self) -> str:
-        """In the picture; several comparisons of a table differ by size, strength or optimizer."""
+        """In the picture: comparisons of a table differ by optimizer, τ, size or strength."""
         name = self.finding.better if self.ours[0] else self.finding.than
         by = "" if name.startswith("CondLRAdam") else "SGD, "
-        return f"{self.plan} ({by}{self.size}), {self.column.removeprefix('worst ')}"
+        return (
+            f"{self.plan} ({by}τ={self.tau:g}, {self.size}), {self.column.removeprefix('worst ')}"
+        )
 
     @property
     def interval(self) -> tuple[float, float, float]:
@@ -65,6 +68,7 @@ def lines(pages: Sequence[tuple[str, Results]]) -> list[Line]:
                     at_rest=(results.interior(families[0]), results.interior(families[1])),
                     ours=(families[0].ours, families[1].ours),
                     rival=method(families[families[0].ours]),
+                    tau=families[not families[0].ours].method.tau,
                 )
             )
     return found
@@ -143,7 +147,7 @@ def index(pages: Sequence[tuple[str, Results]]) -> str:
         "Intervals hold together at 95 % within a table, not over this page; a later table "
         "may repeat an earlier one, which stays.",
         "The pictures have the worst cases of five seeds or more, by rival: the table, the "
-        "optimizer where it is not AdamW, weights stored, strength.",
+        "optimizer where it is not AdamW, τ, weights stored, strength.",
     ]
     for name, title, attacked in PARTS:
         own = [line for line in found if line.under_attack is attacked]

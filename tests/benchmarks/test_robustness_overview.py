@@ -32,6 +32,7 @@ def test_a_comparison_says_what_was_expected_and_what_came_out():
 
 def test_the_picture_shows_ours_ahead_whichever_side_the_hypothesis_names_first():
     one, other = lines(hypothesis=[FORWARD, BACKWARD])
+    assert one.label == other.label == "tiny (SGD, τ=0.1, 40 %), 0.06"
     assert one.interval == pytest.approx(other.interval)
     assert one.interval[0] == pytest.approx(3.0)
     assert one.interval[1] < one.interval[0] < one.interval[2]
