@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lrmanifold import viz
 
+from ..robustness.plan import Family
 from .page import table
 from .picture import method, png
 from .results import LEAST_SEEDS, Finding, Results, findings, strength
@@ -25,25 +26,31 @@ class Line:
     column: str  # "clean" or "worst 0.1"
     size: str  # weights stored by the smaller side
     finding: Finding
+    families: tuple[Family, Family]
     at_rest: tuple[bool, bool]  # the search of either side
-    ours: tuple[bool, bool]  # CondLR or CondLRAdam, with a bound
-    rival: str  # the kind of the side that is not ours
-    tau: float | None  # of ours
+
+    @property
+    def ours(self) -> Family:
+        """The side that is CondLR or CondLRAdam with a bound; of two the first."""
+        return self.families[not self.families[0].ours]
+
+    @property
+    def rival(self) -> str:
+        """The kind of the other side."""
+        return method(self.families[self.families[0].ours])
 
     @property
     def label(self) -> str:
         """In the picture: comparisons of a table differ by optimizer, τ, size or strength."""
-        name = self.finding.better if self.ours[0] else self.finding.than
-        by = "" if name.startswith("CondLRAdam") else "SGD, "
-        return (
-            f"{self.plan} ({by}τ={self.tau:g}, {self.size}), {self.column.removeprefix('worst ')}"
-        )
+        by = "" if self.ours.optimizer == "adam" else "SGD, "
+        tau, eps = self.ours.method.tau, self.column.removeprefix("worst ")
+        return f"{self.plan} ({by}τ={tau:g}, {self.size}), {eps}"
 
     @property
     def interval(self) -> tuple[float, float, float]:
         """Points that ours is ahead by, and the ends."""
         f = self.finding
-        if self.ours[0]:
+        if self.families[0].ours:
             return f.difference, f.low, f.high
         return -f.difference, -f.high, -f.low
 
@@ -54,10 +61,10 @@ def lines(pages: Sequence[tuple[str, Results]]) -> list[Line]:
     for name, results in pages:
         stored = {g.family.name: g.done[0]["stored_share"] for g in results.main() if g.done}
         for finding in findings(results):
-            families = [results.plan.family(f) for f in (finding.better, finding.than)]
+            one, other = (results.plan.family(f) for f in (finding.better, finding.than))
             hypothesis = finding.hypothesis
             eps = results.plan.attack.eps if hypothesis.eps is None else hypothesis.eps
-            share = min((stored[f.name] for f in families if f.name in stored), default=None)
+            share = min((stored[f.name] for f in (one, other) if f.name in stored), default=None)
             found.append(
                 Line(
                     plan=name,
@@ -65,10 +72,8 @@ def lines(pages: Sequence[tuple[str, Results]]) -> list[Line]:
                     column="clean" if hypothesis.column == "clean" else f"worst {strength(eps)}",
                     size="–" if share is None else f"{100 * share:.0f} %",
                     finding=finding,
-                    at_rest=(results.interior(families[0]), results.interior(families[1])),
-                    ours=(families[0].ours, families[1].ours),
-                    rival=method(families[families[0].ours]),
-                    tau=families[not families[0].ours].method.tau,
+                    families=(one, other),
+                    at_rest=(results.interior(one), results.interior(other)),
                 )
             )
     return found
@@ -89,14 +94,17 @@ def row(line: Line) -> list[str]:
 
 
 def drawn(found: Sequence[Line]) -> list[Line]:
-    """The lines of the picture by rival: worst cases against a method that is not ours, from
-    five seeds or more; each comparison once."""
+    """The lines of the picture by rival: worst cases against a method that is not ours and that
+    trained at all, from five seeds or more; each comparison once."""
     shown: dict[tuple[str, ...], Line] = {}
     for line in found:
-        f = line.finding
-        if "worst" in line.column and line.ours[0] != line.ours[1] and f.seeds >= LEAST_SEEDS:
+        f, (one, other) = line.finding, line.families
+        against = one.ours != other.ours and not f.untrained
+        if "worst" in line.column and against and f.seeds >= LEAST_SEEDS:
             shown.setdefault((line.plan, line.column, *sorted((f.better, f.than))), line)
-    return sorted(shown.values(), key=lambda line: RIVALS.index(line.rival))
+    last = len(RIVALS)
+    order = {name: place for place, name in enumerate(RIVALS)}
+    return sorted(shown.values(), key=lambda line: (order.get(line.rival, last), line.rival))
 
 
 def picture(found: Sequence[Line]) -> bytes:
@@ -152,11 +160,8 @@ def index(pages: Sequence[tuple[str, Results]]) -> str:
     for name, title, attacked in PARTS:
         own = [line for line in found if line.under_attack is attacked]
         if own:
-            parts += [
-                f"## {title}",
-                f"![points ahead of each rival, with intervals]({name}.png)",
-                table(HEAD, map(row, own)),
-            ]
+            shown = f"![points ahead of each rival, with intervals]({name}.png)"
+            parts += [f"## {title}", *[shown][: len(drawn(own))], table(HEAD, map(row, own))]
     parts += ["## Titles", "\n".join(f"- [{r.plan.title}]({n}/report.md)" for n, r in pages)]
     parts.append(
         "## Older tables\n\n[before.md](before.md): measured with weaker attacks and settings "

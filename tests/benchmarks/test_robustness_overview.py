@@ -47,6 +47,20 @@ def test_the_picture_draws_each_worst_case_of_five_seeds_once():
     (few,) = lines(AHEAD[:4])
     assert not overview.drawn([few])
     assert overview.row(few)[4] == "4 seeds"
+    index = overview.index([("tiny", with_difference(AHEAD[:4]))])
+    assert "tiny/report.md" in index
+    assert ".png" not in index  # no link to a picture that is not drawn
+
+
+def test_a_rival_that_never_trained_is_not_drawn_as_beaten():
+    results = with_difference(AHEAD, hypothesis=[FORWARD])
+    for group in results.groups:
+        if group.family.name == "cut":
+            for one in group.rows:
+                one["diverged"] = True
+    (line,) = overview.lines([("tiny", results)])
+    assert not overview.drawn([line])
+    assert "diverged" in overview.row(line)[4]
 
 
 def test_a_comparison_of_two_methods_of_ours_is_in_the_table_alone():
