@@ -14,6 +14,7 @@ from small_nets import convnet, images, property_test
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lrmanifold import certify
 from lrmanifold.robustness import accuracy_under_attack, condition_number, fgsm, pgd
 
 with warnings.catch_warnings():
@@ -447,6 +448,28 @@ def test_accuracy_counts_what_the_attack_leaves_right(device):
         found = accuracy_under_attack(net, data, fgsm, strengths, batch_size=16, **channels)
         assert list(found) == strengths
         assert found == pytest.approx(expected)
+
+
+def test_an_attack_that_writes_into_the_images_changes_only_what_it_returns(device):
+    """Neither the images, nor what is measured, at strengths or for proofs after it."""
+    x, _ = images(device, count=50)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 3)).to(x)
+    y = net(x).argmax(1)
+    before = x.clone()
+
+    def in_place(model, x, y, eps, **options):
+        return x.copy_(fgsm(model, x, y, eps, **options))
+
+    strengths = [0.1, 0.02, 0.0]
+    found = [accuracy_under_attack(net, (x, y), how, strengths) for how in (in_place, fgsm)]
+    assert found[0] == found[1]
+    proofs = [
+        certify.verified_accuracy(net, (x, y), [0.3], attack=how, norm="l2")["attacked"]
+        for how in (in_place, fgsm)
+    ]
+    assert proofs[0] == proofs[1]
+    assert proofs[1][0.3] < 1
+    assert torch.equal(x, before)
 
 
 def test_accuracy_hands_options_to_the_attack_and_clean_images_to_none(device):

@@ -289,7 +289,8 @@ def _attacked(
     options: dict[str, Any],
 ) -> Tensor:
     """Which samples have another class, in float64, at what the attack found within eps."""
-    found = check_attacked(attack(model, x, y, eps, **options), x) if eps else x
+    # a copy: an attack may write into what it is given
+    found = check_attacked(attack(model, x.clone(), y, eps, **options), x) if eps else x
     # an attack may leave the ball by a rounding of float32; that would be no counterexample
     change = found.detach().double() - x.double()
     length = change.flatten(1).norm(dim=1).clamp_min(1e-300)

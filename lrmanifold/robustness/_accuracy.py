@@ -62,7 +62,8 @@ def accuracy_under_attack(
         for x, y in batches(data, size, model, device):
             f = normalized(model, x, mean, std)
             for eps in found:
-                z = check_attacked(attack(model, x, y, eps, **options), x) if eps else x
+                # a copy: an attack may write into what it is given
+                z = check_attacked(attack(model, x.clone(), y, eps, **options), x) if eps else x
                 found[eps] += int(right(f, z, y).sum())
             total += len(y)
     if not total or not found:
