@@ -126,6 +126,19 @@ def test_two_classes_in_float16_may_meet_in_a_tie(factor, device):
     assert worst <= expected[0.03] + 0.02
 
 
+@pytest.mark.parametrize("measure", [worst_case, check_masking])
+def test_images_that_miss_the_range_by_a_rounding_are_attacked(measure, device):
+    """pgd and fgsm take them, and so does what calls pgd."""
+    pytest.importorskip("pyautoattack")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(25, 4)).to(device, torch.bfloat16)
+    x = torch.rand(4, 1, 5, 5, device=device).bfloat16()
+    x[0, 0, 0, 0] = 1 + torch.finfo(torch.bfloat16).eps
+    y = model(x.clamp(0, 1)).argmax(1)
+    budget = {"steps": 2, "queries": 1000}
+    whole, inside = (measure(model, (z, y), 0.02, **budget) for z in (x, x.clamp(0, 1)))
+    assert whole == inside
+
+
 def test_a_search_without_gradients_finds_what_only_it_can(device):
     """Gradient 0 everywhere; a dark corner fools, and nothing else."""
     pytest.importorskip("pyautoattack")

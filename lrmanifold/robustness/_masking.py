@@ -158,6 +158,7 @@ def check_masking(
         path = torch.zeros(steps + 1, dtype=torch.float64)
         for batch in batches(data, size, model, device):
             x, y, f, box = prepare(model, *batch, norm, clip, mean, std, eps)
+            x = x.clamp(*box)  # what rounding in half precision may miss the range by
             width = box[1] - box[0]
             whole = width if norm == "linf" else width * math.sqrt(math.prod(x.shape[1:]))
             options: dict[str, Any] = {"norm": norm, "clip": clip}

@@ -155,6 +155,7 @@ def worst_case(
     with torch.inference_mode(False), evaluation_mode(model):
         for batch in batches(data, size, model, device):
             x, y, f, box = prepare(model, *batch, norm, clip, mean, std, eps)
+            x = x.clamp(*box)  # what rounding in half precision may miss the range by
             with torch.no_grad():
                 classes = logits_of(f, x, y).shape[1]
             stands = right(f, x, y)
