@@ -15,6 +15,7 @@ import torch
 import typer
 
 from .. import robustness, viz
+from ..certify import BoundError, CertificationError
 from ..checkpoint import CheckpointError
 from ..experiments import models, runs
 from ..experiments.adversarial import Adversarial
@@ -30,7 +31,7 @@ from ._failures import OUT, claim_folder, fail, one_line_errors, say, write_some
 from ._output import accuracy_words, describe, progress_bar
 
 # What may go wrong in the training itself and is no bug.
-_WRONG = (FloatingPointError, CheckpointError, OSError, torch.OutOfMemoryError)
+_WRONG = (FloatingPointError, BoundError, CheckpointError, OSError, torch.OutOfMemoryError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +186,9 @@ def _way_out(job: Job, error: BaseException) -> str:
     if isinstance(error, FloatingPointError):
         job.remove_checkpoint()  # to go on from it would end the same way
         return ""
+    if isinstance(error, BoundError):  # each of these models has a bound: the weights overflow
+        job.remove_checkpoint()
+        return f": lower lr = {job.settings.lr:g}"
     if isinstance(error, CheckpointError):
         return " (--out DIR, or --force to start anew)"
     if not job.save_every:
@@ -246,7 +250,10 @@ def _finish(job: Job, trained: Trained, began: float) -> None:
             say(f"warning: no picture of {left}: singular values of 0, Inf or NaN", err=True)
     proof = ""
     if job.radii:
-        certified, found = _certify.certificate(trained.model.cpu(), job.images, job.radii)
+        with one_line_errors(
+            BoundError, CertificationError, way_out=lambda error: _way_out(job, error)
+        ):
+            certified, found = _certify.certificate(trained.model.cpu(), job.images, job.radii)
         results["certificate"] = _certify.plain(certified, found)
         figures["certificate.png"] = _certify.figure(found, job.images.name)
         proof = f"{certified}\n{_certify.table(found)}"

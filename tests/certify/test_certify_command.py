@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_line import read_only
 
+from lrmanifold import certify as certify_package
 from lrmanifold import cli
 from lrmanifold._lock import locked
 from lrmanifold.cli import _certify as command
@@ -273,3 +274,23 @@ def test_a_certified_training_goes_on_to_the_bit(tmp_path):
     resumed = train(None, tmp_path / "kept.pt")
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_weights_that_overflow_a_bound_are_one_line(at_the_end, tmp_path, capsys, monkeypatch):
+    """In training, or by the last step; no checkpoint is left to end there again."""
+    if at_the_end:
+
+        def overflows(*_, **__):
+            raise certify_package.BoundError("fc1: its bound must be finite, got inf")
+
+        monkeypatch.setattr(command.certify, "lipschitz", overflows)
+    rate = "0.01" if at_the_end else "1e30"
+    run = tmp_path / "run"
+    words = f"train --certified --epochs 1 --save-every 3 --lr {rate} --out {run}"
+    assert cli.main(words.split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "bound must be finite" in error
+    assert f"lower lr = {float(rate):g}" in error
+    assert not (run / "checkpoint.pt").exists()
