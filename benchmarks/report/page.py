@@ -179,8 +179,10 @@ def _accuracy(results: Results, groups: Sequence[Group]) -> str:
     ]
     rows = []
     for group in groups:
-        lost = len(group.rows) - len(group.done)
-        seeds = str(len(group.rows)) + (f" ({lost} diverged)" if lost else "")
+        counts = {"diverged": len(group.rows) - len(group.done)}
+        counts["at chance"] = len(group.done) - len(group.trained)
+        lost = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        seeds = str(len(group.rows)) + (f" ({lost})" if lost else "")
         kept = f"{100 * group.done[0]['stored_share']:.0f} %" if group.done else "–"
         cells = [percent(group, *path) for _, path in columns]
         rows.append([group.family.name, kept, seeds, *cells])
@@ -299,15 +301,19 @@ def _appendix(results: Results) -> list[str]:
         parts += [table(["family", *(strength(e) for e in attack.pgd)], rows)]
     if any(g.done for g in results.main()):
         after = "### What is left after each attack and all before it (first seed)"
-        parts += [after, _after(results), "### Size, cost, conditioning", _cost(results)]
+        here = "in this table and the next its row is of a later one, if any did not"
+        parts += [after, _after(results), *_without_first(results, here)]
+        parts += ["### Size, cost, conditioning", _cost(results)]
     checked = [g for g in results.main() if g.done and g.done[0].get("masking")]
     if checked:
         parts += ["### Do gradients mislead the attacks? (first seed)", _masking(checked)]
+        parts += _without_first(results, "it is not in this table")
     bounded = [g for g in results.main() if g.done and "bound" in g.done[0].get("condition", {})]
     if bounded:
         parts += [
             "### Condition number of the network, and its bound (first seed)",
             _bound(bounded),
+            *_without_first(results, "it is not in this table"),
         ]
     lines = published.of(results.plan.network.data)
     if lines is not None:
@@ -316,6 +322,12 @@ def _appendix(results: Results) -> list[str]:
         parts += ["### Published, with other attacks and training"]
         parts += [table(["method", "saved", *strengths], rows), note]
     return parts
+
+
+def _without_first(results: Results, so: str) -> list[str]:
+    """What a table of the first seed has in place of one that diverged."""
+    lost = [g.family.name for g in results.main() if g.rows[0].get("diverged")]
+    return [f"The first seed of {name} diverged: {so}." for name in lost]
 
 
 def _after(results: Results) -> str:

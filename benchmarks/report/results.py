@@ -21,6 +21,7 @@ Row = Mapping[str, Any]
 SLACK = 0.001  # of clean accuracy: so much less is "as accurate"
 ROUNDING = 2e-6  # rows hold six digits: means that differ by less are of as many images
 LEAST_SEEDS = 5  # for a verdict
+CHANCE = 0.15  # all data have ten classes; MNIST's most frequent one is 11 % of its images
 
 
 def strength(eps: float) -> str:
@@ -42,6 +43,11 @@ class Group:
     def done(self) -> list[Row]:
         """Seeds that did not diverge."""
         return [row for row in self.rows if not row.get("diverged")]
+
+    @property
+    def trained(self) -> list[Row]:
+        """Seeds that did not diverge and are right on more test images than chance is."""
+        return [row for row in self.done if row["clean"]["accuracy"] > CHANCE]
 
     @property
     def shares(self) -> list[float]:
@@ -192,7 +198,7 @@ class Finding:
     seeds: int
     trials: tuple[int, int]
     over_images: bool  # the interval covers other test images too
-    untrained: bool = False  # each seed of `than` diverged: whatever it is compared with is ahead
+    untrained: str = ""  # why no seed of `than` learned: whatever it is compared with is ahead
 
     @property
     def verdict(self) -> str:
@@ -201,7 +207,7 @@ class Finding:
         if self.seeds < LEAST_SEEDS:
             return f"no verdict from {self.seeds} seed{'' if self.seeds == 1 else 's'}"
         if self.untrained:
-            return f"no verdict, {self.than} diverged in every seed"
+            return f"no verdict, {self.than} {self.untrained} in every seed"
         if self.low > margin:
             return "yes"
         return "no" if self.high < margin else "not decided"
@@ -227,9 +233,11 @@ def findings(results: Results) -> list[Finding]:
         )
         names, ends = (ours.family.name, theirs.family.name), (middle - half, middle + half)
         over = d.shape[1] > 1
-        trials, untrained = (mine, rivals), not theirs.done
+        why = "" if theirs.trained else "was at chance" if theirs.done else "diverged"
+        if why and 0 < len(theirs.done) < len(theirs.rows):
+            why = "diverged or was at chance"
         found.append(
-            Finding(hypothesis, *names, middle, *ends, len(seeds), trials, over, untrained)
+            Finding(hypothesis, *names, middle, *ends, len(seeds), (mine, rivals), over, why)
         )
     return found
 

@@ -187,6 +187,28 @@ def test_nobody_is_close_to_a_network_that_never_trained(lost, verdict):
     assert found.verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("clean", "lost", "verdict"),
+    [
+        (0.114, 0, "no verdict, dense was at chance in every seed"),
+        (0.114, 2, "no verdict, dense diverged or was at chance in every seed"),
+        (0.6, 2, "yes"),
+    ],
+)
+def test_nobody_is_close_to_a_network_that_stayed_at_chance(clean, lost, verdict):
+    hypothesis = {"text": "", "better": ["ours"], "than": ["dense"], "margin": -3.0}
+    names = ("dense", "cut", "ours", "wild")
+    results = made({name: [0.1] * 5 for name in names}, hypothesis=[hypothesis])
+    dense = next(g for g in results.groups if g.family.name == "dense")
+    dense.rows = [
+        {**one, "clean": {"accuracy": clean}, "diverged": k < lost}
+        for k, one in enumerate(dense.rows)
+    ]
+    (found,) = findings(results)
+    assert found.verdict == verdict
+    assert ("at chance" in page._accuracy(results, [dense])) == (clean < 0.5)
+
+
 def test_sizes_are_sides_of_their_own():
     """A rival of another size is no rival: only `ours` has ranks of its own here."""
     results = made({name: [0.5] * 5 for name in ("dense", "cut", "ours", "wild")})
@@ -397,6 +419,24 @@ def test_calibration_and_seconds_are_of_trainings_that_went_through(folder):
     second |= {"train_cpu_seconds": 0.01}
     line = next(x for x in page._cost(results).splitlines() if x.startswith("| dense |"))
     assert line.endswith("| 1.0 ± 0.0 | 1.0 |")
+
+
+def test_tables_of_the_first_seed_say_whose_diverged(folder):
+    results = read(folder)
+    for group in results.groups:
+        group.rows[0]["masking"] = {
+            "failed": [], "one_step": 0.5, "many_steps": 0.4, "black_box": {"250": 0.5},
+            "only_black_box": 0.0, "unlimited": 0.0,
+        }  # fmt: skip
+    assert "The first seed" not in "".join(page._appendix(results))
+    next(g for g in results.main() if g.family.name == "cut").rows[0] = {
+        "family": "cut", "seed": 0, "diverged": True, "shares": [0.5, 0.0],
+    }  # fmt: skip
+    parts = page._appendix(results)
+    said = [part for part in parts if part.startswith("The first seed of cut diverged: ")]
+    assert len(said) == 2
+    masking = next(i for i, part in enumerate(parts) if part.startswith("| family | one step"))
+    assert parts[masking + 1].endswith("it is not in this table.")
 
 
 def test_the_page_says_how_many_trials_each_side_had(folder):
