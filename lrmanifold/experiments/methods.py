@@ -151,7 +151,8 @@ def train(
     on_step : callable, optional
         Called after every optimizer step.
     on_resume, checkpoint, save_every
-        As in :func:`~lrmanifold.experiments.training.fit`.
+        As in :func:`~lrmanifold.experiments.training.fit`. "finetuned" has a checkpoint of its
+        first half, too, ``first-NAME`` beside `checkpoint`: delete both in the end.
     certified : float, optional
         An l2 radius, in the unit of the images, to train for: the worst case that the network's
         Lipschitz bound allows, the radius growing over the first half, by
