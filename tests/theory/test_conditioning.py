@@ -201,3 +201,26 @@ def test_threshold_is_consistent_with_its_own_counts(seed, r, tau):
 def test_no_claim_from_a_regulariser_that_allows_singular_cores():
     S = torch.diag(torch.tensor([1.0, 1e-9, 1e-9], dtype=torch.float64))
     assert not penalty_scale_free.check({"S": S}).hypotheses_met
+
+
+def test_a_mean_clamp_of_other_singular_vectors_is_noticed(device, monkeypatch):
+    """Farther from S than the projection it is anyway: the inequality alone would hold."""
+    library = lrm.linalg.spectral_clip
+
+    def transposed(S, tau, *, centre="metric"):
+        found = library(S, tau, centre=centre)
+        return found.mT if centre == "mean" else found
+
+    sample = mean_clamp.sample(0, torch.float64, device, r=4, cond=10.0, tau=0.5)
+    assert mean_clamp.check(sample).holds
+    monkeypatch.setattr(lrm.linalg, "spectral_clip", transposed)
+    assert not mean_clamp.check(sample).holds
+
+
+@pytest.mark.parametrize("factor", [0.95, 1.05])
+def test_a_condition_number_that_is_five_percent_off_is_noticed(device, monkeypatch, factor):
+    library = lrm.linalg.condition_number
+    sample = exact_projection.sample(0, torch.float64, device, r=4, cond=10.0, tau=0.5)
+    assert exact_projection.check(sample).holds
+    monkeypatch.setattr(lrm.linalg, "condition_number", lambda S: factor * library(S))
+    assert not exact_projection.check(sample).holds

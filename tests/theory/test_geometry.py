@@ -21,6 +21,7 @@ from theory.geometry import (
     retraction_order,
     sin_theta,
     stiefel_order,
+    tangent_space,
 )
 from theory.runner import Settings, verify_control
 
@@ -173,3 +174,24 @@ def test_projector_distance_vanishes_at_full_rank(device, seed, n):
     sample = projector_distance.all_of_the_rank(seed, torch.float64, device)
     distance = projector_distance.projector_distance(sample["X"], sample["Y"])
     assert float(distance) < 1e-12
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_blocks_of_a_projection_that_are_wrong_in_two_places_are_noticed(
+    device, monkeypatch, block
+):
+    """What `project_ambient` gets wrong and `tangent_to_dense` undoes: the product is right."""
+    project, dense = lrm.FixedRank.project_ambient, lrm.FixedRank.tangent_to_dense
+
+    def flipped(M, xi):
+        return M.pack(*(-b if k == block else b for k, b in enumerate(M.unpack(xi))))
+
+    sample = tangent_space.sample(0, torch.float64, device, m=6, n=5, r=2)
+    assert tangent_space.check(sample).holds
+    monkeypatch.setattr(
+        lrm.FixedRank, "project_ambient", lambda M, X, Z: flipped(M, project(M, X, Z))
+    )
+    monkeypatch.setattr(
+        lrm.FixedRank, "tangent_to_dense", lambda M, X, xi: dense(M, X, flipped(M, xi))
+    )
+    assert not tangent_space.check(sample).holds

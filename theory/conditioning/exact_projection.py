@@ -13,7 +13,8 @@ the problem is one of vectors: minimise f(t) = Σ dist(σ_i, [t, κt])², convex
 f'(t)/2 = Σ_{σ_i<t} (t - σ_i) + κ Σ_{σ_i>κt} (κt - σ_i). Its zero is the formula. ∎
 
 **Checked** against competitors: the best t found by bracketing f itself, random matrices of the
-set, small moves away from Π(S); and ``lrmanifold.linalg.spectral_clip`` must give the same matrix.
+set, small moves away from Π(S); and ``lrmanifold.linalg.spectral_clip`` must give the same matrix,
+``condition_number`` its σ_1/σ_r.
 The ratio is (distance to Π(S)) / (distance to the best competitor). mathematics 5 (ours).
 """
 
@@ -91,9 +92,11 @@ def check(sample: Sample, *, project: Callable[[Tensor, float], Tensor] = projec
     measured = float((S - nearest).norm())
 
     rounding = ROUNDING * eps(S) * float(S.norm())
+    values = torch.linalg.svdvals(nearest)
     defects = {
-        "infeasible": float(
-            torch.linalg.svdvals(nearest)[0] - kappa * torch.linalg.svdvals(nearest)[-1]
+        "infeasible": float(values[0] - kappa * values[-1]),
+        "condition_number": float(
+            (linalg.condition_number(nearest) * values[-1] - values[0]).abs()
         ),
         "not idempotent": float((project(nearest, kappa) - nearest).norm()),
         "library differs": float((linalg.spectral_clip(S, kappa - 1.0) - nearest).norm()),

@@ -78,6 +78,10 @@ def check(
         "tr P - dim, relative": (P.trace() - dimension(m, n, r)).abs() / (m * n),
         "P ξ - ξ for velocities": (projector(X, velocity) - velocity).norm(),
         "library's P Z": (manifold.tangent_to_dense(packed, xi) - projector(X, Z)).norm(),
+        # Apart: an error of `project_ambient` that `tangent_to_dense` undoes would not show above.
+        "M": (blocks.S - X.U.mT @ Z @ X.V).norm(),
+        "U_p": (blocks.U - (Z @ X.V - X.U @ (X.U.mT @ Z @ X.V))).norm(),
+        "V_p": (blocks.V - (Z.mT @ X.U - X.V @ (X.V.mT @ Z.mT @ X.U))).norm(),
         "Pythagoras": (
             sum(b.square().sum() for b in blocks) - projector(X, Z).square().sum()
         ).abs(),
