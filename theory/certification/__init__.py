@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..core import Claim
 from . import (
+    certificates,
     composition,
     convex_potential,
     frames,
@@ -23,4 +24,5 @@ CLAIMS: tuple[Claim, ...] = (
     zero_padding.CLAIM,
     grid.CLAIM,
     gram_iteration.CLAIM,
+    certificates.CLAIM,
 )
