@@ -1,8 +1,10 @@
-"""Does a claim notice a library function that returns NaN? Break one call at a time.
+"""Does a claim notice a library function that is wrong? Break one call at a time.
 
 Each place where a check calls `lrmanifold` is found by running it, then run again with NaN in
 place of the floating point numbers of what that call returns. No comparison with NaN is true, so a
 check that passes has lost it on the way: a maximum that drops NaN, or ``if defect > tolerance``.
+:func:`insensitive` multiplies by a number instead, such as 1.05: what passes then does not depend
+on that call, or too little.
 """
 
 from __future__ import annotations
@@ -92,21 +94,21 @@ def _site(code: CodeType, frame: FrameType) -> Site:
     return Site(f"{holder.__name__.split('.')[-1]}.{name}", caller, frame.f_lineno)
 
 
-def poisoned(x: Any) -> Any:
-    """`x` with NaN for each floating point number in it; functions return such values too."""
+def poisoned(x: Any, factor: float = math.nan) -> Any:
+    """`x` with each floating point number in it times the factor; so what its functions return."""
     if isinstance(x, Tensor):
-        return x * torch.nan if x.is_floating_point() or x.is_complex() else x
+        return x * factor if x.is_floating_point() or x.is_complex() else x
     if isinstance(x, float):
-        return float("nan")
+        return x * factor
     if isinstance(x, tuple):
-        parts = [poisoned(part) for part in x]
+        parts = [poisoned(part, factor) for part in x]
         return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
     if isinstance(x, list):
-        return [poisoned(part) for part in x]
+        return [poisoned(part, factor) for part in x]
     if isinstance(x, Mapping):
-        return {key: poisoned(value) for key, value in x.items()}
+        return {key: poisoned(value, factor) for key, value in x.items()}
     if isinstance(x, FunctionType):
-        return lambda *args, **kwargs: poisoned(x(*args, **kwargs))
+        return lambda *args, **kwargs: poisoned(x(*args, **kwargs), factor)
     return x
 
 
@@ -144,19 +146,19 @@ def _recording() -> Iterator[dict[Site, CodeType]]:
 
 
 @contextmanager
-def broken(site: Site, code: CodeType) -> Iterator[None]:
-    """Within it the library's function returns NaN to this one caller."""
+def broken(site: Site, code: CodeType, factor: float = math.nan) -> Iterator[None]:
+    """Within it the library's function returns NaN, or `factor` times its value, to one caller."""
     holder, name, function = _library()[code]
     original = vars(holder)[name]
 
     @functools.wraps(function)
-    def returns_nan(*args: Any, **kwargs: Any) -> Any:
+    def wrong(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
         caller = _caller(sys._getframe(1))
-        return result if caller is None or _site(code, caller) != site else poisoned(result)
+        return result if caller is None or _site(code, caller) != site else poisoned(result, factor)
 
     # A function may be imported by name, or be in a table: it is replaced wherever it is known.
-    wrapper: Any = type(original)(returns_nan) if function is not original else returns_nan
+    wrapper: Any = type(original)(wrong) if function is not original else wrong
     places: list[tuple[dict[str, Any], str]] = []
     if inspect.isclass(holder):
         setattr(holder, name, wrapper)
@@ -192,6 +194,42 @@ def unnoticed(claim: Claim, settings: Settings) -> tuple[list[Site], int]:
                 tried.add(site)
                 lost += [site] if found.holds or not found.hypotheses_met else []
     return lost, len(tried)
+
+
+def insensitive(claim: Claim, settings: Settings, factors: tuple[float, ...]) -> list[Site]:
+    """Calls whose value may be `factor` times too large without any sample that notices.
+
+    Noticed is what fails a run: a sample that does not hold, and an extremal example that is no
+    longer attained.
+    """
+    exact = torch.float64, settings.device
+    places = [(e.sample(settings.seeds(1)[0], *exact), e.least) for e in claim.extremal]
+    seeds = settings.seeds(claim.trials)
+    places += [(claim.sample(seed, settings.dtype, settings.device), 0.0) for seed in seeds]
+    calls = dict[Site, CodeType]()
+    met = []
+    for sample, least in places:
+        with _recording() as found:
+            clean = claim.check(sample)
+        calls |= found
+        if clean.hypotheses_met:
+            assert clean.holds
+            assert clean.ratio >= least
+            met.append((sample, least))
+
+    def noticed(found: Evidence, least: float) -> bool:
+        if not found.hypotheses_met:
+            return least > 0.0
+        return not found.holds or found.ratio < least
+
+    lost = []
+    for site, code in calls.items():
+        for factor in factors:
+            with broken(site, code, factor):
+                if not any(noticed(judged(claim, x), least) for x, least in met):
+                    lost.append(site)
+                    break
+    return lost
 
 
 def judged(claim: Claim, sample: Sample) -> Evidence:
