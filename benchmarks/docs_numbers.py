@@ -177,10 +177,10 @@ def _proved(group: str, method: str) -> str:
     return _mean([run["verified"] for run in runs]) if runs else "–"
 
 
-def attacked(plan: str, eps: float | None = None) -> dict[str, float]:
+def attacked(plan: str) -> dict[str, float]:
     """Worst case of each family of a plan, in %, as on its page."""
     found = _table(plan)
-    return {g.family.name: 100 * g.mean(*found.column("worst", eps)) for g in found.main()}
+    return {g.family.name: 100 * g.mean(*found.column("worst")) for g in found.main()}
 
 
 def _table(plan: str) -> Results:

@@ -189,6 +189,8 @@ def _way_out(job: Job, error: BaseException) -> str:
     if isinstance(error, BoundError):  # each of these models has a bound: the weights overflow
         job.remove_checkpoint()
         return f": lower lr = {job.settings.lr:g}"
+    if isinstance(error, CertificationError):
+        return ""  # a certificate that an attack contradicts: to go on would find the same
     if isinstance(error, CheckpointError):
         return " (--out DIR, or --force to start anew)"
     if not job.save_every:

@@ -294,3 +294,16 @@ def test_weights_that_overflow_a_bound_are_one_line(at_the_end, tmp_path, capsys
     assert "bound must be finite" in error
     assert f"lower lr = {float(rate):g}" in error
     assert not (run / "checkpoint.pt").exists()
+
+
+def test_a_certificate_that_an_attack_contradicts_offers_no_way_to_go_on(
+    tmp_path, capsys, monkeypatch
+):
+    def contradicted(*_, **__):
+        raise certify_package.CertificationError("an attack changed the class of 1 proved image")
+
+    monkeypatch.setattr(command.certify, "verified_accuracy", contradicted)
+    words = f"train --certified --epochs 1 --save-every 3 --out {tmp_path / 'run'}"
+    assert cli.main(words.split()) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "error: an attack changed the class of 1 proved image"

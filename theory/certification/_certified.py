@@ -135,8 +135,11 @@ def random_network(seed: int, dtype: torch.dtype, device: torch.device, **fixed)
     }
 
 
-def _chain(seed: int, dtype: torch.dtype, device: torch.device) -> tuple[Draw, Tensor, Sample]:
-    """Linear layers of rank 1 that pass their largest direction on, to the unit vector returned."""
+def _chain(
+    seed: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Draw, Tensor, Tensor, Sample]:
+    """Linear layers of rank 1 that pass their largest direction on, to the first unit vector
+    returned; the second is orthogonal to it."""
     draw = Draw(seed, dtype, device)
     n = draw.integer(3, 5)
     units = [draw.frame(n, 1) for _ in range(4)]
@@ -150,21 +153,21 @@ def _chain(seed: int, dtype: torch.dtype, device: torch.device) -> tuple[Draw, T
     ]  # fmt: skip
     sizes = torch.tensor([[0.3], [0.7], [2.0]], dtype=torch.float64)
     x = draw.give(sizes * units[0].mT)
-    return draw, units[-1], {"layers": layers, "x": x, "step": x, "starts": x.flip(0)}
+    u = units[-1]
+    w = torch.linalg.qr(torch.cat((u, draw.normal(n, 1)), 1)).Q[:, 1:]
+    return draw, u, w, {"layers": layers, "x": x, "step": x, "starts": x.flip(0)}
 
 
 def stretched(seed: int, dtype: torch.dtype, device: torch.device) -> Sample:
     """Every logit grows alike with the input: as fast as the bound, and no margin falls."""
-    draw, u, found = _chain(seed, dtype, device)
-    w = torch.linalg.qr(torch.cat((u, draw.normal(len(u), 1)), 1)).Q[:, 1:]
+    draw, u, w, found = _chain(seed, dtype, device)
     weight = torch.cat((u + 0.5 * w, u - 0.5 * w), 1).mT
     return {**found, "head": (draw.give(weight), draw.give(torch.tensor([1.0, 0.0])))}
 
 
 def contested(seed: int, dtype: torch.dtype, device: torch.device, *, third: bool = True) -> Sample:
     """Two classes meet at the radius; a third, steeper and far below, lifts the network's bound."""
-    draw, u, found = _chain(seed, dtype, device)
-    w = torch.linalg.qr(torch.cat((u, draw.normal(len(u), 1)), 1)).Q[:, 1:]
+    draw, u, w, found = _chain(seed, dtype, device)
     weight, bias = torch.cat((u, -u, 5.0 * w), 1).mT, torch.tensor([0.0, 0.0, -500.0])
     classes = 3 if third else 2
     return {**found, "head": (draw.give(weight[:classes]), draw.give(bias[:classes]))}
