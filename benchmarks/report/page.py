@@ -272,10 +272,23 @@ def _search(results: Results) -> str:
         f"\n\nScore: {1 - share:g} clean + {share:g} worst case at {strength(plan_eps)}, on the "
         f"{100 * search.validation:.0f} % of the training images that a trial does not see (the "
         f"worst case on at most {search.images:,} of them), "
-        f"{'one split' if splits == 1 else f'mean over {splits} splits'}. Every family has "
-        f"{search.trials} trial{'s' * (search.trials > 1)}; the grid grows wherever the search "
-        "goes (`benchmarks/robustness/search.py`), and the number of trials is its only limit. "
-        "Inside its grid: all neighbours of the setting were tried."
+        f"{'one split' if splits == 1 else f'mean over {splits} splits'}. {_tried(results)}"
+    )
+
+
+def _tried(results: Results) -> str:
+    count, earlier = results.plan.search.trials, results.plan.earlier
+    grid = (
+        "the grid grows wherever the search goes (`benchmarks/robustness/search.py`), and the "
+        "number of trials is its only limit. Inside its grid: all neighbours of "
+    )
+    if earlier is None:
+        many = f"{count} trial{'s' * (count > 1)}"
+        return f"Every family has {many}; {grid}the setting were tried."
+    return (
+        f"Every family has {count} finalists, the best of its {earlier.search.trials} trials in "
+        f"`{earlier.name}`, trained again on other splits; there {grid}that search's best setting "
+        "were tried."
     )
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from ..robustness.measures import unpacked
 from ..robustness.plan import Family, Hypothesis, Plan, load
-from ..robustness.runner import mean, scored
-from ..robustness.search import Ladder
+from ..robustness.runner import mean, scored, searched
+from ..robustness.search import Ladder, ranked
 from ..robustness.table import Table
 
 Row = Mapping[str, Any]
@@ -104,6 +104,7 @@ class Results:
     groups: list[Group]
     missing: tuple[str, ...] = ()  # families of the plan without a row on the test images
     begun: Mapping[int, int] = dataclasses.field(default_factory=dict)  # rows of unfinished seeds
+    earlier: Sequence[Row] = ()  # trials of the search whose finals these are
 
     @property
     def seeds(self) -> list[int]:
@@ -144,10 +145,11 @@ class Results:
         return [g for g in self.groups if share in g.shares]
 
     def interior(self, family: Family) -> bool:
-        """Whether the chosen setting has all its neighbours among the trials."""
+        """Whether the best setting of the search has all its neighbours among the trials."""
         ladder = Ladder(self.plan.axes_of(family), family.start)
-        scores = {tuple(t["point"]): self.score(t) for t in self.of(family.name)}
-        return ladder.interior(tuple(self.best(family.name)["point"]), scores)
+        trials = [t for t in self.earlier or self.trials if t["family"] == family.name]
+        scores = {tuple(t["point"]): self.score(t) for t in trials}
+        return ladder.interior(ranked(scores)[0], scores)
 
 
 def read(folder: Path) -> Results | None:
@@ -179,7 +181,10 @@ def read(folder: Path) -> Results | None:
     for group in groups.values():
         own = {row["seed"]: row for row in group.rows}  # processes may finish in another order
         group.rows = [own[seed] for seed in plan.seeds if seed in whole]
-    return Results(plan, trials, list(groups.values()), missing, begun) if whole else None
+    if not whole:
+        return None
+    earlier = searched(plan, folder) if plan.earlier else ()
+    return Results(plan, trials, list(groups.values()), missing, begun, earlier)
 
 
 # --------------------------------------------------------------------------------- hypotheses

@@ -59,6 +59,9 @@ class Search:
     ----------
     trials : int
         Settings that are tried for every family.
+    finals_of : str or None
+        Another plan, whose search is finished: its best `trials` settings of every family are
+        trained again with these seeds, and no others. What was best by luck does not stay so.
     seeds : tuple of int
         Of the split and the training; a trial is the mean over them.
     validation : float
@@ -84,6 +87,7 @@ class Search:
     steps: int = 20
     restarts: int = 2
     queries: int = 300
+    finals_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,8 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole file. `adversarial`: all families and trials are trained on attacked images."""
+    """A whole file. `adversarial`: all families and trials are trained on attacked images;
+    `earlier`: the plan that the search's `finals_of` names."""
 
     name: str
     title: str
@@ -161,6 +166,7 @@ class Plan:
     adversarial: Adversarial | None = None
     note: str = ""
     digest: str = ""
+    earlier: Plan | None = None
 
     def family(self, name: str) -> Family:
         """By name."""
@@ -188,7 +194,8 @@ def load(path: Path) -> Plan:
     """Read a plan, or raise :class:`PlanError` that names what is wrong in it."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        return parse(raw, path.parent.name)
+        plan = parse(raw, path.parent.name)
+        return plan if plan.search.finals_of is None else _after(plan, path.parent.parent)
     except (OSError, tomllib.TOMLDecodeError, PlanError, KeyError, TypeError, ValueError) as error:
         raise PlanError(f"{path}: {type(error).__name__}: {error}") from error
 
@@ -197,6 +204,8 @@ def parse(raw: Mapping[str, Any], name: str) -> Plan:
     """A plan from a mapping."""
     digest = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:12]
     given = {k: _frozen(v) for k, v in raw.items()}
+    if derived := sorted({"name", "digest", "earlier"} & given.keys()):
+        raise PlanError(f"unknown {derived}: the folder, the text and finals_of say that")
     axes = {key: _make(Axis, value) for key, value in given.pop("axes").items()}
     families = tuple(_family(entry, axes) for entry in given.pop("family"))
     hypotheses = tuple(_hypothesis(entry) for entry in given.pop("hypothesis", ()))
@@ -228,6 +237,37 @@ def parse(raw: Mapping[str, Any], name: str) -> Plan:
     for family in families:
         plan.made(family, family.start, 0, None)  # all values are checked
     return plan
+
+
+def _after(plan: Plan, plans: Path) -> Plan:
+    """With the plan whose finals these are; all that its trials depend on must be the same."""
+    path = plans / str(plan.search.finals_of) / "plan.toml"
+    earlier = parse(tomllib.loads(path.read_text(encoding="utf-8")), path.parent.name)
+    families = {family.name: family for family in earlier.families}
+    one, other = (
+        {
+            "network": p.network,
+            "training": p.training,
+            "axes": p.axes,
+            "adversarial": p.adversarial,
+            "eps and norm of attack": (p.attack.eps, p.attack.norm),
+        }
+        for p in (plan, earlier)
+    )
+    different = [name for name in one if one[name] != other[name]]
+    different += [f.name for f in plan.families if families.get(f.name) != f]
+    if different:
+        raise PlanError(f"finals_of {earlier.name}: not the same there: {', '.join(different)}")
+    again = sorted({*plan.search.seeds} & {*earlier.search.seeds})
+    finals = earlier.search.finals_of is not None
+    if again or finals or plan.search.trials > earlier.search.trials:
+        raise PlanError(
+            f"finals_of {earlier.name}: must be a search of at least {plan.search.trials} trials "
+            f"from other seeds and no finals, got {'finals of ' * finals}"
+            f"{earlier.search.trials} trials and seeds {again} in both"
+        )
+    both = hashlib.sha256((plan.digest + earlier.digest).encode()).hexdigest()[:12]
+    return dataclasses.replace(plan, earlier=earlier, digest=both)
 
 
 def _family(entry: Mapping[str, Any], axes: Mapping[str, Axis]) -> Family:

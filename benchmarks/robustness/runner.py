@@ -151,7 +151,10 @@ class Runner:
             found[point] = self.trial(family, point, ladder.values(point) or {})
             return scored(found[point], shares[0])
 
-        scores = search(ladder, self.plan.search.trials, score)
+        if self.plan.earlier is None:
+            scores = search(ladder, self.plan.search.trials, score)
+        else:
+            scores = {point: score(point) for point in self._finalists(family)}
         best: dict[Point, list[float]] = {}
         for share in shares:
             by_share = {point: scored(found[point], share) for point in scores}
@@ -159,6 +162,22 @@ class Runner:
         settings = [(ladder.values(point) or {}, its) for point, its in best.items()]
         self._chosen[family.name] = settings
         return settings
+
+    def _finalists(self, family: Family) -> list[Point]:
+        """The best points of the earlier plan's search."""
+        asked, share = self.plan.search, self.plan.search.robust_share[0]
+        scores = {
+            tuple(row["point"]): scored(row, share)
+            for row in searched(self.plan, self.folder)
+            if row["family"] == family.name
+        }
+        wanted = self.plan.earlier.search.trials if self.plan.earlier else 0
+        if len(scores) < wanted:
+            raise PlanError(
+                f"finals_of {asked.finals_of}: {family.name} has {len(scores)} of {wanted} trials "
+                f"there; first run python -m benchmarks.robustness {asked.finals_of}"
+            )
+        return ranked(scores)[: asked.trials]
 
     def trial(self, family: Family, point: Point, values: dict[str, float]) -> dict[str, Any]:
         """One setting on held-out training images, a mean over the seeds of the search."""
@@ -333,6 +352,13 @@ class Runner:
     def _key(self, *parts: Any) -> str:
         text = json.dumps([self.plan.digest, *parts], sort_keys=True, ensure_ascii=False)
         return f"{self.plan.name}-{hashlib.sha256(text.encode()).hexdigest()[:14]}"
+
+
+def searched(plan: Plan, folder: Path) -> list[dict[str, Any]]:
+    """Trials of the search itself: the plan's own, or of the plan whose finals it holds."""
+    source = plan.earlier or plan
+    table = Table(folder.parent / source.name / "trials.jsonl")
+    return [row for row in table.rows() if row["plan"] == source.digest]
 
 
 def scored(trial: Mapping[str, Any], share: float) -> float:
