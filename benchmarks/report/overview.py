@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lrmanifold import viz
 
 from ..robustness.plan import Family
-from .page import table
+from .cells import table
 from .picture import method, png
 from .results import LEAST_SEEDS, Finding, Results, findings, strength
 

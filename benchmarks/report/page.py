@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lrmanifold.experiments.runs import write_atomically
 
 from ..robustness.plan import Hypothesis
-from . import conditioning, published
+from . import appendix, conditioning
+from .cells import accuracy, table
 from .picture import SHOWN, curves, frontier, side
 from .results import (
     LEAST_SEEDS,
     Finding,
-    Group,
     Results,
     efficient,
     findings,
@@ -27,22 +24,6 @@ from .results import (
 )
 
 VERDICTS = "yes / no only where the whole interval lies on one side, from five seeds or more"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def percent(group: Group, *path: str) -> str:
-    """Mean ± standard deviation in %; a dash where nothing was measured."""
-    count, rows = len(group.values(*path)), len(group.rows)
-    if not count:
-        return "–"
-    text = f"{100 * group.mean(*path):.1f}"
-    text += f" ± {100 * group.spread(*path):.1f}" if count > 1 else ""
-    return text + (f" ({count} of {rows})" if count < rows else "")
 
 
 def write(results: Results, folder: Path) -> Path:
@@ -59,7 +40,7 @@ def write(results: Results, folder: Path) -> Path:
         _findings(findings(results)),
         *_remarks(folder),
         "## The chosen settings on the test images",
-        _accuracy(results, sorted(results.main(), key=lambda g: -g.mean(*results.column("worst")))),
+        accuracy(results, sorted(results.main(), key=lambda g: -g.mean(*results.column("worst")))),
         _legend(results),
         "## The whole frontier",
         f"![clean against worst-case accuracy of {plan.network.model} on {plan.network.data}]"
@@ -76,7 +57,7 @@ def write(results: Results, folder: Path) -> Path:
         "## How they were chosen",
         _search(results),
         "## Appendix",
-        *_appendix(results),
+        *appendix.sections(results),
         *conditioning.section(results, folder),
     ]
     path = folder / "report.md"
@@ -162,35 +143,6 @@ def _findings(found: Sequence[Finding]) -> str:
 def _column(hypothesis: Hypothesis) -> str:
     eps = hypothesis.eps
     return hypothesis.column if eps is None else f"{hypothesis.column} {strength(eps)}"
-
-
-def _accuracy(results: Results, groups: Sequence[Group]) -> str:
-    attack, eps = results.plan.attack, results.eps
-    columns: list[tuple[str, tuple[str, ...]]] = [
-        ("clean", results.column("clean")),
-        *(
-            (f"**worst {strength(e)}**", ("worst", f"{e:g}", "accuracy"))
-            for e in _strengths(results)
-        ),
-        *((f"worst ℓ2 {strength(e)}", ("worst_l2", f"{e:g}", "accuracy")) for e in attack.worst_l2),
-        *((f"PGD {strength(e)}", ("pgd", f"{e:g}")) for e in attack.pgd if f"{e:g}" == eps),
-        *((f"FGSM {strength(e)}", ("fgsm", f"{e:g}")) for e in attack.fgsm),
-        *((f"transfer {strength(e)}", ("transfer", f"{e:g}")) for e in attack.transfer),
-    ]
-    rows = []
-    for group in groups:
-        counts = {"diverged": len(group.rows) - len(group.done)}
-        counts["at chance"] = len(group.done) - len(group.trained)
-        lost = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        seeds = str(len(group.rows)) + (f" ({lost})" if lost else "")
-        kept = f"{100 * group.done[0]['stored_share']:.0f} %" if group.done else "–"
-        cells = [percent(group, *path) for _, path in columns]
-        rows.append([group.family.name, kept, seeds, *cells])
-    return table(["family", "weights stored", "seeds", *(name for name, _ in columns)], rows)
-
-
-def _strengths(results: Results) -> list[float]:
-    return sorted({results.plan.attack.eps, *results.plan.attack.worst})
 
 
 def _legend(results: Results) -> str:
@@ -290,144 +242,6 @@ def _tried(results: Results) -> str:
         f"`{earlier.name}`, trained again on other splits; there {grid}that search's best setting "
         "were tried."
     )
-
-
-def _appendix(results: Results) -> list[str]:
-    others = [g for g in results.groups if g not in results.main()]
-    parts = []
-    if others:
-        shares = ", ".join(f"{s:g}" for s in results.plan.search.robust_share[1:])
-        parts += [
-            f"### Further settings of the frontier\n\nChosen among the same trials by a score "
-            "with the "
-            f"worst case at weight {shares}.",
-            _accuracy(results, others),
-        ]
-    attack = results.plan.attack
-    if attack.pgd:
-        rows = [
-            [g.family.name, *(percent(g, "pgd", f"{e:g}") for e in attack.pgd)]
-            for g in results.main()
-        ]
-        words = "The family of each side that validation scores best; bands: standard deviations."
-        parts += ["### PGD", f"![accuracy against the strength of PGD](pgd.png)\n\n{words}"]
-        parts += [table(["family", *(strength(e) for e in attack.pgd)], rows)]
-    if any(g.done for g in results.main()):
-        after = "### What is left after each attack and all before it (first seed)"
-        here = "in this table and the next its row is of a later one, if any did not"
-        parts += [after, _after(results), *_without_first(results, here)]
-        parts += ["### Size, cost, conditioning", _cost(results)]
-    checked = [g for g in results.main() if g.done and g.done[0].get("masking")]
-    if checked:
-        parts += ["### Do gradients mislead the attacks? (first seed)", _masking(checked)]
-        parts += _without_first(results, "it is not in this table")
-    bounded = [g for g in results.main() if g.done and "bound" in g.done[0].get("condition", {})]
-    if bounded:
-        parts += [
-            "### Condition number of the network, and its bound (first seed)",
-            _bound(bounded),
-            *_without_first(results, "it is not in this table"),
-        ]
-    lines = published.of(results.plan.network.data)
-    if lines is not None:
-        strengths, figures, note = lines
-        rows = [[f.method, f.saved, *(f"{a:g}" for a in f.accuracy)] for f in figures]
-        parts += ["### Published, with other attacks and training"]
-        parts += [table(["method", "saved", *strengths], rows), note]
-    return parts
-
-
-def _without_first(results: Results, so: str) -> list[str]:
-    """What a table of the first seed has in place of one that diverged."""
-    lost = [g.family.name for g in results.main() if g.rows[0].get("diverged")]
-    return [f"The first seed of {name} diverged: {so}." for name in lost]
-
-
-def _after(results: Results) -> str:
-    groups = [g for g in results.main() if g.done]
-    firsts = [group.done[0]["worst"][results.eps] for group in groups]
-    names = max((first["attacks"] for first in firsts), key=len)  # in the order in which they ran
-    rows = []
-    for group, first in zip(groups, firsts, strict=True):
-        after = {name: f"{100 * left:.1f}" for name, left in first["after"].items()}
-        rows.append([group.family.name, *(after.get(name, "–") for name in names)])
-    return table(["family", *names], rows)
-
-
-def _cost(results: Results) -> str:
-    plan = results.plan
-    full = max(g.done[0]["multiply_adds"] for g in results.main() if g.done)
-    rows = []
-    for group in results.main():
-        if not group.done:
-            continue
-        row = group.done[0]
-        compared = {n: x["cond"] for n, x in row["layers"].items() if n not in plan.network.exclude}
-        conds = [cond for cond in compared.values() if cond is not None]
-        # the median: a row that went on from a checkpoint knows only the rest of its training
-        seconds = float(np.median([r["train_cpu_seconds"] for r in group.done]))
-        rows.append(
-            [
-                group.family.name,
-                f"{100 * row['trained_share']:.1f} %",
-                f"{100 * row['stored_share']:.1f} %",
-                f"{100 * row['multiply_adds'] / full:.1f} %",
-                f"{max(conds):.3g}" if conds else "–",
-                # 0 of a seed that diverged would be perfect calibration
-                percent(replace(group, rows=group.done), "clean", "ece"),
-                f"{seconds:.1f}",
-            ]
-        )
-    head = ["family", "trained", "stored", "multiply-adds", "largest cond", "ECE", "CPU s"]
-    return table(head, rows) + (
-        "\n\nLargest cond: of a layer's weight as a matrix, among the layers that are low-rank in "
-        "some family, first seed. ECE: calibration error, of the seeds that did not diverge. CPU "
-        "seconds of one training, median of the seeds, on a busy machine; of a GPU's host where it "
-        "ran there; of a training that was cut off only what came after. A network that is "
-        "truncated and not trained on keeps dense matrices here, so its multiply-adds are those of "
-        "a dense one."
-    )
-
-
-def _masking(groups: Sequence[Group]) -> str:
-    rows = []
-    for group in groups:
-        m = group.done[0]["masking"]
-        box = ", ".join(
-            f"{100 * a:.1f} ({q})"
-            for q, a in sorted(m["black_box"].items(), key=lambda item: int(item[0]))
-        )
-        cells = [f"{100 * m[key]:.1f}" for key in ("one_step", "many_steps", "unlimited")]
-        failed = "; ".join(f"not: {name}" for name in m["failed"])
-        alone = [f"{100 * m['only_black_box']:.1f}"]
-        alone.append(f"{100 * m['climbed']:.1f}" if "climbed" in m else "–")
-        rows.append([group.family.name, *cells, box, *alone, failed or "passes"])
-    head = [
-        "family", "one step", "PGD", "no limit", "Square (queries)", "Square alone",
-        "search from PGD's end", "checks",
-    ]  # fmt: skip
-    return table(head, rows)
-
-
-def _bound(groups: Sequence[Group]) -> str:
-    rows = []
-    for group in groups:
-        c = group.done[0]["condition"]
-        rows.append(
-            [
-                group.family.name,
-                f"{c['network']['median']:.3g}",
-                f"{c['tail']['median']:.3g}",
-                f"{c['bound']['median']:.3g}",
-                f"{c['ratio']['max']:.2g}",
-                f"{100 * c['plain_product_violated']:.0f} %",
-            ]
-        )
-    head = [
-        "family", "network, median", "linear layers at the end, median", "bound, median",
-        "measured / bound, largest", "product without cosines violated",
-    ]  # fmt: skip
-    return table(head, rows)
 
 
 assert LEAST_SEEDS == 5  # VERDICTS says so

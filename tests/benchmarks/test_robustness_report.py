@@ -18,7 +18,7 @@ from tiny_plan import START, TINY, changed, write
 from tiny_results import SEEDS, made, row, trial, with_difference
 
 from benchmarks._record import FOLDER
-from benchmarks.report import overview, page, picture, published
+from benchmarks.report import appendix, cells, overview, page, picture, published
 from benchmarks.report.results import (
     LEAST_SEEDS,
     efficient,
@@ -163,7 +163,7 @@ def test_a_diverged_seed_counts_as_zero():
     group.rows[2] = {**group.rows[2], "diverged": True}
     assert group.mean("worst", "0.06", "accuracy") == pytest.approx(0.4)
     assert len(group.done) == 4
-    assert "5 (1 diverged)" in page._accuracy(results, [group])
+    assert "5 (1 diverged)" in cells.accuracy(results, [group])
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_nobody_is_close_to_a_network_that_stayed_at_chance(clean, lost, verdict
     ]
     (found,) = findings(results)
     assert found.verdict == verdict
-    assert ("at chance" in page._accuracy(results, [dense])) == (clean < 0.5)
+    assert ("at chance" in cells.accuracy(results, [dense])) == (clean < 0.5)
 
 
 def test_sizes_are_sides_of_their_own():
@@ -380,7 +380,7 @@ def test_a_mean_over_fewer_seeds_says_over_how_many(folder, kept, cell):
     group = read(folder).main()[0]
     for one in group.rows[kept:]:
         del one["transfer"]
-    assert page.percent(group, "transfer", "0.1") == cell
+    assert cells.percent(group, "transfer", "0.1") == cell
 
 
 def test_seeds_that_not_all_families_have_are_left_out_and_told(folder):
@@ -417,7 +417,7 @@ def test_calibration_and_seconds_are_of_trainings_that_went_through(folder):
     first, second, *_ = results.main()[0].rows
     first |= {"diverged": True}
     second |= {"train_cpu_seconds": 0.01}
-    line = next(x for x in page._cost(results).splitlines() if x.startswith("| dense |"))
+    line = next(x for x in appendix._cost(results).splitlines() if x.startswith("| dense |"))
     assert line.endswith("| 1.0 ± 0.0 | 1.0 |")
 
 
@@ -428,11 +428,11 @@ def test_tables_of_the_first_seed_say_whose_diverged(folder):
             "failed": [], "one_step": 0.5, "many_steps": 0.4, "black_box": {"250": 0.5},
             "only_black_box": 0.0, "unlimited": 0.0,
         }  # fmt: skip
-    assert "The first seed" not in "".join(page._appendix(results))
+    assert "The first seed" not in "".join(appendix.sections(results))
     next(g for g in results.main() if g.family.name == "cut").rows[0] = {
         "family": "cut", "seed": 0, "diverged": True, "shares": [0.5, 0.0],
     }  # fmt: skip
-    parts = page._appendix(results)
+    parts = appendix.sections(results)
     said = [part for part in parts if part.startswith("The first seed of cut diverged: ")]
     assert len(said) == 2
     masking = next(i for i, part in enumerate(parts) if part.startswith("| family | one step"))
@@ -462,7 +462,7 @@ def test_rows_that_were_attacked_less_are_told(folder):
                 found = one["worst"]["0.06"]
                 found |= {"after": {"pgd": 0.5, "square": 0.4}, "attacks": ["pgd", "square"]}
     assert "only if pgd, square (or, in other rows, pgd) all fail" in page._legend(results)
-    lines = page._after(results).splitlines()
+    lines = appendix._after(results).splitlines()
     assert lines[2].endswith("| 50.0 | 40.0 |")
     assert lines[-1] == f"| {last.family.name} | 50.0 | – |"
 
