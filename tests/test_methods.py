@@ -163,7 +163,7 @@ def test_two_factors_keep_dtype_and_device(device):
 
 @pytest.mark.parametrize("kind", ["dense", "factors", "condlr"])
 def test_training_is_deterministic_for_a_seed(kind, blobs):
-    method = Method(kind, kind, 0.1)
+    method = Method(kind, kind, 0.1 if kind == "condlr" else None)
     a, b = run(method, blobs), run(method, blobs)
     assert a.history == b.history
     assert all(
@@ -284,7 +284,7 @@ def test_sizes_kept(blobs):
 
 def test_history_records_before_training_and_after_each_epoch(blobs):
     for kind in ("factors", "condlr"):
-        history = run(Method(kind, kind, 0.5), blobs).history
+        history = run(Method(kind, kind, 0.5 if kind == "condlr" else None), blobs).history
         assert list(history.spectra) == ["network.fc1", "network.fc2"]
         for values in history.spectra.values():
             assert [len(s) for s in values] == [5] * (SETTINGS.epochs + 1)
@@ -330,6 +330,25 @@ def test_dlrt_has_no_adam_and_says_so(more, blobs):
     for kind in ("dlrt", "robust_dlrt"):
         with pytest.raises(ValueError, match=rf"{kind} takes optimizer 'sgd' alone, got 'adam'"):
             run(Method(kind, kind, tol=0.1), blobs, settings, **more)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("dense", {"tau": 0.1}),
+        ("factors", {"tau": 0.0}),
+        ("fixed_rank", {"tau": 0.1}),
+        ("finetuned", {"penalty": 0.1}),
+        ("dlrt", {"penalty": 0.1}),
+        ("condlr", {"tol": 0.1}),
+        ("svd", {"finetune": 0.3}),
+        ("orthogonal", {"s_steps": 2}),
+    ],
+)
+def test_what_a_method_would_ignore_is_refused(kind, more, blobs):
+    ((name, value),) = more.items()
+    with pytest.raises(ValueError, match=rf"^{name} of method .*'{kind}'.*got {value}: it belongs"):
+        run(Method(kind, kind, **more), blobs)
 
 
 def test_label_smoothing_that_certified_training_would_ignore_is_refused(blobs):

@@ -39,6 +39,14 @@ KINDS = (
     "dense", "svd", "finetuned", "factors", "orthogonal", "condlr", "fixed_rank", "dlrt",
     "robust_dlrt",
 )  # fmt: skip
+# What is not of a method's kind would be ignored.
+_OWN = {
+    "finetuned": ("finetune",),
+    "condlr": ("tau", "penalty"),
+    "fixed_rank": ("penalty",),
+    "dlrt": ("tol", "s_steps"),
+    "robust_dlrt": ("penalty", "tol", "s_steps"),
+}
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,7 @@ def train(
     -------
     Trained
     """
-    check_instance("method", method, Method, "a Method, as those of comparison()")
+    _check_method(method)
     _check_build(build)
     check_dataset("data", data)
     check_settings(settings)
@@ -187,8 +195,6 @@ def train(
     if checkpoint is not None:
         checkpoint = Path(check_path("checkpoint", checkpoint))
     layers: dict[str, Any] = {"exclude": exclude, "keep_larger": keep_larger}
-    if method.kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {method.kind!r}")
     return _trained(
         method, build, data, rank, settings, layers, (0, settings.steps(data)), dense=dense,
         device=device, on_step=on_step, on_resume=on_resume, checkpoint=checkpoint,
@@ -274,6 +280,20 @@ def _trained(
 
 
 PROBED: dict[str, Any] = {"tau": None, "gradient": "probe"}
+
+
+def _check_method(method: Any) -> None:
+    check_instance("method", method, Method, "a Method, as those of comparison()")
+    if method.kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {method.kind!r}")
+    for field in dataclasses.fields(method)[2:]:
+        value = getattr(method, field.name)
+        if value != field.default and field.name not in _OWN.get(method.kind, ()):
+            kinds = " and ".join(kind for kind, own in _OWN.items() if field.name in own)
+            raise ValueError(
+                f"{field.name} of method must be {field.default} for kind {method.kind!r}, which "
+                f"ignores it, got {value!r}: it belongs to {kinds}"
+            )
 
 
 def _check_build(build: Any) -> None:
