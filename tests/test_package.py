@@ -206,6 +206,17 @@ def test_a_name_that_lives_further_in_is_named_with_its_room():
     assert interop
 
 
+def test_the_import_leaves_the_compiler_of_torch_alone():
+    """It takes as long as torch itself, and most who import never compile."""
+    code = (
+        "import sys, torch, geoopt\n"
+        "before = 'torch._dynamo' in sys.modules\n"
+        "import lrmanifold, lrmanifold.cli\n"
+        "assert before or 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_no_private_name_crosses_from_one_room_to_another():
     """Neither a private module of another room nor a private name out of one."""
     for path in (ROOT / "lrmanifold").glob("*/**/*.py"):

@@ -34,6 +34,10 @@ from .velocities import tangent_of_velocity
 # Options of torch's optimizers that do not exist here: in a group they would be ignored in silence.
 _UNSUPPORTED = frozenset({"foreach", "fused", "differentiable", "dampening", "amsgrad"})
 
+# torch.compiler.disable imports torch's compiler, which takes as long as torch; this one, torch's
+# own for its optimizers, waits for the first call.
+_uncompiled = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+
 
 class GeometricOptimizer(torch.optim.Optimizer):
     """Base of the optimizers: moves each parameter, on the manifold that it is on, by a rule.
@@ -248,7 +252,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
         self._look_for_skips()
         return loss
 
-    @torch.compiler.disable
+    @_uncompiled
     def _look_for_skips(self) -> None:
         self._skips.look(self)
 
@@ -259,7 +263,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
 
     # Eager also within torch.compile: size-dependent branches and write tracking break the graph.
     # Compiled, 12 layers took 119 graphs with 129 breaks and minutes.
-    @torch.compiler.disable
+    @_uncompiled
     def _move(self) -> None:
         """Move every parameter that has a gradient."""
         items = list(self._items())
