@@ -52,6 +52,15 @@ def changed(**tables):
     return found
 
 
+# Where the question is who does the work, and not how well.
+SMALL = changed(
+    family=[f for f in TINY["family"] if f["name"] != "cut"],
+    hypothesis=[{"text": "Smaller is harder.", "better": ["ours"], "than": ["dense"]}],
+    search={"trials": 2, "robust_share": [0.5]},
+    attack={"fgsm": [], "transfer": [], "worst_l2": [], "condition_images": 0},
+)
+
+
 def write(folder, raw):
     """A plan as a file, by the few kinds of value that plans have."""
     lines = []

@@ -9,23 +9,26 @@ import sys
 import pytest
 
 pytest.importorskip("sklearn")
-from tiny_plan import TINY, write
+from tiny_plan import SMALL, write
 
 from benchmarks.report import page
 from benchmarks.report.results import read
+from benchmarks.robustness.__main__ import main
 from benchmarks.robustness.runner import Runner
 from benchmarks.robustness.table import Table
 
 
-def test_processes_share_a_plan_and_its_tables(tmp_path):
-    write(tmp_path / "one" / "tiny", TINY)
+def test_processes_share_a_plan_and_its_tables(tmp_path, monkeypatch):
+    write(tmp_path / "one" / "tiny", SMALL)
     one = Runner(tmp_path / "one" / "tiny", tmp_path / "one", unregistered=True, log=lambda _: None)
     assert one.go()
-    folder = write(tmp_path / "tiny", TINY).parent
+    folder = write(tmp_path / "tiny", SMALL).parent
     words = ["tiny", "--unregistered", "--results", tmp_path]
     words += ["--scratch", tmp_path / "scratch", "--threads", "1"]
     command = [sys.executable, "-m", "benchmarks.robustness", *map(str, words)]
-    assert subprocess.run([*command, "--minutes", "0"]).returncode == 75
+    monkeypatch.setattr(sys, "argv", ["", *map(str, words), "--minutes", "0"])
+    with pytest.raises(SystemExit, match="75"):
+        main()
     assert not (folder / "trials.jsonl").exists()
     work = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[0] for process in work]
@@ -41,7 +44,7 @@ def test_processes_share_a_plan_and_its_tables(tmp_path):
 
 
 def test_the_script_for_a_gpu_starts_them_and_ends_in_time(tmp_path):
-    write(tmp_path / "plans" / "tiny", TINY)
+    write(tmp_path / "plans" / "tiny", SMALL)
     script = ["bash", "benchmarks/robustness/gpu.sh"]
     settings = {
         "DEVICE": "cpu", "PYTHON": sys.executable, "OUT": str(tmp_path / "out"),
@@ -60,9 +63,10 @@ def test_the_script_for_a_gpu_starts_them_and_ends_in_time(tmp_path):
     done = run("5", "tiny:2")
     assert (done.returncode, done.stderr) == (0, "")
     assert read(found) is not None
-    broken = run("5", "nobody:1")
+    settings["PYTHON"] = "false"  # breaks as soon as it is started
+    broken = run("5", "tiny:1")
     assert broken.returncode == 1
-    assert broken.stderr.startswith("nobody: process 1 broke three times")
+    assert broken.stderr.startswith("tiny: process 1 broke three times")
 
 
 def test_rows_of_many_processes_stay_whole(tmp_path):
@@ -81,7 +85,7 @@ def test_rows_of_many_processes_stay_whole(tmp_path):
 
 
 def test_a_family_that_is_left_out_is_named_and_one_of_a_hypothesis_is_needed(tmp_path):
-    write(tmp_path / "tiny", TINY)
+    write(tmp_path / "tiny", SMALL)
     runner = Runner(tmp_path / "tiny", tmp_path, unregistered=True, log=lambda _: None)
     assert runner.go()
     rows = runner.rows.path.read_text().splitlines(keepends=True)
