@@ -107,7 +107,7 @@ def snippet() -> list[str]:
     dense = found["dense twin"]["chosen"]["optimizer"]
     for name, side in (
         ("this example", "example"),
-        (f"dense, by {dense} at its own rate, decay", "dense twin"),
+        (f"dense, by {dense} at its own rate and decay", "dense twin"),
     ):
         cells = " | ".join(map(cell, found[side]["accuracy"].values()))
         lines.append(f"| {name} | {found[side]['parameters']:,} | {cells} |")
