@@ -263,11 +263,12 @@ def test_torchs_default_dtype_does_not_matter(norm, device):
     net = network(device)
     x, y = labelled(net, device)
     expected = worst_case(net, (x, y), 0.05, norm=norm, **FAST)
-    masking = check_masking(net, (x, y), 0.05, norm=norm, steps=10, queries=1000)
+    masking = norm == "linf" and check_masking(net, (x, y), 0.05, steps=10, queries=1000)
     torch.set_default_dtype(torch.float64)
     try:
         assert worst_case(net, (x, y), 0.05, norm=norm, **FAST) == expected
-        assert check_masking(net, (x, y), 0.05, norm=norm, steps=10, queries=1000) == masking
+        if masking:
+            assert check_masking(net, (x, y), 0.05, steps=10, queries=1000) == masking
         # what the model makes itself is of the default that its user chose
         made = worst_case(
             lambda z: net(z).double() @ torch.eye(5, device=device), (x, y), 0.05, norm=norm, **FAST

@@ -41,7 +41,8 @@ def fsdp_worker(rank, world, folder, kind, steps, spoil):
 @pytest.mark.parametrize(
     ("kind", "world", "steps", "spoil"),
     [
-        ("CondLR", 2, 200, None),
+        ("CondLR", 2, 30, None),
+        pytest.param("CondLR", 2, 200, None, marks=pytest.mark.slow),
         ("CondLR", 4, 15, None),
         ("CondLRAdam", 2, 30, None),
         ("CondLRMuon", 2, 30, None),

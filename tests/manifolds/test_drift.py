@@ -26,13 +26,13 @@ def walk(manifold, X, steps, length, check=lambda Y: None):
     return worst
 
 
-DEFAULTS = ("svd", "factored")
-OTHERS = tuple(name for name in lrm.retractions.available() if name not in DEFAULTS)
+IN_TRAINING = "factored"  # what layers with a bound move by
+OTHERS = tuple(name for name in lrm.retractions.available() if name != IN_TRAINING)
 
 
 @pytest.mark.parametrize(
     ("name", "steps"),
-    [(name, 10_000) for name in DEFAULTS]
+    [(IN_TRAINING, 10_000)]
     + [(name, 2000) for name in OTHERS]
     + [pytest.param(name, 10_000, marks=pytest.mark.slow) for name in OTHERS],
 )
