@@ -93,8 +93,8 @@ def factorize(
     keep_larger : bool
         Factorize also layers that get no smaller by it.
     rank_multiple : int
-        Round ranks to the nearest multiple that fits; layers smaller than it keep their rank. 16
-        makes matrix products up to 1.5 times faster on the CPU.
+        Round ranks to the nearest multiple that fits; layers smaller than it keep their rank. With
+        16 matrix products can be faster on the CPU.
     summary : callable, optional
         Called with the :class:`~lrmanifold.nn.Plan`, e.g. ``summary=print``. The plan also goes to
         the logger "lrmanifold" at level INFO.
