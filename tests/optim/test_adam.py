@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 
 import dense_reference as dense
 import geoopt
@@ -246,7 +247,7 @@ def test_a_matrix_of_low_rank_is_found_at_any_rank(rank, retraction):
     # what the transport brings there is divided by them: "bug" ends at 0.1, or above 1e6 without
     # the limit on the step. At rank 45 the end depends on rounding: the middle one of three.
     ends = []
-    for seed in range(3):
+    for seed in range(3 if rank == 45 else 1):
         torch.manual_seed(seed)
         M = lrm.FixedRank(60, 48, rank, retraction=retraction)
         A = torch.randn(60, 8).double() @ torch.randn(8, 48).double()
@@ -258,7 +259,7 @@ def test_a_matrix_of_low_rank_is_found_at_any_rank(rank, retraction):
             distance = float((M.to_dense(p.detach()) - A).norm())
             assert distance <= 1.1 * float(A.norm()) + rank**0.5
         ends.append(distance / float(A.norm()))
-    assert sorted(ends)[1] <= (0.05 if rank == 45 else 0.02)
+    assert statistics.median(ends) <= (0.05 if rank == 45 else 0.02)
 
 
 def test_steps_after_a_change_of_block_are_limited():
