@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lrmanifold.experiments.adversarial import NORMS, Adversarial
-from lrmanifold.experiments.methods import KINDS, Method
+from lrmanifold.experiments.methods import Method
 from lrmanifold.experiments.training import Settings
 
 from .search import Axis
@@ -276,8 +276,6 @@ def _family(entry: Mapping[str, Any], axes: Mapping[str, Axis]) -> Family:
     optimizer = entry.pop("optimizer", "sgd")
     own = {key: entry.pop(key, None) for key in ("ranks", "model")}
     method = _make(Method, entry)
-    if method.kind not in KINDS:
-        raise PlanError(f"{method.name}: kind must be one of {KINDS}, got {method.kind!r}")
     if not {*COMMON} <= start.keys() <= {*COMMON, *OWN} or not start.keys() <= axes.keys():
         raise PlanError(f"{method.name}: start must name {COMMON}, maybe {OWN}, got {[*start]}")
     for name, value in start.items():

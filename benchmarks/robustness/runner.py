@@ -154,7 +154,7 @@ class Runner:
         if self.plan.earlier is None:
             scores = search(ladder, self.plan.search.trials, score)
         else:
-            scores = {point: score(point) for point in self._finalists(family)}
+            scores = {point: score(point) for point in self._finalists(family, self.plan.earlier)}
         best: dict[Point, list[float]] = {}
         for share in shares:
             by_share = {point: scored(found[point], share) for point in scores}
@@ -163,21 +163,21 @@ class Runner:
         self._chosen[family.name] = settings
         return settings
 
-    def _finalists(self, family: Family) -> list[Point]:
+    def _finalists(self, family: Family, earlier: Plan) -> list[Point]:
         """The best points of the earlier plan's search."""
-        asked, share = self.plan.search, self.plan.search.robust_share[0]
+        share = self.plan.search.robust_share[0]
         scores = {
             tuple(row["point"]): scored(row, share)
             for row in searched(self.plan, self.folder)
             if row["family"] == family.name
         }
-        wanted = self.plan.earlier.search.trials if self.plan.earlier else 0
-        if len(scores) < wanted:
+        if len(scores) < earlier.search.trials:
             raise PlanError(
-                f"finals_of {asked.finals_of}: {family.name} has {len(scores)} of {wanted} trials "
-                f"there; first run python -m benchmarks.robustness {asked.finals_of}"
+                f"finals_of {earlier.name}: {family.name} has {len(scores)} of "
+                f"{earlier.search.trials} trials there; first run python -m benchmarks.robustness "
+                f"{earlier.name}"
             )
-        return ranked(scores)[: asked.trials]
+        return ranked(scores)[: self.plan.search.trials]
 
     def trial(self, family: Family, point: Point, values: dict[str, float]) -> dict[str, Any]:
         """One setting on held-out training images, a mean over the seeds of the search."""

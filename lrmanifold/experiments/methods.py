@@ -74,6 +74,11 @@ class Method:
         Of the two last kinds: steps of the core for each of the bases.
     finetune : float
         For "finetuned": the second half's rate as a multiple of `Settings.lr`.
+
+    Raises
+    ------
+    ValueError
+        If `kind` is unknown, or would ignore a field that is given.
     """
 
     name: str
@@ -83,6 +88,18 @@ class Method:
     tol: float | None = None
     s_steps: int = 1
     finetune: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        for field in dataclasses.fields(self)[2:]:
+            value = getattr(self, field.name)
+            if value != field.default and field.name not in _OWN.get(self.kind, ()):
+                kinds = " and ".join(kind for kind, own in _OWN.items() if field.name in own)
+                raise ValueError(
+                    f"{field.name} must be {field.default} for kind {self.kind!r}, which ignores "
+                    f"it, got {value!r}: it belongs to {kinds}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """For files: what came after the first three only where it is not the default."""
@@ -177,7 +194,7 @@ def train(
     -------
     Trained
     """
-    _check_method(method)
+    check_instance("method", method, Method, "a Method, as those of comparison()")
     _check_build(build)
     check_dataset("data", data)
     check_settings(settings)
@@ -280,20 +297,6 @@ def _trained(
 
 
 PROBED: dict[str, Any] = {"tau": None, "gradient": "probe"}
-
-
-def _check_method(method: Any) -> None:
-    check_instance("method", method, Method, "a Method, as those of comparison()")
-    if method.kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {method.kind!r}")
-    for field in dataclasses.fields(method)[2:]:
-        value = getattr(method, field.name)
-        if value != field.default and field.name not in _OWN.get(method.kind, ()):
-            kinds = " and ".join(kind for kind, own in _OWN.items() if field.name in own)
-            raise ValueError(
-                f"{field.name} of method must be {field.default} for kind {method.kind!r}, which "
-                f"ignores it, got {value!r}: it belongs to {kinds}"
-            )
 
 
 def _check_build(build: Any) -> None:

@@ -87,6 +87,7 @@ def test_every_plan_of_the_results_parses_and_its_network_converts():
         ({"training": {"epoch": 3}}, "epoch"),
         ({"network": {"depth": 3}}, "depth"),
         ({"family": [{"name": "a", "kind": "magic", "start": START}]}, "magic"),
+        ({"family": [{"name": "a", "kind": "dense", "tau": 0.1, "start": START}]}, "tau must be"),
         ({"family": [{"name": "a", "kind": "dense", "start": {"lr": 0.1}}]}, "start"),
         ({"family": [TINY["family"][0]] * 2}, "different"),
         ({"reference": "nobody"}, "nobody"),
