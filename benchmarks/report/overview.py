@@ -150,7 +150,7 @@ def index(pages: Sequence[tuple[str, Results]]) -> str:
         "`python -m benchmarks.report`. **All comparisons that were planned stand here, won or "
         "lost**: the first side minus the second in points of accuracy, whether that is more than "
         "was expected, and whether the search of either side came to rest (all neighbours of its "
-        "setting were tried). Where the rival's did not, a lead may be one of the search. "
+        "best setting were tried). Where the rival's did not, a lead may be one of the search. "
         "Fewer than five seeds say neither yes nor no. "
         "Intervals hold together at 95 % within a table, not over this page; a later table "
         "may repeat an earlier one, which stays.",
