@@ -35,6 +35,14 @@ def storage_tolerance(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, 1e-4)
 
 
+def check_float64(name: str, A: Tensor) -> None:
+    """Raise on a device without float64, in which factorisations and sums are refined."""
+    if A.device.type == "mps":
+        raise TypeError(
+            f"{name} must be on a device that has float64, got {A.device}: train on cpu or cuda"
+        )
+
+
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     for a in args:  # a loop: each step comes here often
         if isinstance(a, Tensor):

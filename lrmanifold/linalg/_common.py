@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._arguments import shown
-from ..precision import compute_dtype
+from ..precision import check_float64, compute_dtype
 
 
 def checked(A: Tensor, name: str) -> Tensor:
@@ -29,6 +29,7 @@ def check_matrix(A: Tensor, name: str) -> None:
         raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(A.shape)}")
     if not A.is_floating_point():
         raise TypeError(f"{name} must be a real floating point tensor, got {A.dtype}")
+    check_float64(name, A)
 
 
 def all_finite(A: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import linalg, retractions
 from .._arguments import check_choice, check_integer, check_tensor, shown
 from ..factors import Factors, change_of_base, frobenius, joined, pack, perp, unpack
-from ..precision import STORAGE_DTYPES, in_compute_dtype, without_autocast
+from ..precision import STORAGE_DTYPES, check_float64, in_compute_dtype, without_autocast
 from ._geodesic import geodesic
 from ._hessian import ehess2rhess, lift
 
@@ -169,11 +169,12 @@ class FixedRank(geoopt.Manifold):
         Raises
         ------
         TypeError
-            If `W` is complex or of integers.
+            If `W` is complex or of integers, or on a device without float64.
         ValueError
             If the shape is wrong, `W` is not finite, or its rank is too small.
         """
         check_tensor("W", W, dtypes=STORAGE_DTYPES)
+        check_float64("W", W)
         if tuple(W.shape[-2:]) != (self.m, self.n):
             raise ValueError(f"W must have shape (..., {self.m}, {self.n}), got {tuple(W.shape)}")
         U, s, Vh = linalg.svd(W.double())

@@ -20,6 +20,7 @@ from .._arguments import (
 )
 from ..manifolds import FixedRank
 from ..parameter import gathered, is_sharded, manifold_of, sharded_like
+from ..precision import check_float64
 from ._watch import SkipWatch
 from .accelerator import is_accelerated
 from .arithmetic import PlainArithmetic
@@ -127,6 +128,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
             )
         if manifold is None:
             return
+        check_float64("params", p)
         if group.get("clip_margin") and not takes_margin(manifold):
             raise ValueError(
                 f"clip_margin must be 0 for parameters on {manifold.name}, whose project_core "
