@@ -1,4 +1,4 @@
-"""Tall-skinny and r x r kernels: pure functions on batched tensors, on any device.
+"""Tall-skinny and r x r kernels: pure functions on batched tensors, on the CPU and on CUDA.
 
 Every function takes leading batch dimensions and computes float16 and bfloat16 in float32, also
 within autocast; matrices are cast back, an SVD, singular values and condition numbers stay in
