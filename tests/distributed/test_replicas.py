@@ -43,13 +43,14 @@ def assert_ranks_agree_and_equal(folder, world, model, optimizer, tol) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "distribute"),
-    [(2, False), (2, True), (4, False), pytest.param(4, True, marks=pytest.mark.slow)],
+    ("world", "distribute", "steps"),
+    [(2, False, 200), (2, True, 200), (4, False, 50)]
+    + [pytest.param(4, share, 200, marks=pytest.mark.slow) for share in (False, True)],
 )
-def test_replicas_agree_to_the_bit_and_with_one_process(tmp_path, world, distribute):
+def test_replicas_agree_to_the_bit_and_with_one_process(tmp_path, world, distribute, steps):
     options = {"distribute": True} if distribute else {}
-    launch(ddp_worker, world, tmp_path, "CondLR", options, 200, None)
-    assert_ranks_agree_and_equal(tmp_path, world, *single(), 1e-6)
+    launch(ddp_worker, world, tmp_path, "CondLR", options, steps, None)
+    assert_ranks_agree_and_equal(tmp_path, world, *single(steps=steps), 1e-6)
 
 
 @pytest.mark.parametrize(
