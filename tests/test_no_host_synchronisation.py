@@ -97,8 +97,15 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("retraction", ["factored", "orthographic"])
+@pytest.mark.parametrize(
+    ("retraction", "dtype"),
+    [
+        ("factored", torch.float32),
+        ("factored", torch.float64),
+        ("factored", torch.bfloat16),
+        ("orthographic", torch.float32),
+    ],
+)
 def test_steps_do_not_wait(name, dtype, retraction):
     """Of weights of several sizes, a batch, a frame, and ordinary parameters."""
     kind, options = STEPS[name]
