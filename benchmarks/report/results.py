@@ -248,12 +248,14 @@ def findings(results: Results) -> list[Finding]:
 
 
 def half_width(differences: Any, error: float) -> float:
-    """Of the two-sided t interval of the mean of paired differences (seeds, images).
+    """Of the two-sided t interval of the mean of paired differences (seeds, images) in points.
 
     Seeds and images are both drawn at random: the variances of their means add up (what is left
     over counts twice, which only widens the interval), and Satterthwaite gives the degrees of
     freedom: too many where few seeds differ much, so the interval is never narrower than the one
-    over the seeds alone. One column: only the seeds are drawn. Infinite for one seed.
+    over the seeds alone. One column: only the seeds are drawn. Infinite for one seed. Where nothing
+    varies, images that were not drawn may differ all the same: as many as a draw misses altogether
+    with a chance of `error` / 2.
     """
     from scipy import stats
 
@@ -265,7 +267,7 @@ def half_width(differences: Any, error: float) -> float:
         parts.append((np.var(differences.mean(0), ddof=1) / images, images - 1))
     whole = sum(v for v, _ in parts)
     if not whole:
-        return 0.0
+        return 100 * float(1 - (error / 2) ** (1 / images)) if images > 1 else 0.0
     freedom = whole**2 / sum(v**2 / n for v, n in parts)
     return max(
         float(stats.t.ppf(1 - error / 2, n) * math.sqrt(v)) for v, n in ((whole, freedom), parts[0])
