@@ -203,19 +203,24 @@ class Finding:
     seeds: int
     trials: tuple[int, int]
     over_images: bool  # the interval covers other test images too
+    planned: int  # seeds of the plan
     untrained: str = ""  # why no seed of `than` learned: whatever it is compared with is ahead
 
     @property
     def verdict(self) -> str:
-        """Only from five seeds or more."""
+        """Only from five seeds or more; before the last one of the plan it says so.
+
+        Who looks after every seed and stops at a yes would find one too often.
+        """
         margin = self.hypothesis.margin
         if self.seeds < LEAST_SEEDS:
             return f"no verdict from {self.seeds} seed{'' if self.seeds == 1 else 's'}"
         if self.untrained:
             return f"no verdict, {self.than} {self.untrained} in every seed"
-        if self.low > margin:
-            return "yes"
-        return "no" if self.high < margin else "not decided"
+        word = "no" if self.high < margin else "not decided"
+        word = "yes" if self.low > margin else word
+        left = self.seeds < self.planned
+        return word + f" so far, {self.seeds} of {self.planned} seeds" * left
 
 
 def findings(results: Results) -> list[Finding]:
@@ -241,8 +246,9 @@ def findings(results: Results) -> list[Finding]:
         why = "" if theirs.trained else "was at chance" if theirs.done else "diverged"
         if why and 0 < len(theirs.done) < len(theirs.rows):
             why = "diverged or was at chance"
+        count, planned = len(seeds), len(results.plan.seeds)
         found.append(
-            Finding(hypothesis, *names, middle, *ends, len(seeds), (mine, rivals), over, why)
+            Finding(hypothesis, *names, middle, *ends, count, (mine, rivals), over, planned, why)
         )
     return found
 

@@ -415,6 +415,20 @@ def test_the_first_seed_is_that_of_the_plan_in_whatever_order_rows_were_finished
     assert sorted(page.write(results, folder).read_text()) == sorted(expected)
 
 
+def test_a_verdict_before_the_last_seed_says_so(folder):
+    """Or the first yes would end the runs."""
+    write(folder, changed(seeds=[*SEEDS, 5, 6]))
+    digest = load(folder / "plan.toml").digest
+    for name in ("trials", "runs"):
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        lines = [json.dumps({**one, "plan": digest}) + "\n" for one in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    results = read(folder)
+    (found,) = findings(results)
+    assert found.verdict == "yes so far, 5 of 7 seeds"
+    assert "**yes so far, 5 of 7 seeds**" in overview.index([("tiny", results)])
+
+
 def test_rows_of_an_earlier_plan_do_not_count(folder):
     write(folder, changed(seeds=SEEDS, title="Changed after the runs"))
     assert read(folder) is None
