@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..robustness.measures import unpacked
-from ..robustness.plan import Family, Hypothesis, Plan, load
+from ..robustness.plan import Family, Hypothesis, Plan, PlanError, load
 from ..robustness.runner import mean, scored, searched
 from ..robustness.search import Ladder, ranked
 from ..robustness.table import Table
@@ -184,7 +184,20 @@ def read(folder: Path) -> Results | None:
     if not whole:
         return None
     earlier = searched(plan, folder) if plan.earlier else ()
-    return Results(plan, trials, list(groups.values()), missing, begun, earlier)
+    found = Results(plan, trials, list(groups.values()), missing, begun, earlier)
+    _check_one_search(found)
+    return found
+
+
+def _check_one_search(results: Results) -> None:
+    """Refuse rows of two searches: which of their settings counts would hang on the rows' order."""
+    plan, asked = results.plan, results.plan.search.trials
+    for group in results.main():
+        name, values = group.family.name, group.rows[0]["values"]
+        if not 0 < (count := len(results.of(name))) <= asked:
+            raise PlanError(f"{plan.name}: {name} has {count} trials where the plan has {asked}")
+        if (chosen := results.best(name)["values"]) != values:
+            raise PlanError(f"{plan.name}: rows of {name} have {values}, its trials chose {chosen}")
 
 
 # --------------------------------------------------------------------------------- hypotheses

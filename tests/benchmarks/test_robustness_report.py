@@ -30,7 +30,7 @@ from benchmarks.report.results import (
     trial_point,
 )
 from benchmarks.robustness.measures import packed, unpacked
-from benchmarks.robustness.plan import load, parse
+from benchmarks.robustness.plan import PlanError, load, parse
 
 
 @pytest.mark.parametrize(
@@ -427,6 +427,30 @@ def test_a_verdict_before_the_last_seed_says_so(folder):
     (found,) = findings(results)
     assert found.verdict == "yes so far, 5 of 7 seeds"
     assert "**yes so far, 5 of 7 seeds**" in overview.index([("tiny", results)])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_rows_of_two_searches_are_refused(folder, first):
+    """Another machine's search chose another setting: that of the first row would speak."""
+    lines = (folder / "runs.jsonl").read_text().splitlines()
+    own = [json.loads(line) for line in lines if json.loads(line)["family"] == "dense"]
+    other = [
+        json.dumps({**one, "key": f"other {one['key']}", "values": {**one["values"], "lr": 0.2}})
+        for one in own
+    ]
+    both = [*other, *lines] if first else [*lines, *other]
+    (folder / "runs.jsonl").write_text("".join(f"{line}\n" for line in both))
+    with pytest.raises(PlanError, match=r"rows of dense have .*0\.2.*, its trials chose .*0\.1"):
+        read(folder)
+
+
+def test_more_trials_than_planned_are_refused(folder):
+    path = folder / "trials.jsonl"
+    line = json.loads(path.read_text().splitlines()[0])
+    more = [json.dumps({**line, "key": f"more {k}"}) + "\n" for k in range(2)]
+    path.write_text(path.read_text() + "".join(more))
+    with pytest.raises(PlanError, match="tiny: dense has 5 trials where the plan has 4"):
+        read(folder)
 
 
 def test_rows_of_an_earlier_plan_do_not_count(folder):
