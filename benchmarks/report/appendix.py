@@ -77,7 +77,6 @@ def _after(results: Results) -> str:
 
 def _cost(results: Results) -> str:
     plan = results.plan
-    full = max(g.done[0]["multiply_adds"] for g in results.main() if g.done)
     rows = []
     for group in results.main():
         if not group.done:
@@ -92,7 +91,7 @@ def _cost(results: Results) -> str:
                 group.family.name,
                 f"{100 * row['trained_share']:.1f} %",
                 f"{100 * row['stored_share']:.1f} %",
-                f"{100 * row['multiply_adds'] / full:.1f} %",
+                f"{row['multiply_adds'] / 1000:,.0f} k",
                 f"{max(conds):.3g}" if conds else "–",
                 # 0 of a seed that diverged would be perfect calibration
                 percent(replace(group, rows=group.done), "clean", "ece"),
@@ -104,9 +103,9 @@ def _cost(results: Results) -> str:
         "\n\nLargest cond: of a layer's weight as a matrix, among the layers that are low-rank in "
         "some family, first seed. ECE: calibration error, of the seeds that did not diverge. CPU "
         "seconds of one training, median of the seeds, on a busy machine; of a GPU's host where it "
-        "ran there; of a training that was cut off only what came after. A network that is "
-        "truncated and not trained on keeps dense matrices here, so its multiply-adds are those of "
-        "a dense one."
+        "ran there; of a training that was cut off only what came after. Multiply-adds of one image; a "
+        "network that is truncated and not trained on keeps dense matrices here, so it has as many "
+        "as a dense one."
     )
 
 

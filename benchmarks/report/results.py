@@ -272,25 +272,25 @@ def half_width(differences: Any, error: float) -> float:
     Seeds and images are both drawn at random: the variances of their means add up (what is left
     over counts twice, which only widens the interval), and Satterthwaite gives the degrees of
     freedom: too many where few seeds differ much, so the interval is never narrower than the one
-    over the seeds alone. One column: only the seeds are drawn. Infinite for one seed. Where nothing
-    varies, images that were not drawn may differ all the same: as many as a draw misses altogether
-    with a chance of `error` / 2.
+    over the seeds alone. Nor narrower than the share of images that a draw misses altogether with a
+    chance of `error` / 2: where hardly any differ, as in clean accuracy, t intervals are far too
+    short. One column: only the seeds are drawn. Infinite for one seed.
     """
     from scipy import stats
 
     count, images = differences.shape
     if count < 2:
         return math.inf
-    parts = [(np.var(differences.mean(1), ddof=1) / count, count - 1)]
+    parts, least = [(np.var(differences.mean(1), ddof=1) / count, count - 1)], 0.0
     if images > 1:
         parts.append((np.var(differences.mean(0), ddof=1) / images, images - 1))
+        least = 100 * float(1 - (error / 2) ** (1 / images))
     whole = sum(v for v, _ in parts)
     if not whole:
-        return 100 * float(1 - (error / 2) ** (1 / images)) if images > 1 else 0.0
+        return least
     freedom = whole**2 / sum(v**2 / n for v, n in parts)
-    return max(
-        float(stats.t.ppf(1 - error / 2, n) * math.sqrt(v)) for v, n in ((whole, freedom), parts[0])
-    )
+    widths = [stats.t.ppf(1 - error / 2, n) * math.sqrt(v) for v, n in ((whole, freedom), parts[0])]
+    return max(least, *map(float, widths))
 
 
 # -------------------------------------------------------------------------------- the frontier

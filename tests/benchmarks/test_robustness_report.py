@@ -103,7 +103,7 @@ def test_the_interval_covers_other_test_images_too():
 def test_the_interval_covers_where_the_seeds_differ_most():
     """Monte Carlo at the 99 % of one of five hypotheses: Satterthwaite alone misses 1.7 %."""
     generator = np.random.default_rng(3)
-    draws = generator.normal(0, 3, (20_000, 5, 1)) + generator.normal(0, 3.3, (20_000, 1, 30))
+    draws = generator.normal(0, 300, (20_000, 5, 1)) + generator.normal(0, 330, (20_000, 1, 30))
     missed = [abs(d.mean()) > half_width(d, 0.01) for d in draws]
     assert np.mean(missed) < 0.014
 
@@ -115,15 +115,14 @@ def test_an_interval_about_more_is_never_narrower(seeds, images, seed):
     assert half_width(d, 0.01) >= over_seeds or math.isclose(half_width(d, 0.01), over_seeds)
 
 
-def test_images_that_all_agree_do_not_prove_that_others_do():
-    """Monte Carlo: ours loses 0.6 % of all images; often none of them is among 355."""
+@pytest.mark.parametrize(("won", "lost"), [(0.0, 0.006), (0.0, 0.011), (0.003, 0.014)])
+def test_few_images_that_differ_do_not_prove_that_few_others_do(won, lost):
+    """Monte Carlo: of all images so many are won and lost; of 355 often fewer, or none."""
     generator = np.random.default_rng(4)
-    lost = generator.random((4000, 355)) < 0.006
-    none = [one for one in lost if not one.any()]
-    assert len(none) / len(lost) > 0.1
-    d = -100.0 * np.broadcast_to(none[0], (5, 355))
-    assert half_width(d, 0.01) == pytest.approx(100 * (1 - 0.005 ** (1 / 355)))
-    assert d.mean() - half_width(d, 0.01) < -0.6
+    drawn = generator.random((2000, 1, 355))
+    d = 100.0 * ((drawn < won).astype(float) - (drawn > 1 - lost))
+    above = [one.mean() - half_width(np.repeat(one, 10, 0), 0.01) > 100 * (won - lost) for one in d]
+    assert np.mean(above) < 0.012  # 0.04 to 0.11 by the t interval alone
 
 
 @pytest.mark.parametrize("marked", [True, False])
