@@ -398,8 +398,10 @@ class LowRankLayer(WholeWeight):
                 "that, or factorize this one as the saved one was, with the same rank and exclude"
             )
         lead = "".join(f"{size}, " for size in self.__dict__["_lead"])
-        if value.ndim < 2 or tuple(value.shape) != (*self.__dict__["_lead"], m + rank + n, rank):
-            reason = f"its shape must be ({lead}{m} + r + {n}, r), got {tuple(value.shape)}"
+        r = self._rank_of(value)  # its own: another rank is no defect
+        if tuple(value.shape) != (*self.__dict__["_lead"], m + r + n, r):
+            shape = f"({lead}{m} + r + {n}, r), r <= {min(m, n)}"
+            reason = f"its shape must be {shape}, got {tuple(value.shape)}"
         elif "orthonormal" in reason:
             reason += ". If it was averaged, take lrmanifold.optim.retracting_average"
         return f" is not a point of {self.manifold}: {reason}"

@@ -275,6 +275,21 @@ def test_a_checkpoint_of_another_rank_changes_the_rank(conversion, assign):
     assert_whole(layer)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda X: 2 * X, r"orthonormal"),
+        (lambda X: torch.zeros(7 + 8 + 9, 8), r"\(9 \+ r \+ 7, r\), r <= 7, got \(24, 8\)$"),
+    ],
+    ids=["off-manifold", "rank-too-large"],
+)
+def test_what_is_wrong_with_a_weight_of_another_rank_is_said(change, words):
+    layer = LowRankLinear(7, 9, 3)
+    bad = {**layer.state_dict(), "weight": change(LowRankLinear(7, 9, 5).weight.detach())}
+    with pytest.raises(RuntimeError, match=words):
+        layer.load_state_dict(bad)
+
+
 def renaming(value):
     """A hook that finds the weight under an older name and another form."""
 
