@@ -123,7 +123,7 @@ def _reason(
     needs_bias: bool,
     dense: bool,
 ) -> str:
-    if reason := obstacles.of(module):
+    if reason := obstacles.of(module) or _own_function(module, dense):
         return reason
     if isinstance(module, AdaptedLayer):
         return _reason_of_adapted(module, obstacles)
@@ -141,6 +141,22 @@ def _reason(
     kinds = {(None if type(m) in same else type(m), m.dense_shape) for m in group if len(group) > 1}
     if len(others) > len(group) - 1 or len(kinds) > 1:
         return f"its weight shares memory with {listed(others)}"
+    return ""
+
+
+def _own_function(module: nn.Module, dense: bool) -> str:
+    """Whether a subclass computes something else than the class whose conversion it inherits."""
+    below: set[str] = set()
+    for kind in type(module).__mro__:
+        own = vars(kind)
+        ours = kind.__module__.startswith(f"{__package__}.")
+        if ours or (dense and "to_dense" in own):
+            # of LowRankLayer there is no conversion to inherit
+            if kind is not LowRankLayer and below & {"__call__", "forward", "_first", "_last"}:
+                name = type(module).__name__
+                return f"a subclass ({name}) with a forward of its own"
+            break
+        below.update(own)
     return ""
 
 

@@ -292,6 +292,51 @@ def test_forwards_replaced_on_the_object_and_compiled_layers_stay():
     assert plan["0.2"] == ""
 
 
+class Rectified(LowRankLinear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class DenseRectified(Rectified):
+    def to_dense(self):
+        return nn.Sequential(super().to_dense(), nn.ReLU())
+
+
+class RectifiedAdapter(LowRankAdapter):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Labelled(LowRankLinear):
+    label = "no other function"
+
+
+@pytest.mark.parametrize("back", [lrm.densify, lrm.fold])
+@pytest.mark.parametrize(
+    ("make", "stays"),
+    [
+        (lambda: Rectified(12, 12, 3), {"densify", "fold"}),
+        (lambda: RectifiedAdapter(low_rank_dense(12, 12), 3), {"densify", "fold"}),
+        (lambda: DenseRectified(12, 12, 3), {"fold"}),
+        (lambda: Labelled(12, 12, 3), set()),
+    ],
+    ids=["forward", "adapter", "forward-and-to_dense", "neither"],
+)
+def test_a_subclass_is_converted_only_by_what_knows_its_function(make, stays, back):
+    model = nn.Sequential(LowRankLinear(12, 12, 3), make()).double()
+    x = torch.randn(4, 12).double()
+    expected, kind = model(x), type(model[1])
+    if back.__name__ in stays:
+        with pytest.warns(UserWarning, match=r"left alone 1: a subclass \(.*own$"):
+            back(model)
+        assert type(model[1]) is kind
+    else:
+        back(model)
+        assert not isinstance(model[1], LowRankLayer)
+    assert not isinstance(model[0], LowRankLayer)
+    torch.testing.assert_close(model(x), expected, **EXACT)
+
+
 @pytest.mark.parametrize(
     "convert",
     [lambda m: lrm.factorize(m, rank=2), lrm.densify, lrm.fold],
