@@ -56,13 +56,13 @@ def factorize(
 
     Layers stay dense when they would not get smaller, and wherever the new layer could not do all
     that the old one did: their weight is tied to another one or shares memory with it, is computed
-    (pruned, normalised, parametrized), is read directly by another module or a hook, is complex,
-    quantized or sparse; they are subclasses, or compiled. With a share as rank, `compression` or
-    `energy` the output layer stays dense, too, unless `include` (or a name without wildcards in
-    `rank`) names it. It is the last linear layer of the module tree, if it has fewer than 64
-    outputs, more than 4 times as many inputs as outputs, or a name by which models call their
-    heads: "fc", "head", "heads", "classifier", "lm_head", "score" or "logits" is a part of it,
-    before any number. A table of embeddings stays dense, whatever the rank, unless a pattern of
+    (pruned, normalised, parametrized), is read by a hook or, as ``self.layer.weight``, by another
+    module, is complex, quantized or sparse; they are subclasses, or compiled. With a share as rank,
+    `compression` or `energy` the output layer stays dense, too, unless `include` (or a name without
+    wildcards in `rank`) names it. It is the last linear layer of the module tree, if it has fewer
+    than 64 outputs, more than 4 times as many inputs as outputs, or a name by which models call
+    their heads: "fc", "head", "heads", "classifier", "lm_head", "score" or "logits" is a part of
+    it, before any number. A table of embeddings stays dense, whatever the rank, unless a pattern of
     `include` or `rank` other than "*" matches it or the head that shares its weight; then both
     become low-rank and stay tied.
 
