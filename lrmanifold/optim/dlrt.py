@@ -17,6 +17,7 @@ from ..factors import Factors, pack, unpack
 from ..manifolds import FixedRank
 from ..parameter import manifold_of, replace_data
 from .arithmetic import PlainArithmetic
+from .geometry import check_apart
 from .items import Rule
 from .optimizer import GeometricOptimizer
 from .rank import augment, factors_of, nearest_rank, rank_for_tolerance, resize, truncate
@@ -150,6 +151,7 @@ class DLRT(GeometricOptimizer):
         if closure is None:
             raise ValueError("DLRT.step needs a closure: it evaluates the gradient several times")
         entries = list(self._memory.entries(self.param_groups))
+        check_apart((p, label) for _, p, _, label in entries if p.requires_grad)
         low = [(g, p, M) for g, p, M, _ in entries if isinstance(M, FixedRank) and p.requires_grad]
         for _, p, M, label in entries:
             state = self._state_of(p)

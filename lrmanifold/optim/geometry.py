@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import geoopt
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import GeometryError
 from ..manifolds import FixedRank
-from ..parameter import manifold_of
+from ..parameter import is_sharded, manifold_of
 from ..precision import compute_dtype, storage_tolerance
 
 # Rounding that a projection repairs without changing what the network computes by more than this.
@@ -125,6 +125,22 @@ def check_vector(key: str, vector: Tensor, p: Tensor, label: Any) -> None:
             "became one of another rank, as a state dict makes it. Load the optimizer's state too, "
             "or build a new optimizer"
         )
+
+
+def check_apart(parameters: Iterable[tuple[Tensor, Any]]) -> None:
+    """Refuse two parameters in one memory: of their steps the second would undo the first."""
+    known: dict[int, Any] = {}
+    for p, label in parameters:
+        if is_sharded(p) or p.is_meta or not p.numel():
+            continue
+        address = p.data_ptr()
+        other = known.setdefault(address, label)
+        if address and other is not label:
+            raise ValueError(
+                f"{other} and {label} must not share their memory, as one parameter given twice "
+                "does, and tied weights after load_state_dict(assign=True): tie the modules again "
+                "(b.weight = a.weight), then build the optimizer anew"
+            )
 
 
 def mark(p: Tensor) -> tuple:

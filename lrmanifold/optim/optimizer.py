@@ -27,7 +27,7 @@ from .arithmetic import PlainArithmetic
 from .coordinates import is_factored
 from .distributed import move_sharded, move_shared_out
 from .engine import Engine
-from .geometry import GeometryMemory, check_vector
+from .geometry import GeometryMemory, check_apart, check_vector
 from .items import Item, Rule
 from .loading import brought_over, checked_state, completed, marked
 from .velocities import tangent_of_velocity
@@ -243,6 +243,8 @@ class GeometricOptimizer(torch.optim.Optimizer):
         ------
         GeometryError
             If a parameter lost its manifold, or is off it by more than rounding.
+        ValueError
+            If two parameters share their memory, or a state belongs to another rank.
         FloatingPointError
             On the CPU, if a step is so long that it overflows or loses rank.
         """
@@ -269,6 +271,7 @@ class GeometricOptimizer(torch.optim.Optimizer):
     def _move(self) -> None:
         """Move every parameter that has a gradient."""
         items = list(self._items())
+        check_apart((item.key, item.label) for item in items)
         sharded = [item for item in items if is_sharded(item.key)]
         whole = [item for item in items if not is_sharded(item.key)]
         if self._distribute:

@@ -133,3 +133,41 @@ def test_a_swapped_weight_keeps_its_tie(device):
     assert model[0].weight is model[2].weight
     model[0].load_state_dict(lrm.nn.LowRankLinear(8, 8, 1).state_dict())
     assert (model[0].rank, model[2].rank) == (1, 1)
+
+
+def tied_dense() -> nn.Module:
+    layers = [nn.Linear(8, 8, dtype=torch.float64) for _ in range(2)]
+    layers[1].weight = layers[0].weight
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1])
+
+
+def dlrt(params):
+    return lrm.optim.DLRT(params, lr=0.2)
+
+
+@pytest.mark.parametrize("build", [tied_network, tied_dense])
+@pytest.mark.parametrize("kind", [*OPTIMIZERS.values(), dlrt], ids=[*OPTIMIZERS, "DLRT"])
+def test_two_parameters_in_one_memory_are_refused_before_one_undoes_the_other(kind, build, device):
+    """As assign=True leaves weights that were tied, in model and file: torch's SGD adds both."""
+    model, source = build().to(device), build().to(device)
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert model[0].weight is not model[2].weight
+    x = torch.randn(16, 8, dtype=torch.float64, device=device)
+
+    def loss():
+        optimizer.zero_grad()
+        value = (model(x) - x.flip(-1)).square().mean()
+        value.backward()
+        return value
+
+    optimizer = kind(model.named_parameters())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"'0\.weight' and '2\.weight' must not share"):
+            optimizer.step(loss)
+        assert torch.equal(model[0].weight, source[0].weight)
+        assert torch.equal(model[0].bias, source[0].bias)
+    model[2].weight.requires_grad_(False)  # one of them alone moves
+    optimizer.step(loss)
+    model[2].weight = model[0].weight
+    optimizer = kind(model.named_parameters())
+    optimizer.step(loss)
