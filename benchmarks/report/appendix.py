@@ -103,9 +103,9 @@ def _cost(results: Results) -> str:
         "\n\nLargest cond: of a layer's weight as a matrix, among the layers that are low-rank in "
         "some family, first seed. ECE: calibration error, of the seeds that did not diverge. CPU "
         "seconds of one training, median of the seeds, on a busy machine; of a GPU's host where it "
-        "ran there; of a training that was cut off only what came after. Multiply-adds of one image; a "
-        "network that is truncated and not trained on keeps dense matrices here, so it has as many "
-        "as a dense one."
+        "ran there; of a training that was cut off only what came after. Multiply-adds: of one "
+        "image; a network that is truncated and not trained on keeps dense matrices here, so it "
+        "has as many as a dense one."
     )
 
 

@@ -95,12 +95,13 @@ def row(line: Line) -> list[str]:
 
 def drawn(found: Sequence[Line]) -> list[Line]:
     """The lines of the picture by rival: worst cases against a method that is not ours and that
-    trained at all, from five seeds or more; each comparison once."""
+    trained at all, of finished tables with five seeds or more; each comparison once."""
     shown: dict[tuple[str, ...], Line] = {}
     for line in found:
         f, (one, other) = line.finding, line.families
         against = one.ours != other.ours and not f.untrained
-        if "worst" in line.column and against and f.seeds >= LEAST_SEEDS:
+        finished = f.seeds >= max(LEAST_SEEDS, f.planned)
+        if "worst" in line.column and against and finished:
             shown.setdefault((line.plan, line.column, *sorted((f.better, f.than))), line)
     last = len(RIVALS)
     order = {name: place for place, name in enumerate(RIVALS)}
@@ -154,8 +155,8 @@ def index(pages: Sequence[tuple[str, Results]]) -> str:
         "Fewer than five seeds say neither yes nor no. "
         "Intervals hold together at 95 % within a table, not over this page; a later table "
         "may repeat an earlier one, which stays.",
-        "The pictures have the worst cases of five seeds or more, by rival: the table, the "
-        "optimizer where it is not AdamW, τ, weights stored, strength.",
+        "The pictures have the worst cases of finished tables with five seeds or more, by rival: "
+        "the table, the optimizer where it is not AdamW, τ, weights stored, strength.",
     ]
     for name, title, attacked in PARTS:
         own = [line for line in found if line.under_attack is attacked]

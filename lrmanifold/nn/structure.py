@@ -40,8 +40,8 @@ def structure(model: nn.Module) -> dict[str, Any]:
     ------
     ValueError
         If `model` holds an adapter: its frozen weight belongs to it, see
-        :func:`trained_state_dict`. For a retraction without a name: a function that
-        :func:`lrmanifold.retractions.register` does not know.
+        :func:`trained_state_dict`. If it holds a subclass of a low-rank layer. For a retraction
+        without a name: a function that :func:`lrmanifold.retractions.register` does not know.
 
     Examples
     --------
@@ -63,6 +63,12 @@ def structure(model: nn.Module) -> dict[str, Any]:
                 "lrmanifold.nn.trained_state_dict"
             )
         if isinstance(module, LowRankLayer):
+            kind = type(module)
+            if not kind.__module__.startswith(f"{__package__}."):
+                raise ValueError(
+                    f"model must hold no subclass of a low-rank layer, got a {kind.__name__} at "
+                    f"{name!r}: restructure would make the class that it is derived from"
+                )
             M: Any = module.manifold
             layers[name] = {
                 "rank": module.rank,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("scipy")
@@ -44,6 +46,9 @@ def test_the_picture_draws_each_worst_case_of_five_seeds_once():
     found = lines(hypothesis=[FORWARD, clean, BACKWARD, {**FORWARD, "margin": -2.0}])
     assert len(found) == 4
     assert overview.drawn(found) == found[:1]
+    results = with_difference(AHEAD, hypothesis=[FORWARD])
+    plan = replace(results.plan, seeds=(*results.plan.seeds, 99))  # a seed is missing
+    assert not overview.drawn(overview.lines([("tiny", replace(results, plan=plan))]))
     (few,) = lines(AHEAD[:4])
     assert not overview.drawn([few])
     assert overview.row(few)[4] == "4 seeds"

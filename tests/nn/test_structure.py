@@ -142,3 +142,13 @@ def test_layers_without_a_whole_geometry_are_refused():
     whole["layers"]["0"]["seed"] = 1
     with pytest.raises(ValueError, match=r"must have rank, .*, got .*seed"):
         restructure(nn.Sequential(nn.Linear(9, 8)), whole)
+
+
+class Active(LowRankLinear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_a_subclass_of_a_low_rank_layer_is_not_written_as_what_it_is_derived_from():
+    with pytest.raises(ValueError, match=r"no subclass.*Active at '1'"):
+        structure(nn.Sequential(LowRankLinear(6, 5, 2), Active(5, 5, 2)))
