@@ -55,9 +55,10 @@ def frontier(results: Results) -> bytes:
     figure, axes = viz.new_figure(2, width=5.6, height=4.8)
     sides = list(dict.fromkeys(side(results, f) for f in results.plan.families))
     for i, name in enumerate(sides):
+        again = i // len(viz.PALETTE)  # where colours begin again, each gets another marker
         look: dict[str, Any] = {
             "color": viz.PALETTE[i % len(viz.PALETTE)],
-            "marker": viz.MARKERS[i % len(viz.MARKERS)],
+            "marker": viz.MARKERS[(i + again) % len(viz.MARKERS)],
             "capsize": 2,
             "label": name,
         }
