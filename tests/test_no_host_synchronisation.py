@@ -104,6 +104,8 @@ STEPS = {
         ("factored", torch.float64),
         ("factored", torch.bfloat16),
         ("orthographic", torch.float32),
+        pytest.param("orthographic", torch.float64, marks=pytest.mark.slow),
+        pytest.param("orthographic", torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
 def test_steps_do_not_wait(name, dtype, retraction):

@@ -107,7 +107,9 @@ def curves(results: Results) -> bytes | None:
         shown[group.family.name] = {eps: list(by.values()) for eps, by in found.items() if by}
     if not results.plan.attack.pgd:
         return None
-    return png(viz.accuracy_curves(shown, title=f"PGD, {results.plan.network.data}"))
+    figure = viz.accuracy_curves(shown, title=f"PGD, {results.plan.network.data}", legend=False)
+    viz.legend_below(figure, figure.axes[0])  # inside it hides curves
+    return png(figure)
 
 
 def png(figure: Any) -> bytes:

@@ -230,10 +230,14 @@ class Finding:
             return f"no verdict from {self.seeds} seed{'' if self.seeds == 1 else 's'}"
         if self.untrained:
             return f"no verdict, {self.than} {self.untrained} in every seed"
-        word = "no" if self.high < margin else "not decided"
-        word = "yes" if self.low > margin else word
-        left = self.seeds < self.planned
-        return word + f" so far, {self.seeds} of {self.planned} seeds" * left
+        word = "not decided"
+        if self.low > margin:
+            word = "yes"
+        elif self.high < margin:
+            word = "no"
+        if self.seeds < self.planned:
+            word += f" so far, {self.seeds} of {self.planned} seeds"
+        return word
 
 
 def findings(results: Results) -> list[Finding]:
