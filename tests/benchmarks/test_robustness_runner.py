@@ -55,6 +55,7 @@ REDUCED = {
     "cifar10-longer",
     "cifar10-mean-norm",
     "cifar10-no-norm",
+    "cifar10-recipe",
     "cifar10-wide",
     "fashion-mnist",
     "fashion-mnist-adversarial",
