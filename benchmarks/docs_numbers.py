@@ -22,7 +22,7 @@ from .certified.gpu import TWINS, preferred
 from .report.results import Results, read
 
 ROOT = FOLDER.parents[1]
-PAGES = ("README.md", "docs/index.md", "docs/how-to-choose.md")
+PAGES = ("README.md", "docs/index.md", "docs/how-to-choose.md", "docs/in-practice.md")
 MARKED = re.compile(r"(<!-- numbers: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -229,9 +229,45 @@ def times() -> list[str]:
     ]
 
 
+def _speed(name: str) -> list[dict[str, Any]]:
+    text = (FOLDER / f"speed_{name}.json").read_text(encoding="utf-8")
+    rows: list[dict[str, Any]] = json.loads(text)["results"]["rows"]
+    return rows
+
+
+def inference() -> list[str]:
+    """Size and time of a trained network in its forms, from ``results/speed_inference.json``."""
+    rows = _speed("inference")
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    heads = "".join(f" ms, {case} | / dense |" for case in cases)
+    lines = [
+        f"| 4 layers 1024 x 1024, rank 10 %, one CPU thread | MB |{heads}",
+        "|---|---|" + "---|---|" * len(cases),
+    ]
+    for name in dict.fromkeys(row["network"] for row in rows):
+        found = [row for row in rows if row["network"] == name]
+        cells = "".join(f" {row['ms']:.2f} | {row['ratio']['median']:.2f} |" for row in found)
+        lines.append(f"| {name} | {found[0]['mb']:.1f} |{cells}")
+    return lines
+
+
+def replicas() -> list[str]:
+    """What ``distribute=True`` costs or saves, from ``results/speed_replicas.json``."""
+    rows = _speed("replicas")
+    words = ", ".join(
+        f"at {row['case']} {row['ratio']['median']:.2f} times" for row in rows if row["way"] != "all"
+    )
+    return [
+        f"On two gloo processes of one machine, 12 layers of 1024 x 1024, it makes a step last {words} as",
+        "long (`python -m benchmarks.speed.replicas`).",
+    ]
+
+
 WRITERS = {
     "bullets": bullets,
     "demo": demo_table,
+    "inference": inference,
+    "replicas": replicas,
     "results": table,
     "snippet": snippet,
     "times": times,

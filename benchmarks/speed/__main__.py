@@ -13,6 +13,7 @@ NAMES = (
     "step",
     "training",
     "layer",
+    "inference",
     "clip",
     "retractions",
     "completion",
