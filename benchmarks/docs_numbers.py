@@ -254,12 +254,11 @@ def inference() -> list[str]:
 def replicas() -> list[str]:
     """What ``distribute=True`` costs or saves, from ``results/speed_replicas.json``."""
     rows = _speed("replicas")
-    words = ", ".join(
-        f"at {row['case']} {row['ratio']['median']:.2f} times" for row in rows if row["way"] != "all"
-    )
+    ratios = [(row["case"], row["ratio"]["median"]) for row in rows if row["way"] != "all"]
+    words = ", ".join(f"{ratio:.2f} at {case}" for case, ratio in ratios)
     return [
-        f"On two gloo processes of one machine, 12 layers of 1024 x 1024, it makes a step last {words} as",
-        "long (`python -m benchmarks.speed.replicas`).",
+        "On two gloo processes of one machine, 12 layers of 1024 x 1024, a step takes so many times",
+        f"as long as where both make all: {words} (`python -m benchmarks.speed.replicas`).",
     ]
 
 

@@ -8,6 +8,7 @@ ONNX rows need onnx, onnxscript and onnxruntime, and a CPU.
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import tempfile
 from collections.abc import Callable
@@ -94,7 +95,7 @@ def measure(settings: Settings) -> Report:
             x = torch.randn(size, width, device=settings.device)
             expected = forms["low-rank"][0](x)
             samples = interleave(
-                {name: lambda run=run: run(x) for name, (run, _) in forms.items()},
+                {name: functools.partial(run, x) for name, (run, _) in forms.items()},
                 device=settings.device,
                 rounds=settings.pick(301, 3),
                 warmup=settings.pick(10, 1),

@@ -33,7 +33,7 @@ pytest.importorskip("matplotlib")
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", (*NAMES, "replicas"))
+@pytest.mark.parametrize("name", [*NAMES, pytest.param("replicas", marks=pytest.mark.slow)])
 def test_benchmark_runs_at_tiny_size_and_writes_its_results(name, tmp_path):
     settings = Settings(quick=True, output=tmp_path)
     report = import_module(f"benchmarks.speed.{name}").measure(settings)
