@@ -257,8 +257,8 @@ def replicas() -> list[str]:
     ratios = [(row["case"], row["ratio"]["median"]) for row in rows if row["way"] != "all"]
     words = ", ".join(f"{ratio:.2f} at {case}" for case, ratio in ratios)
     return [
-        "On two gloo processes of one machine, 12 layers of 1024 x 1024, a step takes so many times",
-        f"as long as where both make all: {words} (`python -m benchmarks.speed.replicas`).",
+        "On two gloo processes of one machine, 12 layers of 1024 x 1024, a step takes so many",
+        f"times as long as where both make all: {words} (`python -m benchmarks.speed.replicas`).",
     ]
 
 
