@@ -158,11 +158,11 @@ def bullets() -> list[str]:
         for plan in (MNIST, DIGITS)
     )
     ours, dense, free = "CondLRAdam τ=0", "dense AdamW", "A Bᵀ AdamW"
-    seeds = len(_table(MNIST).seeds)
+    seeds, images = len(_table(MNIST).seeds), _table(MNIST).plan.attack.images
     text = f"""- **Proved.** {verified:.1f} % of MNIST's test images are proved safe against every
   change of l2 norm up to 0.3. The network stores {proved[0]["stored"]:,} numbers.
 - **Small, not fragile.** At a third of the weights, {mnist[ours]} of MNIST survive the worst of
-  five attacks (linf 0.1, 1,000 images, {seeds} seeds), dense {mnist[dense]}. On digits
+  five attacks (linf 0.1, {images:,} images, {seeds} seeds), dense {mnist[dense]}. On digits
   {digits[ours]}, dense {digits[dense]}, A Bᵀ {digits[free]}.
 - **Two lines.** `factorize` your model; take `CondLR` for SGD, `CondLRAdam` for AdamW."""
     return text.splitlines()
