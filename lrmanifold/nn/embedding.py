@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .. import linalg
 from .._arguments import check_choice, check_integer
 from ..manifolds.fixed_rank import Gradient
+from ..precision import without_autocast
 from ._obstacles import check_dense, embedding_defect
 from .layer import INITS, LowRankLayer, make_manifold
 from .linear import is_exporting
@@ -101,8 +102,12 @@ class LowRankEmbedding(LowRankLayer):
                 U = linalg.polar(U)
             self.weight.copy_(M.pack(U, S, V))
 
+    @without_autocast  # as torch's lookup, which starts a residual stream in full precision
     def forward(self, ids: Tensor) -> Tensor:
-        """Rows of the table for integers of any shape (...), shape (..., embedding_dim)."""
+        """Rows of the table for integers of any shape (...), shape (..., embedding_dim).
+
+        In the dtype of the table, within autocast too.
+        """
         U, S, V = self.factors
         if self.manifold.gradient == "probe" and torch.is_grad_enabled():
             # the probes of LowRankLayer, with rows in the place of inputs

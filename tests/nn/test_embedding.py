@@ -233,3 +233,21 @@ def test_state_flags_and_words():
         lrm.certify.lipschitz(nn.Sequential(layer), (3,))
     found = lrm.report(nn.Sequential(layer), example=torch.zeros(4, 5, dtype=torch.long))
     assert found.layers[0].batch == 20
+
+
+@pytest.mark.parametrize("gradient", ["factors", "probe"])
+@pytest.mark.parametrize("many", [2, 400])
+def test_within_autocast_a_row_has_full_precision_as_torchs(device, gradient, many):
+    layer = LowRankEmbedding(50, 16, 4, gradient=gradient, device=device)
+    ids = torch.randint(50, (many,), device=device)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            assert nn.Embedding(50, 16, device=device)(ids).dtype == torch.float32
+            y = layer(ids)
+        layer.weight.grad = None
+        y.square().sum().backward()
+        found.append((y, layer.weight.grad))
+    for with_, without in zip(*found, strict=True):
+        assert with_.dtype == torch.float32
+        assert torch.equal(with_, without)
