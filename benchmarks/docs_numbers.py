@@ -229,35 +229,39 @@ def times() -> list[str]:
     ]
 
 
-def _speed(name: str) -> list[dict[str, Any]]:
+def _speed(name: str) -> dict[str, Any]:
     text = (FOLDER / f"speed_{name}.json").read_text(encoding="utf-8")
-    rows: list[dict[str, Any]] = json.loads(text)["results"]["rows"]
-    return rows
+    found: dict[str, Any] = json.loads(text)["results"]
+    return found
 
 
 def inference() -> list[str]:
     """Size and time of a trained network in its forms, from ``results/speed_inference.json``."""
-    rows = _speed("inference")
+    found = _speed("inference")
+    rows, width = found["rows"], found["width"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     heads = "".join(f" ms, {case} | / dense |" for case in cases)
     lines = [
-        f"| 4 layers 1024 x 1024, rank 10 %, one CPU thread | MB |{heads}",
+        f"| {found['layers']} layers {width} x {width}, rank {found['rank']:.0%}, "
+        f"CPU threads: {found['threads']} | MB |{heads}",
         "|---|---|" + "---|---|" * len(cases),
     ]
     for name in dict.fromkeys(row["network"] for row in rows):
-        found = [row for row in rows if row["network"] == name]
-        cells = "".join(f" {row['ms']:.2f} | {row['ratio']['median']:.2f} |" for row in found)
-        lines.append(f"| {name} | {found[0]['mb']:.1f} |{cells}")
+        mine = [row for row in rows if row["network"] == name]
+        cells = "".join(f" {row['ms']:.2f} | {row['ratio']['median']:.2f} |" for row in mine)
+        lines.append(f"| {name} | {mine[0]['mb']:.1f} |{cells}")
     return lines
 
 
 def replicas() -> list[str]:
     """What ``distribute=True`` costs or saves, from ``results/speed_replicas.json``."""
-    rows = _speed("replicas")
+    found = _speed("replicas")
+    rows, size = found["rows"], found["size"]
     ratios = [(row["case"], row["ratio"]["median"]) for row in rows if row["way"] != "all"]
     words = ", ".join(f"{ratio:.2f} at {case}" for case, ratio in ratios)
     return [
-        "On two gloo processes of one machine, 12 layers of 1024 x 1024, a step takes so many",
+        f"On {found['processes']} gloo processes of one machine, {found['layers']} layers of "
+        f"{size} x {size}, a step takes so many",
         f"times as long as where both make all: {words} (`python -m benchmarks.speed.replicas`).",
     ]
 

@@ -69,6 +69,11 @@ class FoldedEmbedding(_Folded):
         self.num_embeddings, self.embedding_dim = first.num_embeddings, last.out_features
         self.padding_idx = first.padding_idx
 
+    # in words that TorchScript reads
+    def forward(self, ids: Tensor) -> Tensor:
+        """As torch's, in the dtype of the table, within autocast too (but rounded there)."""
+        return self[1](self[0](ids)).to(self[0].weight.dtype)
+
     @property
     def weight(self) -> Tensor:
         """(U S) Vᵀ, shape (num_embeddings, embedding_dim)."""

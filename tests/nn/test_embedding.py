@@ -251,3 +251,14 @@ def test_within_autocast_a_row_has_full_precision_as_torchs(device, gradient, ma
     for with_, without in zip(*found, strict=True):
         assert with_.dtype == torch.float32
         assert torch.equal(with_, without)
+
+
+def test_a_folded_table_too_keeps_its_dtype_within_autocast(device):
+    layer = LowRankEmbedding(50, 16, 4, device=device)
+    folded = lrm.fold(copy.deepcopy(layer))
+    ids = torch.randint(50, (7,), device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = folded(ids)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, layer(ids), rtol=2e-2, atol=2e-2)
+    assert torch.equal(torch.jit.script(folded)(ids), folded(ids))
