@@ -90,6 +90,22 @@ def test_curves_differ_in_colour_marker_and_line():
     assert len({str(line._unscaled_dash_pattern) for line in lines}) == 7
 
 
+def test_a_method_looks_the_same_in_all_panels_and_in_the_legend():
+    """It may be missing in some: places in the first panel would mix up the others."""
+    run = {0.0: 0.9, 0.1: 0.5}
+    figure = viz.accuracy_panels({"half": {"a": run, "b": run}, "tenth": {"b": run, "c": run}})
+    (legend,) = figure.legends
+    named = zip(legend.get_texts(), legend.get_lines(), strict=True)
+    looks = {text.get_text(): (line.get_color(), line.get_marker()) for text, line in named}
+    assert list(looks) == ["a", "b", "c"]
+    assert len(set(looks.values())) == 3
+    for axis in figure.axes:
+        for name, line in lines_by_label(axis).items():
+            assert (line.get_color(), line.get_marker()) == looks[name]
+    with pytest.raises(ValueError, match="relative_to must be one of"):
+        viz.accuracy_panels({"half": {"a": run}, "tenth": {"b": run}}, relative_to="a")
+
+
 def test_differences_are_taken_run_by_run():
     runs = {"a": {0.1: [0.5, 0.7]}, "b": {0.1: [0.6, 0.8]}}
     axis = viz.accuracy_curves(runs, relative_to="a").axes[0]

@@ -36,14 +36,35 @@ def method(family: Family) -> str:
     return _KINDS.get(family.method.kind, family.method.kind)
 
 
-def side(results: Results, family: Family) -> str:
-    """Families of one side have one colour: one method and, where a plan has several, one size."""
-    name = method(family)
+def size(results: Results, family: Family) -> str:
+    """Weights that its networks store, where a plan has several sizes; otherwise empty."""
     several = any(f.ranks is not None for f in results.plan.families)
     if not several or family.method.kind in ("dense", "orthogonal"):
-        return name
+        return ""
     group = next(g for g in results.groups if g.family.name == family.name)
-    return f"{name}, {100 * group.done[0]['stored_share']:.0f} %" if group.done else name
+    return f"{100 * group.done[0]['stored_share']:.0f} %" if group.done else ""
+
+
+def side(results: Results, family: Family) -> str:
+    """Families of one side are drawn alike: one method and, where a plan has several, one size."""
+    name, stored = method(family), size(results, family)
+    return f"{name}, {stored}" if stored else name
+
+
+def looks(results: Results) -> dict[str, dict[str, Any]]:
+    """Of each side: its method's colour, and the marker of its size, if there are several."""
+    families = results.plan.families
+    methods = list(dict.fromkeys(method(f) for f in families))
+    sizes = list(dict.fromkeys(size(results, f) for f in families))
+    found = {}
+    for family in families:
+        color = methods.index(method(family))
+        marker = sizes.index(size(results, family)) if len(sizes) > 1 else color
+        found[side(results, family)] = {
+            "color": viz.PALETTE[color % len(viz.PALETTE)],
+            "marker": viz.MARKERS[marker % len(viz.MARKERS)],
+        }
+    return found
 
 
 def frontier(results: Results) -> bytes:
@@ -53,15 +74,8 @@ def frontier(results: Results) -> bytes:
     deviations over the seeds of the test that did not diverge.
     """
     figure, axes = viz.new_figure(2, width=5.6, height=4.8)
-    sides = list(dict.fromkeys(side(results, f) for f in results.plan.families))
-    for i, name in enumerate(sides):
-        again = i // len(viz.PALETTE)  # where colours begin again, each gets another marker
-        look: dict[str, Any] = {
-            "color": viz.PALETTE[i % len(viz.PALETTE)],
-            "marker": viz.MARKERS[(i + again) % len(viz.MARKERS)],
-            "capsize": 2,
-            "label": name,
-        }
+    for name, drawn in looks(results).items():
+        look: dict[str, Any] = {**drawn, "capsize": 2, "label": name}
         own = [t for t in results.trials if side(results, results.plan.family(t["family"])) == name]
         best = efficient(own, trial_point)
         top = max(trial_point(t)[0] for t in best)
@@ -95,21 +109,29 @@ def frontier(results: Results) -> bytes:
 
 
 def curves(results: Results) -> bytes | None:
-    """A PNG: PGD at all strengths against the family of each side that validation scores best."""
+    """A PNG: PGD at all strengths against the family of each side that validation scores best.
+
+    A panel for each size that a plan has, with the full networks in all of them.
+    """
+    if not results.plan.attack.pgd:
+        return None
     by_side: dict[str, list[str]] = {}
     for family in results.plan.families:
         by_side.setdefault(side(results, family), []).append(family.name)
-    shown: dict[str, dict[float, list[float]]] = {}
+    sizes = dict.fromkeys(size(results, f) for f in results.plan.families)
+    panels: dict[str, dict[str, dict[float, list[float]]]]
+    panels = {stored: {} for stored in sizes if stored or len(sizes) == 1}
     for names in by_side.values():
-        group = results.speaks(names)
+        family = (group := results.speaks(names)).family
         found = {0.0: group.values("clean", "accuracy")}
         found |= {eps: group.values("pgd", f"{eps:g}") for eps in results.plan.attack.pgd}
-        shown[group.family.name] = {eps: list(by.values()) for eps, by in found.items() if by}
-    if not results.plan.attack.pgd:
-        return None
-    figure = viz.accuracy_curves(shown, title=f"PGD, {results.plan.network.data}", legend=False)
-    viz.legend_below(figure, figure.axes[0])  # inside it hides curves
-    return png(figure)
+        for stored, shown in panels.items():
+            if size(results, family) in ("", stored):
+                label = method(family) if stored else family.name
+                shown[label] = {eps: list(by.values()) for eps, by in found.items() if by}
+    data = f"PGD, {results.plan.network.data}"
+    title = {stored: f"{data}, {stored} of the weights" if stored else data for stored in panels}
+    return png(viz.accuracy_panels({title[s]: shown for s, shown in panels.items()}))
 
 
 def png(figure: Any) -> bytes:

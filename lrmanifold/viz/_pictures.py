@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+STRENGTH = "attack strength ε (pixels are in 0..1)"
+
 
 def spectra(
     history: Any,
@@ -106,7 +108,7 @@ def accuracy_curves(
     relative_to: str | None = None,
     ax: Axes | None = None,
     title: str | None = None,
-    xlabel: str = "attack strength ε (pixels are in 0..1)",
+    xlabel: str = STRENGTH,
     legend: bool = True,
 ) -> Figure:
     """Accuracy against attack strength, a curve for each method.
@@ -126,50 +128,18 @@ def accuracy_curves(
     legend : bool
     """
     need_matplotlib()
-    check_instance("results", results, Mapping, "a mapping")  # type: ignore[type-abstract]
     check_flag("legend", legend)
     if relative_to is not None:
         check_text("relative_to", relative_to)
-    curves = {name: _accuracies(name, curve) for name, curve in results.items()}
-    if not curves:
-        raise ValueError("results must hold at least one method")
-    if relative_to is not None:
-        if relative_to not in curves:
-            raise ValueError(f"relative_to must be one of {list(curves)}, got {relative_to!r}")
-        base = curves[relative_to]
-        curves = {name: _differences(curve, base) for name, curve in curves.items()}
+    curves = _relative(results, relative_to)
     with style():
         if ax is None:
             figure = plain_figure(6.4, 4.6)
             axis = figure.subplots()
         else:
             figure, axis = cast("Figure", ax.figure), ax
-        for i, (name, curve) in enumerate(curves.items()):
-            strengths = np.array(list(curve))
-            mean = np.array([runs.mean() for runs in curve.values()])
-            spread = np.array([runs.std(ddof=1) if len(runs) > 1 else 0 for runs in curve.values()])
-            color = PALETTE[i % len(PALETTE)]
-            axis.plot(
-                strengths,
-                mean,
-                label=name,
-                color=color,
-                linestyle=LINES[i % len(LINES)],
-                marker=MARKERS[i % len(MARKERS)],
-                markeredgecolor="white",
-                markeredgewidth=0.6,
-                zorder=3,
-            )
-            if spread.any():
-                band = (mean - spread, mean + spread)
-                axis.fill_between(strengths, *band, color=color, alpha=0.12, lw=0)
+        _accuracy_panel(axis, curves, list(curves), relative_to)
         axis.set_xlabel(xlabel)
-        if relative_to is None:
-            axis.set_ylabel("test accuracy (%)")
-            axis.set_ylim(0, 100)
-        else:
-            axis.set_ylabel(f"accuracy minus {relative_to}'s (points)")
-        finish(axis)
         if title:
             axis.set_title(title)
         if legend:
@@ -187,7 +157,8 @@ def accuracy_panels(
     Parameters
     ----------
     panels : mapping
-        For each attack, what :func:`accuracy_curves` takes, with the same methods.
+        For each attack, what :func:`accuracy_curves` takes. A method looks the same in all panels,
+        and may be missing in some.
     relative_to : str
         Differences to this method in place of the accuracies, which often hide each other.
     """
@@ -195,16 +166,71 @@ def accuracy_panels(
     check_instance("panels", panels, Mapping, "a mapping")  # type: ignore[type-abstract]
     if not panels:
         raise ValueError("panels must hold at least one attack")
+    if relative_to is not None:
+        check_text("relative_to", relative_to)
+    drawn = {title: _relative(results, relative_to) for title, results in panels.items()}
+    methods = list(dict.fromkeys(name for curves in drawn.values() for name in curves))
     with style():
         figure = plain_figure(0.8 + 5.0 * len(panels), 4.4)
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axis, (title, results) in zip(axes, panels.items(), strict=True):
-            accuracy_curves(results, ax=axis, title=title, relative_to=relative_to, legend=False)
+        handles: dict[str, Any] = {}
+        for axis, (title, curves) in zip(axes, drawn.items(), strict=True):
+            handles.update(_accuracy_panel(axis, curves, methods, relative_to))
+            axis.set_xlabel(STRENGTH)
+            axis.set_title(title)
         for axis in axes[1:]:
             axis.set_ylabel("")
-        handles, labels = axes[0].get_legend_handles_labels()
-        legend_of(figure, dict(zip(labels, handles, strict=True)), columns=3)
+        columns = min(3, 1 + len(panels))  # one panel is too narrow for three long names
+        legend_of(figure, {name: handles[name] for name in methods}, columns=columns)
     return figure
+
+
+def _relative(results: Any, relative_to: str | None) -> dict[str, dict[float, np.ndarray]]:
+    """Of each method the accuracies in percent, or their differences to one of them."""
+    check_instance("results", results, Mapping, "a mapping")  # type: ignore[type-abstract]
+    curves = {name: _accuracies(name, curve) for name, curve in results.items()}
+    if not curves:
+        raise ValueError("results must hold at least one method")
+    if relative_to is None:
+        return curves
+    if relative_to not in curves:
+        raise ValueError(f"relative_to must be one of {list(curves)}, got {relative_to!r}")
+    base = curves[relative_to]
+    return {name: _differences(curve, base) for name, curve in curves.items()}
+
+
+def _accuracy_panel(
+    axis: Any, curves: dict[str, dict[float, np.ndarray]], methods: list[str], base: str | None
+) -> dict[str, Any]:
+    """Draw one panel, a method in the look of its place in `methods`; its lines by name."""
+    handles = {}
+    for name, curve in curves.items():
+        i = methods.index(name)
+        strengths = np.array(list(curve))
+        mean = np.array([runs.mean() for runs in curve.values()])
+        spread = np.array([runs.std(ddof=1) if len(runs) > 1 else 0 for runs in curve.values()])
+        color = PALETTE[i % len(PALETTE)]
+        (handles[name],) = axis.plot(
+            strengths,
+            mean,
+            label=name,
+            color=color,
+            linestyle=LINES[i % len(LINES)],
+            marker=MARKERS[i % len(MARKERS)],
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            zorder=3,
+        )
+        if spread.any():
+            band = (mean - spread, mean + spread)
+            axis.fill_between(strengths, *band, color=color, alpha=0.12, lw=0)
+    if base is None:
+        axis.set_ylabel("test accuracy (%)")
+        axis.set_ylim(0, 100)
+    else:
+        axis.set_ylabel(f"accuracy minus {base}'s (points)")
+    finish(axis)
+    return handles
 
 
 def _accuracies(name: str, curve: Mapping[float, Any]) -> dict[float, np.ndarray]:

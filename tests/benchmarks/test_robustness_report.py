@@ -231,6 +231,42 @@ def test_sizes_are_sides_of_their_own():
     }  # fmt: skip
 
 
+def test_a_method_has_one_colour_and_a_size_one_marker(monkeypatch):
+    """More sides than colours: the pictures tell them apart all the same."""
+    dense, cut, ours, wild = TINY["family"]
+    small = {"cut": cut, "ours": ours, "wild": {**wild, "start": START}}
+    families = [dense] + [
+        {**family, "name": f"{name} {share}", "ranks": {"fc1": share, "fc2": share}}
+        for share in (50, 25, 10)
+        for name, family in small.items()
+    ]
+    hypothesis = [{"text": "Harder.", "better": ["ours 10"], "than": ["cut 10"]}]
+    accuracies = {family["name"]: [0.5] * 5 for family in families}
+    results = made(accuracies, family=families, hypothesis=hypothesis)
+    for group in results.groups:
+        for one in group.rows:
+            one["pgd"] = {"0.06": 0.5}
+            one["stored_share"] = float(f"0.{group.family.name[-2:]}") if group.family.ranks else 1
+    drawn = picture.looks(results)
+    pairs = {(look["color"], look["marker"]) for look in drawn.values()}
+    assert len(pairs) == len(drawn) == 10
+    for i, key in enumerate(("color", "marker")):
+        by_word = {}
+        for name, look in drawn.items():
+            by_word.setdefault(name.split(", ")[i] if ", " in name else name, set()).add(look[key])
+        assert all(len(found) == 1 for found in by_word.values()), by_word
+    figures = []
+    monkeypatch.setattr(picture, "png", figures.append)
+    picture.curves(results)
+    assert [a.get_title() for a in figures[0].axes] == [
+        f"PGD, digits, {share} % of the weights" for share in (50, 25, 10)
+    ]
+    for axis in figures[0].axes:
+        assert [line.get_label() for line in axis.get_lines()] == [
+            "dense", "truncated", "CondLR", "A Bᵀ"
+        ]  # fmt: skip
+
+
 def test_validation_decides_which_family_speaks():
     """Not the test images: `cut` is better there, `dense` in validation."""
     results = made({"dense": [0.3] * 5, "cut": [0.6] * 5, "ours": [0.5] * 5, "wild": [0.0] * 5})
