@@ -359,27 +359,29 @@ def test_circular_padding_shows_a_pixel_to_more_patches(n, k, stride, data):
     assert apart <= float(output_bound(ours, theirs, x, math.sqrt(k))) * (1 + 1e-12)
 
 
+class Other(nn.Module):
+    def forward(self, x):
+        return 2.0 * x if isinstance(x, torch.Tensor) else x
+
+
+class Doubled(nn.ReLU):
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
 def test_networks_without_a_bound_of_outputs_are_refused():
-    class Other(nn.Module):
-        def forward(self, x):
-            return 2.0 * x
-
-    class Doubled(nn.ReLU):
-        def forward(self, x):
-            return 2.0 * super().forward(x)
-
-    for layer in (
-        Other(), nn.GELU(), nn.MaxPool2d(3, 2), nn.Dropout(), nn.LeakyReLU(-2.0), nn.ELU(-3.0),
-        nn.AvgPool2d(2, divisor_override=1), nn.Softplus(threshold=0), Doubled(),
+    for layer, reason in (
+        (Other(), "its traced graph"), (nn.LayerNorm(8), "no global Lipschitz constant"),
+        (nn.Softplus(threshold=0), "jumps by"), (nn.Softplus(), "without jumps, got 1"),
     ):  # fmt: skip
         dense = nn.Sequential(nn.Linear(8, 8), layer).double()
         model = lrm.factorize(dense, rank=2, tau=0.1, keep_larger=True)
         monitor = lrm.monitor(
             model, lrm.optim.CondLR(model.parameters(), lr=0.1),
             reference=lrm.densify(copy.deepcopy(model)),
-            loss=lambda net: net(torch.ones(1, 8)).sum(),
+            loss=lambda net: net(torch.ones(1, 8).double()).sum(),
         )  # fmt: skip
-        with pytest.raises(ValueError, match="needs a chain"):
+        with pytest.raises(ValueError, match=reason):
             monitor.output_bound(torch.ones(1, 8))
 
 
@@ -388,33 +390,121 @@ class Times(nn.Linear):
         return 9.0 * super().forward(x)
 
 
-def test_layers_with_a_function_of_their_own_have_no_bound_of_outputs():
-    """What they do to a difference was taken for the norm of their weight."""
-    hooked, own = nn.Linear(8, 8), nn.Linear(8, 8)
-    hooked.register_forward_hook(lambda module, args, output: 9.0 * output)
-    own.forward = lambda x: 9.0 * x
-    loud = nn.ReLU()
-    loud.register_forward_pre_hook(lambda module, args: (9.0 * args[0],))
-    for layer in (Times(8, 8), hooked, own, loud):
-        net = nn.Sequential(nn.Linear(8, 8), layer)
-        with pytest.raises(ValueError, match="hooks or forwards of their own"):
-            output_bound(net, copy.deepcopy(net), torch.ones(1, 8), None)
+class Scaled(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, 10.0 * weight, bias)
 
 
-def test_an_output_bound_needs_the_same_activations_and_leaves_its_input_alone():
-    dense = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Tanh()).double()
-    model = lrm.factorize(dense, rank=2, tau=0.1, keep_larger=True)
-    reference = lrm.densify(copy.deepcopy(model))
-    monitor = lrm.monitor(
-        model, lrm.optim.CondLR(model.parameters(), lr=0.1), reference=reference,
-        loss=lambda net: net(torch.ones(1, 8).double()).sum(),
-    )  # fmt: skip
-    x = -torch.ones(1, 8, dtype=torch.float64)
+def own_forward(module):
+    inner = module.forward
+    module.forward = lambda x: 9.0 * inner(x)
+    return module
+
+
+def hooked(module, before=False):
+    if before:
+        module.register_forward_pre_hook(lambda module, args: (9.0 * args[0],))
+    else:
+        module.register_forward_hook(lambda module, args, output: 9.0 * output)
+    return module
+
+
+def test_what_has_a_function_of_its_own_has_no_bound_of_outputs():
+    """What it does to a difference was taken for the norm of its weight, or for nothing."""
+    for net, reason in (
+        (nn.Sequential(nn.Linear(8, 8), Times(8, 8)), "calls linear"),
+        (nn.Sequential(nn.Linear(8, 8), hooked(nn.Linear(8, 8))), "hooks"),
+        (nn.Sequential(nn.Linear(8, 8), own_forward(nn.Linear(8, 8))), "own forward"),
+        (nn.Sequential(nn.Linear(8, 8), hooked(nn.ReLU(), before=True)), "hooks"),
+        (hooked(nn.Sequential(nn.Linear(8, 8))), "hooks"),
+        (own_forward(nn.Sequential(nn.Linear(8, 8))), "own forward"),
+        (nn.Sequential(nn.Unflatten(1, (1, 2, 4)), Scaled(1, 1, 1)), "calls conv2d"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            output_bound(net, net, torch.ones(1, 8), None)
+
+
+def convolution(value, size=1, **options):
+    layer = nn.Conv2d(1, 1, size, bias=False, **options)
+    nn.init.constant_(layer.weight, value)
+    return layer
+
+
+def test_outputs_of_layers_that_compute_otherwise_stay_within_the_bound():
+    """The twin's geometry, or 1 for every activation and pooling, made bounds too small."""
+    wide, there = {"padding": 1, "padding_mode": "circular"}, {"padding": 1}
+    pairs = [
+        (nn.AvgPool2d(2, 2, 1), nn.AvgPool2d(2, 2, 1, count_include_pad=False)),
+        (nn.Sequential(convolution(1.0), convolution(1.0, 3, **wide)),
+         nn.Sequential(convolution(0.9), convolution(1.0, 3, **there))),
+        (nn.Sequential(convolution(1.0), nn.ReLU()), nn.Sequential(convolution(0.9), nn.Tanh())),
+        *(
+            (nn.Sequential(convolution(-1.0), layer), nn.Sequential(convolution(-0.9), layer))
+            for layer in (
+                nn.GELU(), nn.MaxPool2d(3, 2), nn.LeakyReLU(-2.0), nn.ELU(-3.0),
+                nn.AvgPool2d(2, divisor_override=1), nn.ReLU(inplace=True), nn.Dropout(),
+                Doubled(),
+            )
+        ),
+    ]  # fmt: skip
+    x = torch.cat((torch.ones(1, 1, 4, 4), torch.randn(3, 1, 4, 4))).double()
+    for ours, theirs in pairs:
+        ours, theirs = ours.double().eval(), theirs.double().eval()
+        before = x.clone()
+        bound = output_bound(ours, theirs, x, None)
+        assert torch.equal(x, before)
+        with torch.no_grad():
+            apart = (ours(x.clone()) - theirs(x.clone())).flatten(1).norm(dim=1)
+        assert bool((apart <= bound * (1 + 1e-12) + 1e-12).all()), (ours, apart, bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_bound_of_outputs_is_about_the_stored_numbers(dtype):
+    """``double()`` takes the drift of a shorter dtype out of a weight: another function."""
+    low = lrm.nn.LowRankLinear(64, 64, 32, bias=False, tau=0.0).to(dtype)
+    U, S, V = (f.detach() for f in copy.deepcopy(low).double().factors)
+    reference = nn.Linear(64, 64, bias=False).double()
+    x = torch.randn(2, 64, dtype=dtype)
+    with torch.no_grad():
+        reference.weight.copy_(U @ S @ V.mT)
+        stored = [f.detach().double() for f in low.factors]
+        apart = x.double() @ (stored[0] @ stored[1] @ stored[2].mT).mT - reference(x.double())
+    bound = output_bound(low, reference, x, None)
+    assert bool((apart.norm(dim=1) <= bound * (1 + 1e-6) + 1e-12).all())
+
+
+def test_a_certified_bound_of_outputs_needs_layers_used_once_and_the_weights_of_the_last_step():
+    torch.manual_seed(0)
+    low = lrm.nn.LowRankLinear(4, 4, 4, bias=False, tau=0.0, dtype=torch.float64)
+    shared = nn.Linear(4, 4, bias=False).double()
+    x = torch.ones(1, 4, dtype=torch.float64)
+
+    def watched(*after):
+        model, reference = nn.Sequential(low, *after), nn.Sequential(low.to_dense(), *after)
+        reference = copy.deepcopy(reference)
+        optimizer = lrm.optim.CondLR(model.parameters(), lr=1e-3)
+        loss = lambda net: net(x).square().sum()  # noqa: E731
+        return reference, lrm.monitor(model, optimizer, reference=reference, loss=loss)
+
+    _, monitor = watched(shared, nn.Tanh(), shared)
     monitor.output_bound(x)
-    assert bool((x == -1).all())
-    reference[2] = nn.ReLU()
-    with pytest.raises(ValueError, match=r"the same layers, got Tanh\(\) and ReLU\(\)"):
-        monitor.output_bound(x)
+    with pytest.raises(ValueError, match="used once only"):
+        monitor.output_bound(x, certified=True)
+    _, monitor = watched(nn.PReLU().double())
+    with pytest.raises(ValueError, match="chain"):
+        monitor.output_bound(x, certified=True)
+    reference, monitor = watched(shared)
+    assert float(monitor.output_bound(x, certified=True)) < 1e-12
+    with torch.no_grad():
+        reference[0].weight.add_(1.0)
+    with pytest.raises(ValueError, match="moved since"):
+        monitor.output_bound(x, certified=True)
+
+
+def test_an_output_bound_needs_as_many_layers():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    with pytest.raises(ValueError, match="the same layers, got 2 and 1"):
+        output_bound(net, net[:1], torch.ones(1, 8), None)
 
 
 @pytest.mark.parametrize("place", [0, 1])

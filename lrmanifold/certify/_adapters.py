@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..factors import unpack
 from ..nn import (
     AdaptedLayer,
+    Change,
     LowRankAdapter,
     LowRankLayer,
     LowRankLinear,
@@ -16,7 +17,7 @@ from ..nn import (
     bases,
 )
 from ._sizes import UP, frobenius
-from .bounds import BoundError, Context, computes_as, no_bound_words
+from .bounds import BoundError, Context, changed_method, computes_as, no_bound_words
 
 ADAPTERS = (LowRankAdapter, AdaptedLayer)
 LOW_RANK = (LowRankLinear, LowRankTransposedLinear)
@@ -31,9 +32,16 @@ def bare(module: Any) -> Any:
 
 def check_adapter(module: Any, context: Context) -> None:
     """Raise :class:`BoundError` for parts that do not compute with their weights as known."""
-    parts = [(f"{context.name}.update", change(module).update)]
+    held = change(module)
+    parts = [(f"{context.name}.update", held.update)]
     if isinstance(module, AdaptedLayer):
         base = module.base_layer
+        other = changed_method(held, Change) if isinstance(held, Change) else type(held).__name__
+        if other is not None:
+            raise BoundError(
+                f"{context.name}: the active change has another function than a Change ({other}), "
+                "so its weight does not say what it adds: take it out"
+            )
         known = isinstance(base, LowRankLinear) or bases.plain_weight(base) is not None
         if not (isinstance(base, (nn.Linear, LowRankLinear)) and known):
             raise BoundError(
@@ -82,7 +90,7 @@ def size_and_inner(module: Any) -> tuple[float, int]:
         points.append((1.0, base.manifold.unpack(base.weight)))
     else:
         own = frobenius(base.weight)
-    sizes = (s * frobenius(X.U) * frobenius(X.S) * frobenius(X.V) for s, X in points)
+    sizes = (abs(s) * frobenius(X.U) * frobenius(X.S) * frobenius(X.V) for s, X in points)
     ranks = [X.S.shape[-1] for _, X in points]
     inner = sum(ranks) + max(ranks) + 9
     return (own + sum(sizes)) * UP, inner

@@ -157,7 +157,8 @@ def _softplus(module: Any, context: Context) -> Bound:
         )
     # what is left, 2e-9 by default, counts as an error of the value in every radius
     size = 16.0 * max(1.0, 1.0 / module.beta) + 1.01 * jump * 2.0**53
-    return Bound(1.0, f"largest slope, but for a jump of {jump:.0e}", offset=_offset(context, size))
+    how = f"largest slope, but for a jump of {jump:.0e}"
+    return Bound(1.0, how, offset=_offset(context, size), jump=jump)
 
 
 @bounded(nn.Softmax, nn.Softmin)

@@ -20,6 +20,10 @@ from ._sizes import lengths
 from .bounds import BoundError, Shape, find_bound, no_bound_words
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# how far apart two ways to compute one output may be, of its largest entry
+_ROUGH = {torch.float64: 1e-9, torch.float32: 1e-2}
+# of tensors that compute as torch's own do
+_PLAIN = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
 
 
 class _Tracer(fx.Tracer):
@@ -99,10 +103,12 @@ def refuse_hooks(model: nn.Module) -> None:
                 "through the model first"
             )
         own_call = type(module).__call__ is not nn.Module.__call__
+        own_call = own_call or "_call_impl" in vars(module)
+        own_call = own_call or type(module)._call_impl is not nn.Module._call_impl
         if own_call and not isinstance(module, fx.GraphModule):
             raise BoundError(
-                f"{name or 'the model'} ({type(module).__name__}) has its own __call__, of which "
-                "a part would be left out: put all that it does into forward"
+                f"{name or 'the model'} ({type(module).__name__}) has its own __call__ or "
+                "_call_impl, of which a part would be left out: put all that it does into forward"
             )
         if any(getattr(module, hooks) for hooks in HOOKS):
             raise BoundError(
@@ -120,6 +126,9 @@ def float64_copy(model: nn.Module) -> nn.Module:
     ``model.double()`` would not do: layers take the drift of a shorter dtype out of their weights,
     which changes the function that is to be certified.
     """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    if sparse := [name for name, value in named if value.layout is not torch.strided]:
+        raise BoundError(f"{', '.join(sparse)} must be dense: give the model weight.to_dense()")
     try:
         twin = copy.deepcopy(model)
     except RuntimeError as error:
@@ -138,7 +147,42 @@ def float64_copy(model: nn.Module) -> nn.Module:
             for key, value in list(store.items()):
                 if isinstance(value, Tensor):
                     store[key] = _widened(key, value, known)
+    theirs = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
+    for name, value in named:
+        copied = theirs.get(name)
+        if copied is None or not torch.equal(copied, value.detach().to(copied)):
+            raise BoundError(
+                f"copying the model changes {name}: look for a __deepcopy__ of its own"
+            )
     return twin
+
+
+def own_output(model: nn.Module, x: Tensor) -> Tensor | None:
+    """What the model itself gives for `x`; None where it is not all in float32 or all in float64.
+
+    What copying loses is seen by a comparison with it. In half precision there is nothing that the
+    float64 copy has to be near to, and what torch has compiled would be compiled for this.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    kinds = {t.dtype for t in tensors}
+    if any(getattr(m, "_compiled_call_impl", None) for m in model.modules()):
+        return None
+    if len(kinds) != 1 or not kinds <= {torch.float32, torch.float64}:
+        return None
+    with torch.no_grad(), evaluation_mode(model):
+        found = model(x.detach().to(tensors[0], copy=True))
+    return found if isinstance(found, Tensor) else None
+
+
+def gives_the_same(model: nn.Module, graph: fx.GraphModule, x: Tensor) -> bool:
+    """Whether the model's own output is that of its graph in float64, as far as it can be known."""
+    own = own_output(model, x)
+    if own is None:
+        return True
+    device = next((p.device for p in graph.parameters()), x.device)
+    with torch.no_grad(), evaluation_mode(graph):
+        wide = graph(x.detach().to(device, torch.float64, copy=True))
+    return wide.shape == own.shape and bool(_close(wide, own.to(wide), _ROUGH[own.dtype]).all())
 
 
 def _widened(name: str, value: Tensor, known: dict[int, Any]) -> Tensor:
@@ -146,6 +190,13 @@ def _widened(name: str, value: Tensor, known: dict[int, Any]) -> Tensor:
         raise BoundError(f"{name} is sharded over processes: gather the model first")
     if value.is_meta or value.is_quantized or value.is_complex():
         raise BoundError(f"{name} must be a real tensor with values, got {value.dtype}")
+    function = type(value).__torch_function__
+    function = getattr(function, "__func__", function)
+    if function not in _PLAIN or type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise BoundError(
+            f"{name} is a {type(value).__name__}, a tensor with arithmetic of its own, which a "
+            "copy in float64 would lose: give the model plain tensors"
+        )
     if not value.is_floating_point():
         return value
     if id(value) not in known:
@@ -183,7 +234,7 @@ class Trial:
 
     def __init__(self, graph: fx.GraphModule, model: nn.Module, input_shape: Sequence[int]) -> None:
         self.graph, self.model, self.size = graph, model, tuple(input_shape)
-        if not self.size or not all(isinstance(n, int) and n > 0 for n in self.size):
+        if not self.size or not all(type(n) is int and n > 0 for n in self.size):
             raise ValueError(
                 f"input_shape must be positive integers without the batch, got {self.size}"
             )
@@ -244,7 +295,7 @@ class Trial:
                 f"the model gives shape {tuple(whole.shape)} for two samples and "
                 f"{tuple(alone.shape)} for one: its samples do not stay apart"
             )
-        rough = 1e-9 if x.dtype == torch.float64 else 1e-2
+        rough = _ROUGH.get(x.dtype, 1e-2)
         for found, words in (
             (z, "its traced graph"),
             (torch.cat((whole[:1], alone)), "one sample alone"),

@@ -34,6 +34,9 @@ class Bound:
     slope, offset : float
         In float64 the computed output is within ``u (slope ‖x‖ + offset)`` of the exact one in l2,
         u = 2⁻⁵³. The defaults suit elementwise functions good to a few roundings.
+    jump : float
+        Of a function that jumps: by how much at most, in one entry; `norm` bounds what it does
+        otherwise, and `offset` has room for the jump.
     """
 
     norm: float | Tensor
@@ -41,6 +44,7 @@ class Bound:
     map_cond: float | None = None
     slope: float = 16.0
     offset: float = 0.0
+    jump: float = 0.0
 
 
 @dataclass
@@ -151,7 +155,7 @@ _HARMLESS = {
 }
 
 
-def _changed_method(module: nn.Module, base: type[nn.Module]) -> str | None:
+def changed_method(module: nn.Module, base: type[nn.Module]) -> str | None:
     """A method or property of `base` that the module's class, or the module itself, replaced."""
     for cls in type(module).__mro__:
         if cls is base:
@@ -171,7 +175,7 @@ def _entry(module: nn.Module) -> type[nn.Module] | None:
     """The known type whose function `module` has, or None."""
     for cls in type(module).__mro__:
         if cls in _REGISTRY:
-            return cls if _changed_method(module, cls) is None else None
+            return cls if changed_method(module, cls) is None else None
     return None
 
 
@@ -225,7 +229,7 @@ def no_bound_words(
         return f"{name} ({kind}): only the function of a {names} can be counted in this place"
     for cls in type(module).__mro__:
         if cls in _REGISTRY:
-            changed = _changed_method(module, cls)
+            changed = changed_method(module, cls)
             return (
                 f"{name or 'the model'} ({kind}) is a {cls.__name__} with another function "
                 f"({changed}), so that bound does not hold: register_bound({kind}, fn) with its own"

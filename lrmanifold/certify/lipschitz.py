@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,15 @@ from ._linear_maps import (
 )
 from ._operations import SUMS, operation, rearranges, shape_nodes, writes_in_place
 from ._sizes import SMALLEST, lengths
-from ._trace import Trial, float64_copy, live_nodes, no_bound, refuse_hooks, trace
+from ._trace import (
+    Trial,
+    float64_copy,
+    gives_the_same,
+    live_nodes,
+    no_bound,
+    refuse_hooks,
+    trace,
+)
 from .bounds import Bound, BoundError, Context, computes_as, find_bound, module_bound
 
 _UP = 1.0 + 1e-14
@@ -47,6 +56,9 @@ class Row:
     how : str
     map_cond : float or None
         Condition number of a linear map on its row space, where it is known.
+    jump : float
+        Of a function that jumps, as torch's Softplus does where it becomes the identity: by how
+        much at most, in one entry. `bound` is for everything else.
     """
 
     name: str
@@ -55,6 +67,7 @@ class Row:
     total: float
     how: str
     map_cond: float | None = None
+    jump: float = 0.0
 
 
 @dataclass
@@ -94,6 +107,7 @@ class LipschitzBound:
         self.model = model
         self.graph = trace(model)
         trial = None if input_shape is None else Trial(self.graph, model, input_shape)
+        self.trial_input = None if trial is None else trial.x
         self.shapes = {} if trial is None else trial.shapes
         self.input_shape = None if input_shape is None else tuple(input_shape)
         self._memory: dict[str, Tensor] = {}
@@ -186,7 +200,9 @@ class LipschitzBound:
         value = _number(total)
         own = value / before[0] if len(before) == 1 and before[0] > 0 else _number(bound.norm)
         own = _number(bound.norm) if abs(own - _number(bound.norm)) < 1e-12 * own else own
-        found.rows.append(Row(context.name, kind, own, value, bound.how, bound.map_cond))
+        found.rows.append(
+            Row(context.name, kind, own, value, bound.how, bound.map_cond, bound.jump)
+        )
 
     def _refuse_in_place(self, node: fx.Node, module: nn.Module | None) -> None:
         """What is overwritten must not be read elsewhere: there it would be another value."""
@@ -227,7 +243,9 @@ class LipschitzBound:
         if join == "sum":
             return bound.norm * sum(totals)
         if join == "cat":
-            return bound.norm * sum(t * t for t in totals) ** 0.5
+            if any(isinstance(t, Tensor) for t in totals):
+                return bound.norm * functools.reduce(_hypot, totals)
+            return bound.norm * math.hypot(*totals)
         return bound.norm * totals[0]
 
     def _folded(
@@ -287,6 +305,12 @@ def repeated(node: fx.Node, sources: list[fx.Node]) -> list[fx.Node]:
     return flat
 
 
+def _hypot(a: Any, b: Any) -> Tensor:
+    """√(a² + b²) of numbers whose squares would underflow or overflow; one at least is a tensor."""
+    like = a if isinstance(a, Tensor) else b
+    return torch.hypot(torch.as_tensor(a).to(like), torch.as_tensor(b).to(like))
+
+
 def _number(value: Any) -> float:
     # as_tensor would round a float to torch's default dtype
     return float(value.detach()) if isinstance(value, Tensor) else float(value)
@@ -298,7 +322,8 @@ class LipschitzReport:
     Attributes
     ----------
     total : float
-        Upper bound of the l2 Lipschitz constant of the network, rounding included.
+        Upper bound of the l2 Lipschitz constant of the network, rounding included; but for the
+        jumps of rows that have one, for which :func:`radius` makes room.
     body : float
         The same without the last linear layer; `total` if the network does not end in one.
     rows : list of Row
@@ -351,6 +376,8 @@ class LipschitzReport:
         last = f"l2 Lipschitz constant <= {self.total:.6g}"
         if self.head is not None:
             last += f" (<= {self.body:.6g} before the last layer)"
+        if jumps := [row.name for row in self.rows if row.jump]:
+            last += f", but for the jumps of {', '.join(jumps)}"
         return "\n".join([text(heads), rule, *map(text, lines), rule, last])
 
     __repr__ = __str__
@@ -374,7 +401,8 @@ def lipschitz(
         One input (B, *input_shape), one output (B, ...).
     input_shape : sequence of int, optional
         Without the batch, as (1, 28, 28). Bounds of padded convolutions are smaller with it, some
-        modules need it, and the traced graph is compared with the model on random samples.
+        modules need it, and the traced graph and its copy in float64 are compared with the model
+        on random samples. Without it a forward that asks for the type of its input is not seen.
     norm : {"l2"}
 
     Returns
@@ -397,6 +425,12 @@ def lipschitz(
         refuse_hooks(model)  # of pruned layers no copy can be made
     twin = float64_copy(model) if isinstance(model, nn.Module) else model
     network = LipschitzBound(twin, input_shape)
+    x = network.trial_input
+    if x is not None and not gives_the_same(model, network.graph, x):
+        raise BoundError(
+            "a copy of the model in float64 does not give what the model gives: its forward "
+            "depends on the dtype, or on something that copy.deepcopy does not copy"
+        )
     with torch.no_grad():
         walked = network.walk(exact=True)
     value = float(walked.total[network.output.name])

@@ -18,6 +18,7 @@ from .._arguments import (
     check_tensor,
     shown,
 )
+from ._labels import check_labels
 from .lipschitz import LipschitzBound
 
 Kind = Literal["cross_entropy", "trades", "emma"]
@@ -41,7 +42,9 @@ def worst_case_logits(
     logits : Tensor, shape (B, classes)
         The network's.
     y : Tensor, shape (B,)
+        Classes, integers.
     eps : float or Tensor, shape (), (B,) or (B, classes)
+        At least 0. Of tensors on an accelerator, which is not waited for, no number is looked at.
 
     Returns
     -------
@@ -56,6 +59,8 @@ def worst_case_logits(
     elif eps.shape not in (torch.Size(()), logits.shape[:1], logits.shape):
         wanted = f"(), {tuple(logits.shape[:1])} or {tuple(logits.shape)}"
         raise ValueError(f"eps must have shape {wanted}, got {shown(eps)}")
+    elif eps.device.type == "cpu" and not bool((eps >= 0).all()):
+        raise ValueError(f"eps must be at least 0, got {float(eps.min())}")
     return logits + _slack(model_or_bound, logits, y) * _column(eps)
 
 
@@ -72,7 +77,12 @@ def _slack(model_or_bound: nn.Module | LipschitzBound, logits: Tensor, y: Tensor
         raise ValueError(
             f"logits must be (B, classes) and y (B,), got {tuple(logits.shape)}, {tuple(y.shape)}"
         )
+    check_labels(y, len(logits), logits.shape[1], wait=False)
     total, body, W = bound.evaluate()
+    if W is not None and len(W) != logits.shape[1]:
+        raise ValueError(
+            f"logits must be of the network's {len(W)} classes, got shape {tuple(logits.shape)}"
+        )
     classes = torch.arange(logits.shape[1], device=logits.device)
     others = (classes != y[:, None]).to(logits.dtype)
     if W is None:

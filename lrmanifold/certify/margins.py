@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .._arguments import check_callable, check_integer, check_module, check_number, shown
 from .._evaluation import check_attacked, evaluation_mode
 from ._digest import digest
+from ._labels import check_labels
 from ._sizes import SMALLEST
-from ._trace import Recorder, refuse_hooks
+from ._trace import Recorder, gives_the_same, refuse_hooks
 from .bounds import CertificationError
 from .lipschitz import LipschitzReport, lipschitz, repeated
 
@@ -76,6 +77,8 @@ def _report(model: nn.Module, x: Tensor, bound: LipschitzReport | None) -> Lipsc
     if bound.digest != digest(model):
         raise ValueError("bound belongs to other weights than the model's: make it anew")
     refuse_hooks(model)  # of all modules: no fingerprint of this one
+    if not gives_the_same(model, bound.network.graph, x[:2]):
+        raise ValueError("bound belongs to another model: on x this one gives other outputs")
     return bound
 
 
@@ -93,7 +96,9 @@ def _radii(report: LipschitzReport, x: Tensor, y: Tensor | None) -> Tensor:
         raise ValueError(f"model must give logits (B, classes >= 2), got {tuple(z.shape)}")
     classes = z.shape[1]
     predicted = z.argmax(1)
-    label = predicted if y is None else _labels(y, x, classes).to(device)
+    if y is not None:
+        check_labels(y, len(x), classes)
+    label = predicted if y is None else y.to(device, torch.long)
     own = z.gather(1, label[:, None])
     other = torch.arange(classes, device=device) != label[:, None]
     # how fast class j may come nearer, before rounding is counted
@@ -137,19 +142,12 @@ def _forward_error(report: LipschitzReport, recorder: Recorder) -> tuple[Tensor,
                 length = length + stretch * (recorder.norms[n.name] * (1.0 + 1e-9) + 2.0 * error)
                 longer += stretch * (walked.total[n.name] + 2.0 * growth)
             norm = float(bound.norm)
-            e = (norm * e + _UNIT * (bound.slope * length + bound.offset)) * (1.0 + 1e-9)
-            g = (norm * g + _UNIT * bound.slope * longer) * (1.0 + 1e-9)
+            # of numbers that underflow the roundings are absolute, fewer than 2^53 half denormals
+            e = norm * e + _UNIT * (bound.slope * length + bound.offset) + SMALLEST
+            g = norm * g + (_UNIT * bound.slope * longer + SMALLEST if bound.slope else 0.0)
+            e, g = e * (1.0 + 1e-9), g * (1.0 + 1e-9)
             errors[node.name] = e, g
     return errors[network.output.name]
-
-
-def _labels(y: Tensor, x: Tensor, classes: int) -> Tensor:
-    wrong = not isinstance(y, Tensor) or y.shape != x.shape[:1]
-    if wrong or y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"y must hold {len(x)} integer classes")
-    if bool(((y < 0) | (y >= classes)).any()):
-        raise ValueError(f"y must be in 0..{classes - 1}, got {int(y.min())}..{int(y.max())}")
-    return y.long()
 
 
 def verified_accuracy(
@@ -257,6 +255,10 @@ def verified_accuracy(
 def _batches(data: Any, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
         x, y = data
+        if not isinstance(y, Tensor):
+            raise TypeError(f"data must be tensors (x, y), got {shown(y)} for y")
+        if not len(x):
+            raise ValueError("data holds no samples")
         if len(x) != len(y):
             raise ValueError(f"x and y must be equally long, got {len(x)} and {len(y)}")
         return zip(x.split(size), y.split(size), strict=True)

@@ -79,15 +79,17 @@ class Monitor:
     def output_bound(self, x: Tensor, *, certified: bool = False) -> Tensor:
         """How far the outputs of the two models on `x` can be apart, layer by layer.
 
-        Theorem T3: Σ_i Π_{j>i}‖Y_j‖₂ ‖(Y_i - W_i) z_{i-1}(x)‖, z the inputs of the twin's layers. A
-        class whose logit in the twin exceeds all others by √2 times that is the model's class too.
+        Theorem T3: Σ_i Π_{j>i}L_j ‖(Y_i - W_i) z_{i-1}(x)‖, z the inputs of the twin's layers, L
+        the Lipschitz constants of the model's. A class whose logit in the twin exceeds all others
+        by √2 times that is the model's class too. Both in evaluation mode and in float64, of whose
+        rounding it takes no account.
 
         Parameters
         ----------
         x : Tensor, shape (N, ...)
         certified : bool
             Use ``flow/bound`` for all layers together in place of the measured changes: the largest
-            Σ_i a_i δ_i with Σ δ_i² <= bound², a_i = Π_{j>i}‖Y_j‖₂ ‖z_{i-1}(x)‖.
+            Σ_i a_i δ_i with Σ δ_i² <= bound², a_i = Π_{j>i}L_j ‖z_{i-1}(x)‖.
 
         Returns
         -------
@@ -96,12 +98,21 @@ class Monitor:
         Raises
         ------
         ValueError
-            Without a reference, and for a model that is no chain (``nn.Sequential``) of linear and
-            convolutional layers, pooling and activations with Lipschitz constant 1.
+            Without a reference, for models without a bound (:func:`lrmanifold.certify.lipschitz`),
+            with jumps or of other layers than each other. With `certified`: for a model that is no
+            chain (``nn.Sequential``) of linear and convolutional layers, used once each, and
+            functions without parameters or buffers; and if weights have moved since :meth:`step`.
         """
         if self._certificate is None or self._reference is None:
             raise ValueError("output_bound needs a monitor with reference and loss, got none")
-        distance = self._certificate.numbers()["flow/bound"] if certified else None
+        distance = None
+        if certified:
+            if not self._certificate.is_current():
+                raise ValueError(
+                    "certified=True is about the weights at the last step(), and they have moved "
+                    "since: call step() after each step of the two models"
+                )
+            distance = self._certificate.numbers()["flow/bound"]
         return output_bound(self.model, self._reference, x, distance)
 
     @torch.no_grad()

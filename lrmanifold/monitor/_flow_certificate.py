@@ -130,6 +130,15 @@ class FlowCertificate:
         # A latch: what was lost once does not come back.
         self.holds = self.holds and math.isfinite(self.E)
 
+    def is_current(self) -> bool:
+        """Whether the weights are still those of the last step."""
+        now, then = self._state(), self.state
+        return all(
+            key in old and torch.equal(value, old[key])
+            for old, new in ((then.W, now.W), (then.Y, now.Y))
+            for key, value in new.items()
+        )
+
     def numbers(self) -> dict[str, float]:
         """The bound after the last step; see ``lrmanifold.monitor``."""
         at, q = self.state, self._sums

@@ -148,6 +148,46 @@ def test_products_below_the_smallest_number_stay_above_zero():
     assert 0.3 < r <= 0.5 / 2**0.5 * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("size", [1e-170, 1e-158, 1e158])
+def test_branches_side_by_side_are_not_squared_out_of_the_range(size):
+    """At 1e-170 the bound was 3e-138, and a radius 3e14."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 2, bias=False, dtype=D)
+            self.head.weight.data = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1]], dtype=D) / size
+
+        def forward(self, x):
+            a = x * size
+            return self.head(torch.cat((a, a), 1))
+
+    exact = certify.lipschitz(Both(), (2,)).total
+    assert 2.0 <= exact <= 2.0 * (1 + 1e-9)
+    if size > 1e-160:  # power iterations of dense weights square them, too
+        return
+    network = certify.LipschitzBound(Both(), (2,))
+    assert float(network.walk(exact=False).total["cat"]) == pytest.approx(2**0.5 * size)
+
+
+def test_what_underflows_in_the_forward_counts_in_the_radius():
+    """In exact arithmetic the class is the other one: 1e-322 has no digits to be multiplied up."""
+    layers = [nn.Linear(2, 2, bias=False, dtype=D) for _ in range(4)]
+    head = nn.Linear(2, 2, dtype=D)
+    for layer, scale in zip([*layers, head], (1e-161, 1e-161, 1e161, 1e161, 1.0), strict=True):
+        layer.weight.data = scale * torch.eye(2, dtype=D)
+    head.bias.data = torch.tensor([0.999, 0.0], dtype=D)
+    x = torch.tensor([[0.0, 1.0]], dtype=D)
+    assert certify.radius(nn.Sequential(*layers, head), x).item() == 0.0
+
+
+def test_a_jump_is_told():
+    report = certify.lipschitz(nn.Sequential(nn.Linear(2, 2), nn.Softplus()), (2,))
+    assert [row.jump > 0 for row in report.rows] == [False, True]
+    assert "but for the jumps of 1" in str(report)
+    assert "jumps" not in str(certify.lipschitz(nn.Softplus(threshold=800).double(), (2,)))
+
+
 class StageA1x(nn.MaxPool2d):
     """A name that ends like another dimension's."""
 
