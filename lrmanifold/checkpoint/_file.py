@@ -134,17 +134,12 @@ def _plain_state_dict(path: Path, raw: Mapping[str, Any]) -> Payload:
 def _from_0(payload: Payload) -> Payload:
     """Plain state dicts: nothing is known beside the tensors."""
     empty: Payload = {"optimizer": None, "extra": None}
-    known: Payload = {"aliases": {}, "geometry": {}, "checksums": {}, "channels_first": False}
+    known: Payload = {"aliases": {}, "geometry": {}, "checksums": {}}
     return {**empty, **known, **payload}
 
 
-def _from_1(payload: Payload) -> Payload:
-    """Low-rank convolutions had their channels first in V; the model knows how many."""
-    return {"channels_first": True, **payload}
-
-
-# What brings a payload of a version to the next one.
-MIGRATIONS: dict[int, Callable[[Payload], Payload]] = {0: _from_0, 1: _from_1, 2: dict}
+# What brings a payload of a version to the next one; files of version 1 are refused before.
+MIGRATIONS: dict[int, Callable[[Payload], Payload]] = {0: _from_0, 1: dict, 2: dict}
 
 
 def _migrated(path: Path, payload: Payload, sealed: bool) -> Payload:
@@ -154,6 +149,11 @@ def _migrated(path: Path, payload: Payload, sealed: bool) -> Payload:
     if version > VERSION:
         raise CheckpointError(
             f"{path}: has version {version}, this library reads up to {VERSION}: update it"
+        )
+    if version == 1:
+        raise CheckpointError(
+            f"{path}: has version 1, which no release wrote and whose convolutions had another "
+            "order: densify the model with the code that wrote it, and save that"
         )
     if version >= _SEALED_SINCE and not sealed:
         raise CheckpointError(f"{path}: is damaged: its seal is missing")

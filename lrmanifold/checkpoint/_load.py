@@ -100,14 +100,9 @@ def load(
         payload = migrate(payload)
         if not isinstance(payload, Mapping) or not isinstance(payload.get("model"), Mapping):
             raise TypeError("migrate must return the payload, a dict with a state dict in 'model'")
-    payload, old = _in_present_order(model, _without_wrappers(model, dict(payload)))
+    payload = _without_wrappers(model, dict(payload))
     payload["model"] = with_present_keys(model, payload["model"])
     state, converted, problems = _fitted(model, payload, dense)
-    if old and optimizer is not None:
-        problems.append(
-            f"the optimizer's state belongs to the order in which version 1 kept {old[0]!r}: load "
-            "without optimizer"
-        )
     own = set(model.state_dict())
     missing = tuple(sorted(own - set(payload["model"])))
     unexpected = tuple(sorted(set(payload["model"]) - own))
@@ -176,23 +171,6 @@ def _without_wrappers(model: nn.Module, payload: dict[str, Any]) -> dict[str, An
         if wrapped and not any(key.startswith(prefix) for key in own):
             payload["model"] = {k.removeprefix(prefix): v for k, v in state.items()}
     return payload
-
-
-def _in_present_order(
-    model: nn.Module, payload: dict[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """The payload with convolutions of version 1 brought to the present order, and their keys."""
-    if not payload.get("channels_first"):
-        return payload, []
-    state, changed = dict(payload["model"]), []
-    for key, layer in low_rank_weights(model).items():
-        value, reordered = state.get(key), getattr(layer, "from_channels_first", None)
-        if reordered is None or not isinstance(value, Tensor):
-            continue
-        if not is_dense(layer, value):
-            state[key] = reordered(value)
-            changed.append(key)
-    return {**payload, "model": state}, changed
 
 
 def _fitted(

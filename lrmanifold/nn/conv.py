@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._arguments import check_choice, check_flag, check_integer
-from ..factors import pack, unpack
 from ..manifolds.fixed_rank import Gradient
 from .kernels import KernelLayer, sizes
 from .layer import make_manifold
@@ -21,7 +20,6 @@ _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 class _LowRankConvNd(KernelLayer):
     """Shared by the three dimensions; see :class:`LowRankConv2d`."""
 
-    _version = 2
     _options = ("stride", "padding", "dilation", "groups", "bias", "padding_mode")
     _convolve: ClassVar[Any]
 
@@ -103,22 +101,6 @@ class _LowRankConvNd(KernelLayer):
         rows = V.transpose(-2, -1).contiguous()
         rows = rows.reshape(-1, *self.kernel_size, self.in_channels // self.groups)
         return rows.movedim(-1, 1)
-
-    def _translated(self, value: Tensor, version: int | None) -> Tensor:
-        return self.from_channels_first(value) if version == 1 else value
-
-    def from_channels_first(self, value: Tensor) -> Tensor:
-        """A packed weight of any rank as version 1 of this class kept it, in the present order.
-
-        There the channels came first in the rows of V. What is no packed weight of this layer is
-        returned as it is.
-        """
-        M = self.manifold
-        if value.ndim < 2 or value.shape[-2] != M.m + M.n + value.shape[-1]:
-            return value
-        U, S, V = unpack(value, M.m, M.n)
-        V = V.unflatten(-2, (-1, math.prod(self.kernel_size))).transpose(-3, -2)
-        return pack(U, S, V.flatten(-3, -2))
 
     def _last(self, z: Tensor, U: Tensor, S: Tensor | None, bias: Tensor | None) -> Tensor:
         ones = (1,) * len(self.kernel_size)

@@ -354,8 +354,6 @@ class LowRankLayer(WholeWeight):
         rest = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._run_load_hooks(state_dict, *rest)
         key = prefix + "weight"
-        if isinstance(state_dict.get(key), Tensor):
-            state_dict[key] = self._translated(state_dict[key], local_metadata.get("version"))
         value = state_dict.get(key)
         if isinstance(value, Tensor):
             before, after = self.manifold.rank, self._rank_of(value)
@@ -377,10 +375,6 @@ class LowRankLayer(WholeWeight):
         self._adopt(self._parameters["weight"])
         if isinstance(value, Tensor) and value.dtype != self.weight.dtype:
             self._remove_rounding()
-
-    def _translated(self, value: Tensor, version: int | None) -> Tensor:
-        """A weight from a state dict as this version of the class keeps it."""
-        return value
 
     def _rank_of(self, value: Tensor) -> int:
         """Rank of a checkpoint, which may be another one: adaptive runs save layers of any rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import geoopt
@@ -314,35 +315,19 @@ def test_groups_keep_their_own_bound():
     assert isinstance(layer.manifold, lrm.WellConditioned)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_weights_saved_with_the_channels_first_are_brought_to_the_present_order(groups):
-    torch.manual_seed(groups)
-    layer = LowRankConv2d(4, 6, (3, 2), 2, groups=groups, **F64)
-    old = LowRankConv2d(4, 6, (3, 2), 2, groups=groups, **F64).state_dict()
-    U, S, V = layer.manifold.unpack(old["weight"].clone())
-    layer.load_state_dict(old)
-    expected = layer.dense_weight().detach()
-    # Row c P + p of the old V was that of channel c, position p.
-    C, P = 4 // groups, 6
-    rows = torch.tensor([p * C + c for c in range(C) for p in range(P)])
-    old["weight"] = layer.manifold.pack(U, S, V[..., rows, :])
-    old._metadata[""]["version"] = 1
-    layer.load_state_dict(old)
-    torch.testing.assert_close(layer.dense_weight().detach(), expected, rtol=1e-14, atol=1e-14)
-
-
-@pytest.mark.parametrize("rank", [2, 3])
-def test_weights_of_the_old_order_may_have_another_rank(rank):
+def test_the_version_of_a_dense_layer_in_a_state_dict_changes_no_weight():
+    """As in one of a dense model that was filled up with the low-rank layers' tensors."""
     torch.manual_seed(0)
-    layer, other = (LowRankConv2d(4, 6, 3, r, **F64) for r in (2, rank))
-    old = other.state_dict()
-    old["weight"] = other.weight.detach().clone()
-    old._metadata[""]["version"] = 1
-    layer.load_state_dict(old)
-    assert layer.rank == rank
-    again = other.from_channels_first(other.weight.detach())
-    assert torch.equal(layer.weight, again)
-    assert not torch.equal(again, other.weight)
+    dense = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, (3, 2), groups=2))
+    source, again = (lrm.factorize(copy.deepcopy(dense), rank=2) for _ in range(2))
+    state = dense.state_dict()
+    assert state._metadata["0"]["version"] == 1
+    with torch.no_grad():
+        source[0].weight.copy_(source[0].manifold.random(*source[0].weight.shape))
+    state.update(source.state_dict())
+    again.load_state_dict(state)
+    for i in (0, 2):
+        assert torch.equal(again[i].weight, source[i].weight)
 
 
 @pytest.mark.parametrize("last", [False, True])
