@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._arguments import check_instance, check_module, check_path
 from .._wrappers import unwrapped
 from ..nn import Change, LowRankLayer, LowRankMultiheadAttention
+from ..parameter import is_sharded
 from ..precision import storage_tolerance
 
 
@@ -70,6 +71,27 @@ def with_split_attention(model: nn.Module, state: Mapping[str, Any]) -> dict[str
                 weight = state.pop(f"{prefix}{part}_proj_weight")
                 state[f"{prefix}{part}_proj.weight"] = weight
     return state
+
+
+def place_of(value: Any) -> tuple | None:
+    """Where a tensor of a state dict lies, the same for tied ones; None if nothing lies there."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided
+    if not plain or nn.parameter.is_lazy(value) or value.is_meta or is_sharded(value):
+        return None
+    if not value.numel():
+        return None
+    return value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
+
+
+def with_tied_keys(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict also with the keys whose tensor is that of another one, and written once.
+
+    ``safetensors.torch.save_model`` leaves them out.
+    """
+    places = {key: place_of(value) for key, value in model.state_dict().items()}
+    found = {places[key]: value for key, value in state.items() if places.get(key) is not None}
+    tied = {k: found[place] for k, place in places.items() if k not in state and place in found}
+    return {**state, **tied}
 
 
 def is_dense(layer: LowRankLayer, value: Tensor) -> bool:

@@ -25,7 +25,9 @@ from ._layers import (
     low_rank_weights,
     not_finite,
     packed_from_dense,
+    place_of,
     with_present_keys,
+    with_tied_keys,
 )
 
 # State of an optimizer that has the shape of its parameter.
@@ -101,7 +103,7 @@ def load(
         if not isinstance(payload, Mapping) or not isinstance(payload.get("model"), Mapping):
             raise TypeError("migrate must return the payload, a dict with a state dict in 'model'")
     payload = _without_wrappers(model, dict(payload))
-    payload["model"] = with_present_keys(model, payload["model"])
+    payload["model"] = with_tied_keys(model, with_present_keys(model, payload["model"]))
     state, converted, problems = _fitted(model, payload, dense)
     own = set(model.state_dict())
     missing = tuple(sorted(own - set(payload["model"])))
@@ -232,12 +234,9 @@ def _untied(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[str]:
     first: dict[tuple, str] = {}
     problems = []
     for key, value in own.items():
-        plain = isinstance(value, Tensor) and value.layout == torch.strided
-        if key not in state or not plain or nn.parameter.is_lazy(value) or not value.numel():
+        place = place_of(value)
+        if key not in state or place is None:
             continue
-        if value.is_meta or is_sharded(value):
-            continue
-        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
         other = first.setdefault(place, key)
         if other != key and not torch.equal(state[key], state[other]):
             problems.append(f"{key!r} and {other!r} are one tensor here, but not in the file")

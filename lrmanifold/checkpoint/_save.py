@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._sealed import checksum
 from ..parameter import is_sharded
 from ._file import FORMAT, VERSION, CheckpointError, Payload, is_safetensors, write
-from ._layers import checked, defect, low_rank_weights, not_finite
+from ._layers import checked, defect, low_rank_weights, not_finite, place_of
 
 _GEOMETRY = ("m", "n", "rank", "tau", "centre", "gradient")
 
@@ -70,11 +70,12 @@ def make_payload(model: nn.Module, optimizer: torch.optim.Optimizer | None, extr
         reason = _unwritable(value)
         if reason is not None:
             raise CheckpointError(f"{key!r} {reason}")
-        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
-        if value.numel() and place in seen:
+        place = place_of(value)
+        if place in seen:
             aliases[key] = seen[place]
             continue
-        seen[place] = key
+        if place is not None:
+            seen[place] = key
         state[key] = _plain_tensor(value)
     _check_values(model, state)
     return {
@@ -119,6 +120,9 @@ def _check_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Refuse values that :func:`lrmanifold.checkpoint.load` would refuse."""
     layers, parameters = low_rank_weights(model), {name for name, _ in model.named_parameters()}
     for key, value in state.items():
+        reason = not_finite(value, parameter=key in parameters)
+        if reason is not None:
+            raise CheckpointError(f"{key!r} {reason}")
         if key in layers:
             reason = defect(layers[key], value)
             if reason is not None:
@@ -127,9 +131,6 @@ def _check_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                     "averaged, take lrmanifold.optim.retracting_average; to bring it back: "
                     "p.data.copy_(p.manifold.projx(p))"
                 )
-        reason = not_finite(value, parameter=key in parameters)
-        if reason is not None:
-            raise CheckpointError(f"{key!r} {reason}")
 
 
 # What ``weights_only=True`` reads; subclasses need their code.

@@ -66,6 +66,48 @@ def test_a_file_without_ties_does_not_fit_a_model_with_them(tmp_path):
     checkpoint.load(tmp_path / "tied.pt", model(tied=False))
 
 
+def tied_model(rank: int | None = 2, adapted: bool = False) -> nn.Module:
+    """A table with a tied head, and two names for one layer, low-rank unless `rank` is None."""
+    torch.manual_seed(rank or 0)
+    model = nn.ModuleDict({"a": nn.Embedding(30, 12), "b": nn.Linear(12, 30, bias=False)})
+    model["b"].weight = model["a"].weight
+    model["c"] = model["d"] = nn.Linear(12, 12)
+    if adapted:
+        lrm.nn.adapt(model, 2, include="c")
+    return model if rank is None else lrm.factorize(model, rank=rank, include=["a", "b", "c"])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("other", [2, 3])
+def test_keys_that_a_file_leaves_out_as_tied_are_not_missing(tmp_path, dense, other):
+    """As ``safetensors.torch.save_model`` does."""
+    packing = pytest.importorskip("safetensors.torch")
+    source, model = tied_model(None if dense else 2), tied_model(other)
+    packing.save_model(source, str(tmp_path / "a.safetensors"))
+    found = checkpoint.load(tmp_path / "a.safetensors", model, dense="svd")
+    assert not found.missing
+    assert model["a"].weight is model["b"].weight
+    assert model["c"] is model["d"]
+    if not dense:
+        assert model["a"].rank == model["b"].rank == 2
+        assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
+    packing.save_file({"a.weight": source["a"].weight.detach()}, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match=r"'c.weight' is missing"):
+        checkpoint.load(tmp_path / "b.safetensors", model, dense="svd")
+
+
+def test_adapters_under_two_names_are_taken_from_one(tmp_path):
+    packing = pytest.importorskip("safetensors.torch")
+    source, model = tied_model(None, True), tied_model(None, True)
+    with torch.no_grad():
+        for p in source.parameters():
+            if not hasattr(p, "manifold"):
+                p.add_(1.0)
+    packing.save_model(source, str(tmp_path / "a.safetensors"))
+    checkpoint.load(tmp_path / "a.safetensors", model)
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
+
+
 def test_lazy_layers_take_what_the_file_has(tmp_path):
     source = nn.Sequential(nn.Linear(3, 2))
     checkpoint.save(tmp_path / "a.pt", source)

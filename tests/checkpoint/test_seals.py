@@ -169,6 +169,8 @@ def odd_models() -> dict[str, tuple[nn.Module, str]]:
     off = lrm.nn.LowRankLinear(6, 5, 2)
     with torch.no_grad():
         off.weight.data[0] += 1
+    nan_weight = lrm.nn.LowRankLinear(6, 5, 2)
+    nan_weight.weight.data[0] = torch.nan
     nan_bias, inf_bias, nan_buffer = nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2)
     with torch.no_grad():
         nan_bias.bias[0] = torch.nan
@@ -183,6 +185,7 @@ def odd_models() -> dict[str, tuple[nn.Module, str]]:
         "meta": (holding(torch.ones(2, device="meta")), "'odd' has no values: it is on the meta"),
         "lazy": (nn.LazyLinear(3), "'weight' has no values yet: run the model once"),
         "off": (off, "'weight' is not a point of"),
+        "NaN weight": (nan_weight, "'weight' holds NaN$"),  # no projection helps
         "NaN bias": (nan_bias, "'bias' holds NaN"),
         "Inf bias": (inf_bias, "'bias' holds Inf"),
         "NaN buffer": (nan_buffer, "'running_var' holds NaN"),
