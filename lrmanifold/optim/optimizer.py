@@ -16,6 +16,7 @@ from .._arguments import (
     check_number,
     check_numbers,
     check_rate,
+    check_tensor,
     shown,
 )
 from ..manifolds import FixedRank
@@ -318,23 +319,43 @@ class GeometricOptimizer(torch.optim.Optimizer):
     def momentum(self, p: Tensor) -> Tensor:
         """The momentum of a parameter: a tangent vector at its present point, 0 before a step.
 
+        Where Adam moves a parameter it is the first moment, without the bias correction that a
+        step divides by. 0 always for optimizers that remember no direction.
+
         The state keeps it in coordinates that suit the step: on a low-rank weight with the
         retraction "factored" ``state[p]["momentum_buffer"]`` holds velocities of the factors,
-        packed, as they were at the point before.
+        packed, as they were at the point before. ``state[p]["exp_avg"]`` is the vector itself.
+
+        Parameters
+        ----------
+        p : Tensor
+            A parameter of this optimizer.
 
         Returns
         -------
         Tensor, shape of `p`
             Packed for low-rank weights. Of a sharded parameter sharded like it; all its processes
             have to ask together.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `p` is none of the optimizer's parameters, or its momentum belongs to another rank.
         """
+        check_tensor("p", p, real=False)
+        if not any(p is q for group in self.param_groups for q in group["params"]):
+            raise ValueError(
+                f"p must be a parameter that this {type(self).__name__} moves, got {shown(p)} in "
+                "none of its groups: was the model converted after the optimizer was built?"
+            )
         state: dict[str, Any] = self.state.get(p, {})
         manifold: Any = manifold_of(p)
-        buffer = state.get("momentum_buffer")
-        if buffer is None:
+        key = next((k for k in ("momentum_buffer", "exp_avg") if k in state), None)
+        if key is None:
             return torch.zeros_like(p.detach())
-        check_vector("momentum_buffer", buffer, p, "p")
-        if not is_factored(manifold):
+        buffer = state[key]
+        check_vector(key, buffer, p, "p")
+        if key == "exp_avg" or not is_factored(manifold):
             return buffer.clone()
         found = tangent_of_velocity(manifold, gathered(p.detach()), gathered(buffer))
         return sharded_like(p, found) if is_sharded(p) else found

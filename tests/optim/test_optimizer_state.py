@@ -345,3 +345,34 @@ def test_a_mark_that_says_nothing_is_refused(mark):
     _, optimizer = moved(CondLR, "svd", torch.float64)
     with pytest.raises((TypeError, ValueError), match=r"velocities of .* must be"):
         optimizer.load_state_dict({**optimizer.state_dict(), "velocities": mark})
+
+
+@pytest.mark.parametrize("retraction", ["factored", "svd"])
+@pytest.mark.parametrize("kind", [CondLR, lrm.optim.CondLRAdam, lrm.optim.CondLRMuon])
+def test_the_momentum_is_what_the_gradients_sum_to(kind, retraction):
+    """One step of rate 0: the gradient, times the weight that a mean of the rule gives it."""
+    torch.manual_seed(0)
+    model = LowRankLinear(16, 12, 3, retraction=retraction, dtype=torch.float64)
+    optimizer = kind(model.parameters(), lr=0.0, **({"momentum": 0.9} if kind is CondLR else {}))
+    assert not any(optimizer.momentum(p).any() for p in model.parameters())
+    model(torch.randn(6, 16, dtype=torch.float64)).square().mean().backward()
+    grad = {p: p.grad.clone() for p in model.parameters()}
+    M, p, bias = model.manifold, model.weight, model.bias
+    grad[p] = M.tangent_to_dense(p.detach(), M.egrad2rgrad(p.detach(), grad[p]))
+    optimizer.step()  # the retraction "svd" turns the factors
+    found = {bias: optimizer.momentum(bias)}
+    found[p] = M.tangent_to_dense(p.detach(), optimizer.momentum(p))
+    for q in (p, bias):
+        of_adam = "exp_avg" in optimizer.state[q]
+        share = 0.1 if of_adam else 1.0  # 1 - beta1, and no bias correction
+        torch.testing.assert_close(found[q], share * grad[q], rtol=1e-9, atol=1e-12)
+    assert M.check_vector_on_tangent(p.detach(), optimizer.momentum(p), atol=1e-10)
+
+
+def test_the_momentum_of_what_the_optimizer_does_not_move_is_refused():
+    model, other = model_of(0), model_of(0)
+    optimizer = optimizer_of(model)
+    with pytest.raises(ValueError, match="p must be a parameter that this CondLR moves, got a par"):
+        optimizer.momentum(other[0].weight)
+    with pytest.raises(TypeError, match="p must be a tensor, got 3"):
+        optimizer.momentum(3)
