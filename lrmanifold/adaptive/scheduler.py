@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import linalg
 from .._arguments import (
+    check_callable,
     check_instance,
     check_integer,
     check_module,
@@ -21,6 +22,7 @@ from .._arguments import (
     check_state,
     check_text,
 )
+from .._stack import stack_level
 from .._wrappers import names_without_wrappers
 from ..factors import unpack
 from ..manifolds import WellConditioned
@@ -134,6 +136,9 @@ class RankScheduler:
             check_number("coefficient_lr", coefficient_lr, **ends)
         self.tol, self.min_rank, self.max_rank = tol, min_rank, max_rank
         self.target_compression, self.coefficient_lr = target_compression, coefficient_lr
+        if grad_scaler is not None:
+            kind = torch.amp.GradScaler
+            check_instance("grad_scaler", grad_scaler, kind, "a torch.amp.GradScaler")
         self.grad_scaler = grad_scaler
         self.count = 0
         self._layers: dict[str, LowRankLayer] = {}
@@ -185,10 +190,14 @@ class RankScheduler:
         ----------
         closure : callable, optional
             Clears the gradients, evaluates the loss, calls ``backward``. Needed for layers with a
-            bound. Gradients of other parameters are afterwards what they were before.
+            bound, and called 1 + `coefficient_steps` times when their ranks adapt. Gradients of
+            other parameters and the persistent buffers of the model, such as the statistics of
+            batch norms, are afterwards what they were before.
 
         Raises
         ------
+        TypeError
+            If the closure is no function.
         ValueError
             Without a closure, if a layer has a bound.
 
@@ -198,6 +207,8 @@ class RankScheduler:
         or Inf, weights, ranks and the optimizer's state are those from before. The warning counts
         as a step; an error does not, so that a second call tries again.
         """
+        if closure is not None:
+            check_callable("closure", closure, "a function that calls backward()")
         layers = self._trained()
         capped = {k: v for k, v in layers.items() if _capped(v)}
         if capped and closure is None:
@@ -223,7 +234,7 @@ class RankScheduler:
                 f"the gradient of {error} is not finite: this adaptation is left out; if it "
                 "happens again, lower coefficient_lr",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=stack_level(),
             )
         self.count += 1
 
@@ -297,10 +308,10 @@ class RankScheduler:
                 "gradients, so that no rank can grow: call the scheduler's step after "
                 "optimizer.step() and before zero_grad()",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=stack_level(),
             )
         if capped and closure is not None:
-            with self._gradients_aside(capped):
+            with self._gradients_aside(capped), self._buffers_aside():
                 self._try_out(capped, closure)
         self.truncate()
         for name, found in directions.items():
@@ -317,6 +328,13 @@ class RankScheduler:
         }
         scale = 1.0 if self.grad_scaler is None else 1.0 / self.grad_scaler.get_scale()
         closure()
+        if all(layer.weight.grad is None for layer in layers.values()):
+            warnings.warn(
+                f"the closure left no gradient for {next(iter(layers))} and the other layers with "
+                "a bound, so that no rank can grow. Does it call backward()?",
+                RuntimeWarning,
+                stacklevel=stack_level(),
+            )
         for name, layer in layers.items():
             self._widen(name, layer, new_directions(layer.weight))
         for _ in range(self.coefficient_steps):
@@ -346,6 +364,24 @@ class RankScheduler:
         finally:
             for p, grad in kept.items():
                 p.grad = grad
+
+    @contextlib.contextmanager
+    def _buffers_aside(self) -> Iterator[None]:
+        """Put the model's persistent buffers back at the end.
+
+        Batch norms would count one batch many times, most of them with cores that are dropped.
+        """
+        kept = [
+            (module._buffers, name, buffer, buffer.clone())
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        ]
+        try:
+            yield
+        finally:
+            for buffers, name, buffer, value in kept:
+                buffers[name] = buffer.copy_(value)
 
     # -- state
 

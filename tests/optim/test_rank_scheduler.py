@@ -417,6 +417,41 @@ def test_what_cannot_be_adapted_is_refused_in_words():
         RankScheduler(model, CondLR(model.parameters(), 0.1), tol=0.1, every=5).step()
 
 
+def test_a_closure_that_is_none_or_leaves_no_gradient_is_named():
+    problem = Regression(target(), 4, tau=0.1)
+    optimizer = CondLR(problem.model.parameters(), 0.1)
+    with pytest.raises(TypeError, match=r"grad_scaler must be a torch\.amp\.Grad"):
+        RankScheduler(problem.model, optimizer, tol=0.1, grad_scaler=3)
+    scheduler = RankScheduler(problem.model, optimizer, tol=0.1, every=2, coefficient_steps=1)
+    with pytest.raises(TypeError, match="closure must be a function that calls backward"):
+        scheduler.step(3)
+    scheduler.step(problem.loss)  # not called at this step
+    with pytest.warns(RuntimeWarning, match="no gradient for 0 and .* call backward") as caught:
+        scheduler.step(problem.loss)
+    assert caught[0].filename == __file__
+
+
+def test_an_adaptation_leaves_the_statistics_of_batch_norms_alone():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(10)
+    model = nn.Sequential(LowRankLinear(12, 10, 2), norm)
+    optimizer = CondLR(model.parameters(), 0.1)
+    scheduler = RankScheduler(model, optimizer, tol=0.1, coefficient_lr=1.0)
+    x, calls = torch.randn(16, 12), []
+
+    def closure():
+        calls.append(None)
+        optimizer.zero_grad()
+        model(x).cos().mean().backward()
+
+    closure()
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    optimizer.step()
+    scheduler.step(closure)
+    assert len(calls) == 1 + 1 + scheduler.coefficient_steps
+    assert all(torch.equal(value, before[name]) for name, value in norm.named_buffers())
+
+
 def test_factors_without_a_gradient_are_truncated_and_not_augmented():
     problem = Regression(target(), 4, tau=None)
     optimizer = CondLR(problem.model.parameters(), 0.1)
