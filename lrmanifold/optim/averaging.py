@@ -102,6 +102,8 @@ class RetractingAverage(AveragedModel):
 
         Raises
         ------
+        TypeError
+            If `model` is no module.
         GeometryError
             If a weight has lost its manifold here or in `model`; nothing is changed then.
         ValueError
@@ -109,7 +111,7 @@ class RetractingAverage(AveragedModel):
             if one of its parameters or buffers has another shape; nothing is changed then. The rank
             of a weight may be another one, that of an adapter's start may not.
         """
-        model = unwrapped(model)
+        model = unwrapped(check_module("model", model))
         count = int(self.n_averaged)
         weight = 1.0 if count == 0 else 1.0 / (count + 1) if self.decay is None else 1 - self.decay
         pairs = self._on_manifolds(model)

@@ -80,6 +80,11 @@ class GeometryMemory:
         ok, _ = manifold.check_point_on_manifold(X, explain=True, atol=tolerance, rtol=tolerance)
         if ok:
             return
+        if not bool(torch.isfinite(X).all()):
+            raise GeometryError(
+                f"{label} holds NaN or Inf. A projection cannot bring it back: load the model from "
+                "a checkpoint, or build it anew"
+            )
         repair = max(_REPAIRABLE, tolerance)
         ok, reason = manifold.check_point_on_manifold(X, explain=True, atol=repair, rtol=repair)
         if not ok:

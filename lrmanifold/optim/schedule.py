@@ -12,6 +12,7 @@ from .._arguments import (
     check_callable,
     check_instance,
     check_integer,
+    check_rate,
     check_state,
     check_text,
     shown,
@@ -25,14 +26,15 @@ class OptionScheduler:
     ----------
     optimizer : torch.optim.Optimizer
     option : str
-        A key of the groups, such as "penalty" or "weight_decay".
+        A key of the groups whose values are numbers, such as "penalty" or "weight_decay".
     function : callable
         Step number (0 before the first call of :meth:`step`) to a factor of the initial value.
 
     Raises
     ------
-    ValueError
-        If a group has no such option, or the optimizer refuses a value; no group has changed then.
+    TypeError, ValueError
+        If a group has no such option or one that is no number, if the function returns something
+        else, or the optimizer refuses a value; no group has changed then.
 
     Examples
     --------
@@ -61,7 +63,11 @@ class OptionScheduler:
         groups = self.optimizer.param_groups
         # a group that was added later starts from what it has
         self.initial += [_copied(g[self.option]) for g in groups[len(self.initial) :]]
-        values = [value * self.function(self.count) for value in self.initial]
+        for value in self.initial:
+            check_rate(f"the option {self.option!r} of each group", value, low=None)
+        factor = self.function(self.count)
+        check_rate(f"function({self.count})", factor, low=None)
+        values = [value * factor for value in self.initial]
         pairs = list(zip(groups, values, strict=True))
         if check := getattr(self.optimizer, "_check_options", None):
             for group, value in pairs:
@@ -86,7 +92,7 @@ class OptionScheduler:
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             If it is no such state, or one of more groups than there are. Nothing is changed then.
         """
         check_state(state, ("count", "initial"))

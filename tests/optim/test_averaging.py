@@ -171,6 +171,8 @@ def test_wrong_arguments_and_lost_manifolds_are_refused():
         average_points(M, X, X, 1.5)
     average = retracting_average(model)
     average.update_parameters(model)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got None"):
+        average.update_parameters(None)
     before = copy.deepcopy(dict(average.state_dict()))
     low_rank_layers(model)[1].weight.__class__ = nn.Parameter
     del low_rank_layers(model)[1].weight.manifold

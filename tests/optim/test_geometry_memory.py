@@ -293,6 +293,16 @@ def test_labels_say_what_a_parameter_is():
         model[0].weight.data.div_(3.0)
 
 
+def test_a_weight_of_nan_is_named_and_not_sent_to_a_projection():
+    model = torch.nn.Sequential(lrm.nn.LowRankLinear(8, 6, 3, tau=0.1))
+    optimizer = CondLR(model.named_parameters(), lr=0.1)
+    model(torch.ones(2, 8)).sum().backward()
+    model[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(GeometryError, match=r"'0.weight' holds NaN or Inf.* checkpoint") as caught:
+        optimizer.step()
+    assert "projx" not in str(caught.value)
+
+
 def test_writing_back_a_point_of_the_manifold_goes_on():
     layer, optimizer = layer_and_optimizer()
     with torch.no_grad():

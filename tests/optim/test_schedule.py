@@ -102,6 +102,24 @@ def test_schedules_of_rate_and_option_run_side_by_side():
     assert (group["lr"], group["weight_decay"]) == pytest.approx((0.1, 0.2 / 3))
 
 
+@pytest.mark.parametrize(
+    ("option", "function", "words"),
+    [
+        ("betas", lambda step: 0.5, r"'betas' of each group must be a finite number"),
+        ("params", lambda step: 1, r"'params' of each group must be a finite number"),
+        ("maximize", lambda step: 1.0, r"'maximize' of each group must be a finite number"),
+        ("weight_decay", lambda step: None, r"function\(0\) must be a finite number, got None"),
+        ("weight_decay", lambda step: float("nan"), r"function\(0\) must be .* got nan"),
+    ],
+)
+def test_options_and_factors_that_are_no_numbers_are_named(option, function, words):
+    optimizer = CondLRAdam(LowRankLinear(6, 5, 3).parameters(), weight_decay=0.1)
+    before = dict(optimizer.param_groups[0])
+    with pytest.raises((TypeError, ValueError), match=words):
+        OptionScheduler(optimizer, option, function)
+    assert optimizer.param_groups[0] == before
+
+
 def test_an_option_that_does_not_exist_is_refused_and_the_others_are_named():
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
     with pytest.raises(ValueError, match=r"momentum.*got 'penalty'"):
