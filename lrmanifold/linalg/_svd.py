@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import all_finite, checked
+from ..precision import compute_dtype
+from ._common import all_finite, check_matrix, checked
 
 
 class SVD(NamedTuple):
@@ -71,7 +72,15 @@ def svd(A: Tensor) -> SVD:
         On the CPU, if `A` is not finite.
     torch.linalg.LinAlgError
         If nothing converged.
+
+    Notes
+    -----
+    Within ``torch.compile`` and ``torch.export`` it is ``torch.linalg.svd`` itself: a graph can
+    neither look at values nor try again.
     """
+    if torch.compiler.is_compiling():
+        check_matrix(A, "A")
+        return SVD(*torch.linalg.svd(A.to(compute_dtype(A.dtype)), full_matrices=False))
     A = checked(A, "A")
     try:
         return _finite(SVD(*torch.linalg.svd(A, full_matrices=False)))

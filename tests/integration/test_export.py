@@ -65,6 +65,24 @@ def test_the_graph_of_the_layers_has_no_break(gradient):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.1, None])
+def test_convex_potentials_compile_whole_and_export(tau):
+    """For tau > 0 their norm takes an SVD, which looks at no value in a graph."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer, x = lrm.nn.ConvexPotential(16, 4, tau=tau), torch.randn(3, 16)
+    with torch.no_grad():
+        layer.layer.weight.copy_(layer.layer.manifold.random(*layer.layer.weight.shape))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    ys = [compiled(x), layer(x)]
+    torch.testing.assert_close(*ys)
+    grads = [torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in ys]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(exported.module()(x[:2]), layer(x[:2]))
+
+
 def test_a_compiled_training_step_breaks_at_the_optimizer_and_is_compiled_once():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
