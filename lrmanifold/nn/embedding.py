@@ -36,8 +36,11 @@ class LowRankEmbedding(LowRankLayer):
     rank : int
         In 1..min(m, n); with `padding_idx` in 1..min(m - 1, n), as the other rows hold the basis.
     padding_idx : int, optional
-        This word gives no gradient to U. Its row is zero at the start, and a row that is zero
-        stays zero exactly. A row that is not, taken over from a dense table, moves with the basis.
+        This word gives no gradient to U. Its row is zero at the start. A row that is zero stays
+        zero: exactly with the retractions "factored", the default, and "orthographic"; with the
+        others, in :class:`~lrmanifold.optim.DLRT` and in averages but for rounding, which
+        decompositions spread over all rows and which adds up over the steps. A row that is not
+        zero, taken over from a dense table, moves with the basis.
     tau : float or None
         The condition number of the table stays at most 1 + tau; None for no bound.
     gradient, retraction, scale
