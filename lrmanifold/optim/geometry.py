@@ -82,8 +82,8 @@ class GeometryMemory:
             return
         if not bool(torch.isfinite(X).all()):
             raise GeometryError(
-                f"{label} holds NaN or Inf. A projection cannot bring it back: load the model from "
-                "a checkpoint, or build it anew"
+                f"{label} is not on its manifold {manifold.name}: it holds NaN or Inf, which no "
+                "projection mends: load the model from a checkpoint, or build it anew"
             )
         repair = max(_REPAIRABLE, tolerance)
         ok, reason = manifold.check_point_on_manifold(X, explain=True, atol=repair, rtol=repair)
