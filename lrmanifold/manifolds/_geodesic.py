@@ -96,10 +96,14 @@ def geodesic(X: Factors, xi: Factors, *, tol: float = 1e-13, max_steps: int = 40
     steps, (previous, _) = 8, _rk4(start, 4)
     while steps <= max_steps:
         state, cores = _rk4(start, steps)
-        size = torch.stack(torch.broadcast_tensors(*map(_largest, state[:3]))).sum(0)
-        gaps = [_largest(a - b) for a, b in zip(state, previous, strict=True)]
+        # Frames have no scale; all else has that of the core, for |W(t)|² = |W + t ξ|².
+        size = torch.maximum(_largest(X.S), _largest(state[1]))
+        gaps = [
+            _largest(a - b) / (1.0 if k in (0, 2) else size)
+            for k, (a, b) in enumerate(zip(state, previous, strict=True))
+        ]
         worst = torch.stack(torch.broadcast_tensors(*gaps)).amax(0)
-        settled = bool((worst <= allowed * size.clamp_min(1.0)).all())  # NaN is not
+        settled = bool((worst <= allowed).all())  # NaN is not
         if settled:
             _check_sign(cores)
         if settled and _is_apart(cores):

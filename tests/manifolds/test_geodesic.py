@@ -194,6 +194,19 @@ def test_ill_conditioned_points_have_geodesics_of_the_length_of_sigma_r(cond):
     assert float((M.dist(Y, M.retr(X, xi)) * cond).max()) <= 0.1
 
 
+def test_a_large_constant_direction_costs_the_others_no_accuracy():
+    """Where the second singular pair moves alone, it does so as it would at rank 1."""
+    two, one, big = lrm.FixedRank(8, 7, 2), lrm.FixedRank(8, 7, 1), 1e6
+    P, Q = orthonormal(8, 3, seed=0), orthonormal(7, 3, seed=1)
+    u, v, m = 0.8 * P[:, 2:], 0.6 * Q[:, 2:], torch.full((1, 1), 0.25, dtype=torch.float64)
+    S, M = torch.diag(torch.tensor([big, 1.0])).double(), torch.diag(torch.tensor([0.0, 0.25]))
+    X = two.pack(P[:, :2], S, Q[:, :2])
+    xi = two.pack(torch.cat((0 * u, u), 1), M.double(), torch.cat((0 * v, v), 1))
+    y = one.expmap(one.pack(P[:, 1:2], torch.ones_like(m), Q[:, 1:2]), one.pack(u, m, v))
+    W = two.to_dense(two.expmap(X, xi)) - big * torch.outer(P[:, 0], Q[:, 0])
+    assert float((W - one.to_dense(y)).abs().max()) <= 8 * torch.finfo(torch.float64).eps * big
+
+
 @pytest.mark.parametrize(("size", "smallest"), [(1e12, 1.0), (1.0, 1e-12)])
 def test_a_large_or_ill_conditioned_point_of_a_batch_costs_the_others_no_accuracy(size, smallest):
     M = lrm.FixedRank(7, 5, 3)
