@@ -138,7 +138,7 @@ def clip_values(s: Tensor, tau: float, *, centre: Centre = "metric") -> Tensor:
     if centre == "metric":
         if s.ndim == 1 and s.device.type == "cpu" and not differentiated(s):
             low = _threshold(s.tolist()[::-1], kappa)
-            return s.clamp(low, kappa * low)
+            return s.clamp(low, min(kappa * low, torch.finfo(s.dtype).max))
         t = metric_threshold(s, kappa)[..., None]
         # κt from the float64 t: that of a large κ may have few digits in float32.
         return torch.minimum(torch.maximum(s, t.to(s.dtype)), (kappa * t).to(s.dtype))
@@ -344,7 +344,8 @@ def conditioning_penalty(S: Tensor, *, squared: bool = False) -> Tensor:
     # where twice: the square root's infinite slope at 0 would turn the subgradient into NaN.
     zero = value == 0
     root = torch.where(zero, torch.ones_like(value), value).sqrt()
-    return (torch.where(zero, torch.zeros_like(value), root) * size**2).to(dtype)
+    # not size**2, which may overflow where R does not
+    return (torch.where(zero, torch.zeros_like(value), root) * size * size).to(dtype)
 
 
 @without_autocast
@@ -369,8 +370,9 @@ def conditioning_penalty_grad(S: Tensor, *, squared: bool = False) -> Tensor:
     if squared:
         return (4.0 * (S @ E) * size * size**2).to(dtype)
     R = torch.linalg.matrix_norm(E, keepdim=True)
-    # Below roundoff (of SᵀS, and of the clip that made S) E is noise of unit size, no gradient.
-    floor = 16 * torch.finfo(S.dtype).eps * S.square().sum((-2, -1), keepdim=True)
+    # Below roundoff E is noise of unit size, no gradient: 2 eps of SᵀS, up to 30 of the clip that
+    # made S (measured, float64, r = 3).
+    floor = 64 * torch.finfo(S.dtype).eps * S.square().sum((-2, -1), keepdim=True)
     direction = torch.where(floor < R, E / R.clamp_min(torch.finfo(S.dtype).tiny), 0.0 * E)
     return (2.0 * (S @ direction) * size).to(dtype)
 

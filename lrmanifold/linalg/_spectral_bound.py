@@ -41,7 +41,7 @@ def spectral_norm_bound(A: Tensor, *, iterations: int = 30) -> Tensor:
     Returns
     -------
     Tensor, shape (...), float64
-        NaN where `A` holds NaN or Inf.
+        Not finite (NaN or Inf) where `A` is not, nor where ‖A‖₂ is beyond the largest number.
 
     Raises
     ------
@@ -74,16 +74,26 @@ def spectral_norm_bound(A: Tensor, *, iterations: int = 30) -> Tensor:
         for scale, gap in zip(reversed(scales[1:]), reversed(gaps), strict=True):
             # |G_k|² <= |fl(G_k* G_k)| + error, in the units of G_k
             bound = (torch.ldexp(bound, scale) + gap).sqrt() * _ROUND_UP
-        return torch.ldexp(bound, scales[0])
+        found = _times_power(bound, scales[0])
+        # among the denormals that product was rounded, maybe downwards
+        upwards = torch.nextafter(found, torch.full_like(found, torch.inf))
+        tiny = torch.finfo(found.dtype).tiny
+        return torch.where((bound > 0) & (found < tiny), upwards, found)
 
 
 def _scaled(A: Tensor) -> tuple[Tensor, Tensor]:
     """A times a power of two, largest entry about 1, which is exact; and the exponent taken out."""
     largest = (torch.view_as_real(A).abs().amax(-1) if A.is_complex() else A.abs()).amax((-2, -1))
     exponent = torch.frexp(largest).exponent
-    factor = torch.ldexp(torch.ones_like(largest), -exponent)[..., None, None]
     # entries so small that scaling rounds them to denormals are below 2^-1000 of the largest
-    return A * factor, exponent
+    return _times_power(A, -exponent[..., None, None]), exponent
+
+
+def _times_power(A: Tensor, exponent: Tensor) -> Tensor:
+    """A · 2^exponent. In two halves: for 1e-310 that is 2^1029, which is no number."""
+    half = exponent // 2
+    one = torch.ones_like(exponent, dtype=torch.float64)
+    return A * torch.ldexp(one, half) * torch.ldexp(one, exponent - half)
 
 
 def _frobenius(A: Tensor) -> Tensor:

@@ -55,6 +55,39 @@ def test_the_penalty_and_its_gradient_scale_with_the_core(power, squared, seed):
             assert float((small.grad.double() - slope).norm()) <= 1e-5 * float(slope.norm())
 
 
+def test_a_penalty_that_is_a_number_is_found_though_the_square_of_the_core_is_none():
+    S = 2e19 * torch.diag(torch.tensor([1.0, 1.0625]))
+    exact = float(linalg.conditioning_penalty(S.double()))
+    assert float(linalg.conditioning_penalty(S)) == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("tau", [1e39, 1e308])
+def test_a_bound_beyond_the_largest_number_clips_one_spectrum_as_it_clips_a_batch(tau):
+    for s in (torch.tensor([1.0, 0.5]), torch.tensor([3.0, 0.0])):
+        assert torch.equal(linalg.clip_values(s, tau), linalg.clip_values(s[None], tau)[0])
+
+
+@pytest.mark.parametrize("size", [5e-324, 1e-320, 1e-310, 1e-300, 1e300, 3.4e307])
+def test_bounds_of_norms_near_the_ends_of_float64(size):
+    A = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.float64) * size
+    exact = 5.0 * size
+    assert exact <= float(linalg.spectral_norm_bound(A)) <= exact * (1.0 + 1e-8) + 5e-324
+    batch = torch.stack((A, torch.eye(2).double(), 0.0 * A))
+    assert torch.equal(linalg.spectral_norm_bound(batch)[0], linalg.spectral_norm_bound(A))
+    assert float(linalg.spectral_norm_bound(batch)[2]) == 0.0
+
+
+def test_bounds_of_norms_beyond_the_largest_number_and_of_no_numbers_are_not_finite():
+    largest = torch.finfo(torch.float64).max
+    assert (
+        float(linalg.spectral_norm_bound(torch.full((2, 2), largest, dtype=torch.float64)))
+        == torch.inf
+    )
+    for bad in (torch.inf, torch.nan):
+        A = torch.tensor([[1.0, bad], [0.0, 2.0]])
+        assert not bool(linalg.spectral_norm_bound(A).isfinite())
+
+
 @pytest.mark.parametrize("rows", [50_257, pytest.param(1_000_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [CondLR, CondLRAdam, CondLRMuon])
 @pytest.mark.parametrize("forced", [False, True])

@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from oracles import relative
 from strategies import cores, gaussian, matrix, orthonormal, seeds, spectrum
 
-from lrmanifold.linalg import condition_number, conditioning_penalty, conditioning_penalty_grad
+from lrmanifold.linalg import (
+    condition_number,
+    conditioning_penalty,
+    conditioning_penalty_grad,
+    spectral_clip,
+)
 
 double = st.just(torch.float64)
 moderate = st.sampled_from((1.5, 1e1, 1e3))
@@ -70,6 +75,16 @@ def test_at_multiples_of_orthogonal_matrices_the_subgradient_zero_is_taken(dtype
     rotated = (3.0 * orthonormal(4, 4, seed=0)).to(dtype)
     assert float(conditioning_penalty_grad(rotated, squared=squared).abs().max()) <= 1e-4
     assert float(conditioning_penalty_grad(rotated).abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("r", [2, 3, 4, 16])
+def test_cores_clipped_to_condition_number_one_have_no_gradient(r, dtype):
+    torch.manual_seed(0)
+    S = torch.linalg.qr(torch.randn(2000, r, r, dtype=dtype))[0]
+    for spread in (0.03, 1.0):
+        C = spectral_clip(S + spread * torch.randn_like(S), 0.0)
+        assert float(conditioning_penalty_grad(C).abs().max()) == 0.0
 
 
 @given(cores(dtypes=double))
