@@ -199,6 +199,11 @@ class FixedRank(geoopt.Manifold):
         return self._retract
 
     @property
+    def has_singular_points(self) -> bool:
+        """Whether a singular core is a point: nothing divides by it, and no bound forbids it."""
+        return self.gradient == "probe" and type(self) is FixedRank
+
+    @property
     def bundle_key(self) -> Hashable:
         """What sets have in common whose weights an optimizer may move as one batch.
 
@@ -248,10 +253,13 @@ class FixedRank(geoopt.Manifold):
                     f"factor {key} is not orthonormal: max |{key}ᵀ{key} - I| = {defect:.2e}",
                 )
         s = linalg.svdvals(X.S)
-        if self.gradient == "probe" and type(self) is FixedRank:
+        if self.has_singular_points:
             return True, None
-        if bool((s[..., -1] <= torch.finfo(x.dtype).tiny).any()):
-            return False, f"core S is singular (smallest singular value {s.min().item():.2e})"
+        # below the normal numbers of the dtype that S is inverted in, not of its storage
+        if bool((s[..., -1] <= torch.finfo(s.dtype).tiny).any()):
+            hint = "; with gradient='probe' it would be a point" if type(self) is FixedRank else ""
+            size = s.min().item()
+            return False, f"core S is singular (smallest singular value {size:.2e}){hint}"
         return self._check_core(s, atol=atol, rtol=rtol)
 
     def _check_core(self, s, *, atol, rtol):

@@ -22,11 +22,14 @@ from .._arguments import (
 )
 from .._wrappers import parameters_without_wrappers, unwrapped
 from ..errors import GeometryError
-from ..factors import pack, unpack
+from ..factors import frobenius, pack, unpack
 from ..manifolds import Factors, FixedRank
 from ..parameter import manifold_of
 from .arithmetic import PlainArithmetic
 from .rank import resize
+
+# In units of eps: the rounding of QR and SVD, with room.
+_CANCELLED = 16
 
 
 def average_points(manifold: FixedRank, X: Tensor, Y: Tensor, weight: float) -> Tensor:
@@ -52,7 +55,9 @@ def average_points(manifold: FixedRank, X: Tensor, Y: Tensor, weight: float) -> 
     Raises
     ------
     ValueError
-        If `weight` is out of range, or the average has too small a rank.
+        If `weight` is out of range, or the two matrices cancel to rounding, unless a singular core
+        is a point (``gradient="probe"``). Where only some singular values cancel, theirs are those
+        of rounding, in directions of rounding, projected to the set.
     """
     check_instance("manifold", manifold, FixedRank, "an lrmanifold.FixedRank")
     check_tensor("X", X)
@@ -77,6 +82,14 @@ def _average_points(manifold: FixedRank, X: Tensor, Y: Tensor, weight: float) ->
     core = core + weight * (R_u[..., r:] @ B.S @ R_v[..., r:].mT)
     P, s, Qh = linalg.svd(core)
     k = manifold.rank
+    if not manifold.has_singular_points:
+        size = (1.0 - weight) * frobenius(A.S) + weight * frobenius(B.S)
+        if bool((s[..., 0] <= _CANCELLED * torch.finfo(wide).eps * size).any()):
+            raise ValueError(
+                f"(1 - weight) X + weight Y must not be 0, got matrices that cancel to "
+                f"{float(s[..., 0].min()):.2e} for weight = {weight:g}: no point of "
+                f"{manifold.name} is nearest to 0"
+            )
     S = manifold.project_core(torch.diag_embed(s[..., :k]))
     return pack(Q_u @ P[..., :k], S, Q_v @ Qh[..., :k, :].mT).to(Y.dtype)
 

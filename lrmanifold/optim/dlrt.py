@@ -41,8 +41,10 @@ class DLRT(GeometricOptimizer):
     ``"ksl"``
         K, S backwards, L, one after the other: 3 evaluations.
 
-    No substep divides by S: they work for any conditioning, rank-deficient starts included. Layers
-    with ``gradient="probe"`` share one evaluation for K and L. After truncation the core is
+    No substep divides by S: they work for any conditioning. Rank-deficient starts need
+    ``gradient="probe"``, where singular cores are points; other weights are refused with one, as
+    their layers and checkpoints do. Layers with ``gradient="probe"`` share one evaluation for K
+    and L, too. After truncation the core is
     projected onto the manifold's set, so weights on :class:`~lrmanifold.WellConditioned` satisfy
     their bound after every step, at every rank. Ordinary parameters take a gradient step with the
     gradient of the last evaluation.

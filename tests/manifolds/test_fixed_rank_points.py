@@ -206,6 +206,14 @@ def test_other_wrong_points_are_named():
     assert M.check_point_on_manifold(X, explain=True) == (True, None)
 
 
+def test_a_core_below_the_normal_numbers_of_float16_is_a_point():
+    """Those begin at 6.1e-5; all that divides by S does so in float32."""
+    wide, capped = lrm.FixedRank(6, 5, 2), lrm.WellConditioned(6, 5, 2, tau=1.0)
+    for s, M in (((1.0, 1e-5), wide), ((3e-5, 2e-5), capped)):
+        X = M.pack(torch.eye(6, 2), torch.diag(torch.tensor(s)), torch.eye(5, 2)).half()
+        assert M.check_point_on_manifold(X, explain=True) == (True, None)
+
+
 def test_vectors_off_the_tangent_space_are_named():
     M, X = lrm.FixedRank(6, 5, 2), _point()
     xi = M.proju(X, torch.randn_like(X))

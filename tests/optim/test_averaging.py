@@ -120,6 +120,23 @@ def test_a_weight_and_itself_in_another_gauge_average_to_itself():
     assert float((plain(x) - model(x)).detach().abs().max()) > 0.1  # U and S cancelled
 
 
+@pytest.mark.parametrize("tau", [None, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_matrices_that_cancel_have_no_average_but_where_zero_is_a_point(tau, dtype):
+    torch.manual_seed(0)
+    M = lrm.FixedRank(6, 5, 2) if tau is None else lrm.WellConditioned(6, 5, 2, tau=tau)
+    X = M.random(3, *M.point_shape, dtype=dtype).as_subclass(torch.Tensor)
+    Y = X.clone()
+    M.unpack(Y).S[1].neg_()
+    with pytest.raises(ValueError, match=r"must not be 0, got .* that cancel to .* = 0\.5"):
+        average_points(M, X, Y, 0.5)
+    W = 0.75 * M.to_dense(X[1]) + 0.25 * M.to_dense(Y[1])
+    torch.testing.assert_close(M.to_dense(average_points(M, X, Y, 0.25)[1]), W)
+    probe = lrm.FixedRank(6, 5, 2, gradient="probe")
+    zero = probe.to_dense(average_points(probe, X, Y, 0.5)[1])
+    torch.testing.assert_close(zero, torch.zeros_like(zero))
+
+
 def test_ranks_that_were_adapted_are_followed():
     model = network(rank=3)
     average = retracting_average(model, 0.5)

@@ -147,6 +147,26 @@ def test_grouped_convolutions_step_group_by_group(integrator):
     torch.testing.assert_close(W, expected, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("integrator", INTEGRATORS)
+def test_a_rank_deficient_start_steps_where_singular_cores_are_points(integrator):
+    torch.manual_seed(0)
+    for gradient in ("probe", "factors"):
+        M = lrm.FixedRank(6, 5, 2, gradient=gradient)
+        p, loss = weight(M, 1), Quadratic(1, 6, 5)
+        X = M.unpack(p.detach()[0])
+        X.S.copy_(torch.diag(torch.tensor([1.0, 0.0])))
+        X, optimizer = M.unpack(p.detach()[0].clone()), DLRT([p], 0.3, integrator=integrator)
+        if gradient == "factors":
+            with pytest.raises(lrm.GeometryError, match="with gradient='probe' it would be a p"):
+                optimizer.step(loss.closure(p, optimizer))
+            continue
+        expected = dense_dlrt.step(
+            integrator, X, loss.gradient(0), lr=0.3, tau=None, weight_decay=0.0, penalty=0.0
+        )
+        optimizer.step(loss.closure(p, optimizer))
+        torch.testing.assert_close(M.to_dense(p.detach()[0]), expected)
+
+
 def test_the_truncated_step_is_the_best_approximation_of_the_augmented_one():
     torch.manual_seed(0)
     M = lrm.FixedRank(12, 10, 4)
