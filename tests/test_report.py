@@ -367,3 +367,25 @@ def test_map_cond_of_separate_patches_is_that_of_the_kernel():
     with torch.no_grad():
         lost.weight.copy_(torch.tensor([[1.0, 1.0], [1.0, 1.0]])[:, :, None])
     assert report(lost).layers[0].map_cond == math.inf
+
+
+class Reading(nn.Module):
+    """Reads its table as the weight of its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body = nn.Embedding(50, 32), nn.Linear(32, 32)
+
+    def forward(self, ids):
+        return nn.functional.linear(self.body(self.table(ids)), self.table.weight)
+
+
+def test_tables_say_why_they_stay_before_they_are_advised_to_be_named():
+    advice = "table of embeddings: include names it to factorize it"
+    for model, reason in (
+        (Reading(), "Reading reads its weight directly"),
+        (nn.ModuleDict({"table": nn.Embedding(50, 32, max_norm=1.0)}), "max_norm=1.0 rewrites"),
+        (nn.ModuleDict({"table": nn.Embedding(50, 32)}), advice),
+    ):
+        (row,) = (o for o in report(model).others if o.name == "table")
+        assert row.reason.startswith(reason)

@@ -96,6 +96,16 @@ def candidates(
     return _with_tied_heads(found, obstacles, named)
 
 
+def why_tables_stay(model: nn.Module) -> dict[int, str]:
+    """Why each table of embeddings stays dense even where it is named; "" where it would not."""
+    if not any(isinstance(m, nn.Embedding) for m in model.modules()):
+        return {}
+    obstacles = Obstacles(model)
+    found = [replace(c, reason=_obstacle(c, obstacles)) for c in _all(model)]
+    found = _with_tied_heads(found, obstacles, ["*"])
+    return {id(c.module): c.reason for c in found if isinstance(c.module, nn.Embedding)}
+
+
 def layer_names(model: nn.Module) -> list[str]:
     """Names that patterns may be meant for: of all dense and low-rank layers."""
     names = [n for n, m in model.named_modules() if isinstance(m, LowRankLayer)]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ._obstacles import has_whole_weights
+from .candidates import why_tables_stay
 from .kinds import is_quantized, kind_of
 from .layer import LowRankLayer
 
@@ -50,6 +51,7 @@ def others_of(model: nn.Module, counted: Collection[int]) -> tuple[Other, ...]:
     With `counted`, the sizes add up to those of ``model.parameters()``.
     """
     seen, found = set(counted), []
+    tables = why_tables_stay(model)
     for name, module in model.named_modules():
         mine = {}
         for key, p in module._parameters.items():
@@ -61,7 +63,8 @@ def others_of(model: nn.Module, counted: Collection[int]) -> tuple[Other, ...]:
             matrices = any(p.ndim >= 2 for p in mine.values())
             low = isinstance(module, LowRankLayer) and "weight" in mine
             rank = module.rank if low else None  # type: ignore[union-attr]
-            found.append(Other(name, _kind(module), size, _reason(module, mine), matrices, rank))
+            reason = tables.get(id(module)) or _reason(module, mine)
+            found.append(Other(name, _kind(module), size, reason, matrices, rank))
     return tuple(found)
 
 
