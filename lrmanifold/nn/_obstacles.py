@@ -17,8 +17,8 @@ from ..precision import STORAGE_DTYPES
 from ._readers import hooks, readers
 from ._ties import ties
 
-# Attributes in which torch itself keeps modules; what is registered is no second reference.
-_TORCHS = frozenset({"_modules", "_parameters", "_buffers"})
+# What is registered is no second reference, nor what a low-rank layer remembers of its own weight.
+_REGISTERED = frozenset({"_modules", "_parameters", "_buffers", "_own_weight"})
 
 
 def check_model(name: str, model: Any) -> nn.Module:
@@ -90,10 +90,18 @@ class Obstacles:
             return "it is compiled: convert first, then compile"
         if parametrize.is_parametrized(module):
             return _parametrized(module)
-        if reader := self._readers.get(id(module)):
-            return f"{reader} reads its weight directly"
+        if reading := self._readers.get(id(module)):
+            return reading
         if place := self._held.get(id(module)):
             return f"{place} refers to it too, outside of the module tree"
+        return ""
+
+    def of_weight(self, weight: Tensor | None) -> str:
+        """The reason to keep this very tensor: who holds it; or ""."""
+        if weight is None:
+            return ""
+        if place := self._held.get(id(weight)):
+            return f"{place} refers to its weight too, outside of the module tree"
         return ""
 
     def of_dense(self, module: nn.Module, kind: type[nn.Module], *, tied: bool = False) -> str:
@@ -102,6 +110,7 @@ class Obstacles:
         With `tied`, a weight that others have, too, is no obstacle.
         """
         reason = self.of(module) or dense_defect(module, kind)
+        reason = reason or self.of_weight(module._parameters["weight"])
         if not reason and not tied and (others := self.ties.get((id(module), "weight"))):
             reason = f"its weight is tied to {listed(others)}"
         return reason
@@ -119,7 +128,7 @@ class Obstacles:
         names = [k for k in ATTENTION_WEIGHTS if getattr(module, k, None) is not None]
         for place, key in [*((module, k) for k in names), (out, "weight")]:
             weight = place._parameters.get(key)
-            if reason := weight_defect(weight):
+            if reason := weight_defect(weight) or self.of_weight(weight):
                 return reason
             if others := self.ties.get((id(place), key)):
                 return f"its {key} is tied to {listed(others)}"
@@ -206,33 +215,33 @@ def _compiled(model: nn.Module) -> Iterator[int]:
 
 
 def _held_elsewhere(model: nn.Module) -> Iterator[tuple[int, str]]:
-    """Modules that a module holds in containers or functions: they would keep the old layer."""
+    """Layers and weights in containers or functions of a module, which would keep the old ones."""
     for name, parent in model.named_modules():
         for key, value in vars(parent).items():
-            if key in _TORCHS or key.endswith("_hooks"):
+            if key in _REGISTERED or key.endswith("_hooks"):
                 continue
-            for module in _modules_in(value, 2):
-                if module is not parent:
-                    yield id(module), f"{type(parent).__name__}.{key}{_at(name)}"
+            for part in _parts_in(value, 2):
+                if part is not parent:
+                    yield id(part), f"{type(parent).__name__}.{key}{_at(name)}"
 
 
-def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
-    if isinstance(value, nn.Module):
+def _parts_in(value: Any, depth: int) -> Iterator[nn.Module | nn.Parameter]:
+    if isinstance(value, (nn.Module, nn.Parameter)):
         yield value
     elif depth and isinstance(value, (list, tuple, set, frozenset)):
         for item in value:
-            yield from _modules_in(item, depth - 1)
+            yield from _parts_in(item, depth - 1)
     elif depth and isinstance(value, Mapping):
         for item in value.values():
-            yield from _modules_in(item, depth - 1)
+            yield from _parts_in(item, depth - 1)
     elif depth and isinstance(value, functools.partial):
-        yield from _modules_in((value.func, *value.args, *value.keywords.values()), depth)
+        yield from _parts_in((value.func, *value.args, *value.keywords.values()), depth)
     elif depth and isinstance(value, types.MethodType):
-        yield from _modules_in(value.__self__, depth - 1)
+        yield from _parts_in(value.__self__, depth - 1)
     elif depth and isinstance(value, types.FunctionType):
-        yield from _modules_in(tuple(_captured(value)), depth)
+        yield from _parts_in(tuple(_captured(value)), depth)
     elif depth and isinstance(value, types.SimpleNamespace):
-        yield from _modules_in(vars(value), depth)
+        yield from _parts_in(vars(value), depth)
 
 
 def _captured(function: types.FunctionType) -> Iterator[Any]:

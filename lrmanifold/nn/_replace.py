@@ -111,7 +111,8 @@ def _attentions(model: nn.Module, obstacles: Obstacles) -> dict[int, LowRankMult
         if type(module) is LowRankMultiheadAttention and not obstacles.of(module):
             parts = [m for m in module.modules() if m is not module]
             tied = any(obstacles.ties.get((id(m), "weight")) for m in parts)
-            if not tied and not any(obstacles.of(m) or has_hooks(m) for m in parts):
+            stays = (obstacles.of(m) or has_hooks(m) or _of_weights(m, obstacles) for m in parts)
+            if not tied and not any(stays):
                 found[id(module)] = module
     return found
 
@@ -124,6 +125,8 @@ def _reason(
     dense: bool,
 ) -> str:
     if reason := obstacles.of(module) or _own_function(module, dense):
+        return reason
+    if reason := _of_weights(module, obstacles):
         return reason
     if isinstance(module, AdaptedLayer):
         return _reason_of_adapted(module, obstacles)
@@ -142,6 +145,12 @@ def _reason(
     if len(others) > len(group) - 1 or len(kinds) > 1:
         return f"its weight shares memory with {listed(others)}"
     return ""
+
+
+def _of_weights(module: nn.Module, obstacles: Obstacles) -> str:
+    """Why a weight is to stay; of an adapter, that of its base or of the change."""
+    reasons = (obstacles.of_weight(m._parameters.get("weight")) for m in module.modules())
+    return next(filter(None, reasons), "")
 
 
 def _own_function(module: nn.Module, dense: bool) -> str:

@@ -19,14 +19,13 @@ from ._replace import after_replacing
 from ._ties import ties
 from .adapted import AdaptedLayer
 from .attention import LowRankMultiheadAttention
-from .blocks import ConvexPotential
 from .candidates import output_layer
 from .change import Change
 from .exchange import exchanged
 
 logger = logging.getLogger("lrmanifold")
-# They read the weights of their layers and do not call them.
-_READERS = (nn.MultiheadAttention, LowRankMultiheadAttention, ConvexPotential)
+# They may read the weights of their layers and not call them.
+_ATTENTIONS = (nn.MultiheadAttention, LowRankMultiheadAttention)
 
 
 def adapt(
@@ -54,8 +53,8 @@ def adapt(
     ``nn.Linear`` and its subclasses, transformers' ``Conv1D``, quantized layers and
     :class:`LowRankLinear` are adapted. Their weights are neither copied nor rewritten, and called
     as they are. Unless `include` names them, the output layer stays without an adapter, and so do
-    parts of attentions of torch and of :class:`ConvexPotential`, layers with hooks (which would
-    miss the adapter), and layers that are parametrized, compiled or read by other code. What
+    parts of attentions of torch, layers with hooks (which would miss the adapter), and layers that
+    are parametrized, compiled or read by other code, as that of :class:`ConvexPotential` is. What
     `include` names and cannot be adapted is named in a warning; the reasons also go to the logger
     "lrmanifold" at level INFO.
 
@@ -269,7 +268,7 @@ def _chosen(
                     f"{key} pattern {pattern!r} matches no linear layer; there are {list(found)}"
                 )
     obstacles, head = Obstacles(model), output_layer(model)
-    parts = {id(m) for a in model.modules() if isinstance(a, _READERS) for m in a.modules()}
+    parts = {id(m) for a in model.modules() if isinstance(a, _ATTENTIONS) for m in a.modules()}
     chosen: dict[str, nn.Module] = {}
     left: dict[str, str] = {}
     for name, module in found.items():
@@ -311,7 +310,7 @@ def _reason(module: nn.Module, obstacles: Obstacles, parts: set[int]) -> str:
     if isinstance(module, AdaptedLayer):
         return ""
     if id(module) in parts:
-        return "part of an attention or a ConvexPotential, which reads its weight"
+        return "part of an attention, which reads its weight"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: run a batch through the model first"
     if reason := obstacles.of(module):

@@ -222,7 +222,7 @@ def test_layers_that_are_read_and_not_called_are_left_alone():
     before = model(x)
     lrm.nn.adapt(model, 2)
     assert torch.equal(model(x), before)
-    with pytest.warns(UserWarning, match=r"left alone 0.layer: part of an attention or a Convex"):
+    with pytest.warns(UserWarning, match=r"left alone 0.layer: ConvexPotential reads its factors"):
         lrm.nn.adapt(model, 2, include=["0.layer", "1"], name="more")
 
 
