@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _HOOKS = (
     "_forward_hooks",
@@ -54,6 +54,16 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
             carry_over(theirs, mine)
     if "bias" in vars(old):  # computed by a hook before each forward pass
         new._parameters.pop("bias", None)
+
+
+def take_marks(new: Tensor, old: Tensor) -> None:
+    """Give a weight what somebody noted on the one before it, such as ``no_weight_decay``.
+
+    No tensors, which belong to entries of the old one.
+    """
+    for key, value in vars(old).items():
+        if key != "manifold" and key not in vars(new) and not isinstance(value, Tensor):
+            setattr(new, key, value)
 
 
 def _put(new: nn.Module, kind: str, name: str, value: Any) -> None:

@@ -97,12 +97,15 @@ class Obstacles:
         return ""
 
     def of_weight(self, weight: Tensor | None) -> str:
-        """The reason to keep this very tensor: who holds it; or ""."""
+        """The reason to keep this very tensor: what hangs on it, and who holds it; or ""."""
         if weight is None:
             return ""
         if place := self._held.get(id(weight)):
             return f"{place} refers to its weight too, outside of the module tree"
-        return ""
+        if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+            return "its weight has hooks: remove them, and register them on the new one"
+        tensors = [key for key, value in vars(weight).items() if isinstance(value, Tensor)]
+        return f"its weight has tensors as attributes: {listed(tensors)}" if tensors else ""
 
     def of_dense(self, module: nn.Module, kind: type[nn.Module], *, tied: bool = False) -> str:
         """The same for a layer that is to become low-rank; `kind` is torch's class.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._replaced import note_frozen
 from . import bases
+from ._carry import take_marks
 from ._computed import ComputedWeight
 from .change import Change
 from .layer import LowRankLayer
@@ -139,6 +140,7 @@ class AdaptedLayer(ComputedWeight):
             dense: Any = base.to_dense()
         else:
             dense = copy.deepcopy(base)
+            take_marks(dense.weight, base.weight)
         change = self._change()
         if change is not None:
             bases.add_to_weight(dense.weight, bases.laid_out(base, change.delta()))

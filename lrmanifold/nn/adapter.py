@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from .._arguments import check_instance, check_module
 from .._wrappers import unwrapped
-from ._carry import carry_over
+from ._carry import carry_over, take_marks
 from ._obstacles import weight_defect
 from .change import PARTS, Change
 
@@ -160,6 +160,7 @@ class LowRankAdapter(Change):
             dtype=W.dtype,
         )
         merged.weight.copy_(W.to(torch.promote_types(W.dtype, delta.dtype)) + delta)
+        take_marks(merged.weight, W)
         if self.bias is not None:
             merged.bias.copy_(self.bias)
         return merged.train(self.training)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._arguments import check_choice, check_flag, check_instance, check_integer, check_number
+from ._carry import take_marks
 from ._computed import ComputedWeight
 from ._masks import merged_masks
 from ._obstacles import ATTENTION_WEIGHTS
@@ -224,14 +225,14 @@ class LowRankMultiheadAttention(ComputedWeight):
                 if (value := getattr(self, key)) is not None:
                     getattr(dense, key).copy_(value)
                     getattr(dense, key).requires_grad_(value.requires_grad)
-        trained = {name: _trains(getattr(self, name)) for name in PROJECTIONS}
-        dense.out_proj.weight.requires_grad_(trained["out_proj"])
-        if self._in_one_piece:
-            names = ("q_proj", "k_proj", "v_proj")
-            dense.in_proj_weight.requires_grad_(any(trained[name] for name in names))
-        else:
-            for name in ("q_proj", "k_proj", "v_proj"):
-                getattr(dense, f"{name}_weight").requires_grad_(trained[name])
+        whole = {name: _weight_with(dense, name) for name in PROJECTIONS}
+        for weight in whole.values():
+            weight.requires_grad_(False)
+        for name, weight in whole.items():
+            for key, p in getattr(self, name).named_parameters():
+                if key.endswith("weight"):
+                    weight.requires_grad_(weight.requires_grad or p.requires_grad)
+                    take_marks(weight, p)
         return dense.train(self.training)
 
     # -- what readers of torch's layer ask for
@@ -384,10 +385,10 @@ def projections(module: nn.MultiheadAttention, *, copy: bool = True) -> dict[str
     for name, value in weights.items():
         m, n = value.shape
         layer = nn.Linear(n, m, bias=False, device="meta")
-        own = module.out_proj.weight if name == "out_proj" else weight
-        own = getattr(module, f"{name}_weight") if own is None else own
+        own = _weight_with(module, name)
         kept = value.clone(memory_format=torch.contiguous_format) if copy else value
         layer.weight = nn.Parameter(kept, requires_grad=own.requires_grad)
+        take_marks(layer.weight, own)
         found[name] = layer.train(module.training)
     if module.out_proj.bias is not None:
         found["out_proj"].bias = copy_of(module.out_proj.bias) if copy else module.out_proj.bias
@@ -404,5 +405,7 @@ def copy_of(p: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
 
 
-def _trains(layer: nn.Module) -> bool:
-    return any(p.requires_grad for k, p in layer.named_parameters() if k.endswith("weight"))
+def _weight_with(module: nn.MultiheadAttention, name: str) -> nn.Parameter:
+    """The parameter of torch's attention that is the weight of a projection, or holds it."""
+    whole: Any = module.out_proj.weight if name == "out_proj" else module.in_proj_weight
+    return getattr(module, f"{name}_weight") if whole is None else whole

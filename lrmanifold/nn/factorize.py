@@ -52,12 +52,14 @@ def factorize(
 
     The module tree and all names stay; a module used in several places is replaced once and stays
     shared. Biases are taken themselves, so that they stay tied to what they are tied to; hooks,
-    buffers and attributes that somebody added go on to the new layer.
+    buffers and attributes that somebody added go on to the new layer, those of the weight
+    (``weight.no_weight_decay``) to the new weight.
 
     Layers stay dense when they would not get smaller, and wherever the new layer could not do all
     that the old one did: their weight is tied to another one or shares memory with it, is computed
-    (pruned, normalised, parametrized), is read by a hook or, as ``self.layer.weight``, by another
-    module, is complex, quantized or sparse; they are subclasses, or compiled. With a share as rank,
+    (pruned, normalised, parametrized), has hooks of its own, is in a list that a module keeps, is
+    read by a hook or, as ``self.layer.weight``, by another module, is complex, quantized or sparse;
+    they are subclasses, or compiled. With a share as rank,
     `compression` or `energy` the output layer stays dense, too, unless `include` (or a name without
     wildcards in `rank`) names it. It is the last linear layer of the module tree, if it has fewer
     than 64 outputs, more than 4 times as many inputs as outputs, or a name by which models call
@@ -197,7 +199,8 @@ def densify(model: nn.Module) -> nn.Module:
 
     Biases are taken themselves, layers with a common weight get a common weight, and hooks, buffers
     and attributes that somebody added go on to the dense layer. A layer that cannot be replaced
-    whole is left alone, and a warning names it.
+    whole is left alone, and a warning names it: its weight has hooks, say, or a module reads its
+    factors, as :class:`~lrmanifold.nn.ConvexPotential` does, which has no dense form.
 
     Parameters
     ----------

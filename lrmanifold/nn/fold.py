@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
+from ._carry import take_marks
 from ._folded import (
     FoldedConv,
     FoldedConvTranspose,
@@ -43,7 +44,8 @@ def fold(model: nn.Module) -> nn.Module:
 
     Biases are taken themselves, layers with a common weight get common factors, and hooks, buffers
     and attributes that somebody added go on to the pair. A layer that cannot be replaced whole (its
-    bias is computed by a hook, say) is left alone, and a warning names it.
+    bias is computed by a hook, or a module reads its factors, say) is left alone, and a warning
+    names it.
 
     Parameters
     ----------
@@ -99,6 +101,7 @@ def _folded(layer: LowRankLayer) -> nn.Module:
             last.bias.requires_grad_(layer.bias.requires_grad)
     for part in pair:
         part.weight.requires_grad_(layer.weight.requires_grad)
+        take_marks(part.weight, layer.weight)
     return kind(*pair).train(layer.training)
 
 
@@ -122,6 +125,7 @@ def _embedding_pair(layer: LowRankEmbedding) -> nn.Module:
         last.weight.copy_(V)
     for part in (table, last):
         part.weight.requires_grad_(layer.weight.requires_grad)
+        take_marks(part.weight, layer.weight)
     return FoldedEmbedding(table, last).train(layer.training)
 
 

@@ -18,6 +18,7 @@ from ..manifolds import Factors, FixedRank, WellConditioned
 from ..manifolds.fixed_rank import Gradient
 from ..parameter import PointParameter, gathered, replace_data
 from ..precision import STORAGE_DTYPES, storage_tolerance, without_autocast
+from ._carry import take_marks
 from ._sharded import takes_sharded
 from ._whole import WholeWeight
 
@@ -230,6 +231,7 @@ class LowRankLayer(WholeWeight):
                 self.bias.copy_(bias)  # type: ignore[arg-type]
                 self.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr, arg-type]
         self.weight.requires_grad_(weight.requires_grad)  # type: ignore[union-attr]
+        take_marks(self.weight, weight)  # type: ignore[arg-type]
         self.train(module.training)
 
     def _nearest(self, matrix: Tensor) -> Tensor:
@@ -245,6 +247,7 @@ class LowRankLayer(WholeWeight):
                 module.bias.copy_(self.bias)  # type: ignore[operator, union-attr]
                 module.bias.requires_grad_(self.bias.requires_grad)  # type: ignore[union-attr]
         module.weight.requires_grad_(self.weight.requires_grad)  # type: ignore[union-attr]
+        take_marks(module.weight, self.weight)  # type: ignore[arg-type]
         module.train(self.training)
 
     def _register_bias(self, size: int | None, **factory: Any) -> None:

@@ -382,3 +382,75 @@ def test_a_conversion_that_finds_nothing_says_what_it_saw(model, words):
 def test_conversions_back_say_so_where_there_is_nothing_to_do(convert):
     with pytest.warns(UserWarning, match=f"{convert.__name__} found no low-rank layer"):
         convert(nn.Sequential(nn.Linear(3, 4)))
+
+
+# -- what hangs on a weight
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_weights_with_hooks_stay_and_their_hooks_run(register):
+    calls: list[str] = []
+    model = nn.Sequential(
+        nn.Linear(12, 12), nn.Linear(12, 12), nn.MultiheadAttention(12, 2), LowRankLinear(12, 12, 3)
+    )
+    for name, weight in (
+        ("dense", model[0].weight),
+        ("attention", model[2].in_proj_weight),
+        ("low", model[3].weight),
+    ):
+        getattr(weight, register)(lambda *_, name=name: calls.append(name))
+    plan = plan_of(model)
+    assert plan["0"].startswith("its weight has hooks")
+    assert plan["2.q_proj"].startswith("its weight has hooks")
+    assert plan["1"] == ""
+    with pytest.warns(UserWarning, match="densify left alone 3: its weight has hooks"):
+        lrm.densify(model)
+    x = model[1](model[0](torch.randn(3, 1, 12)))
+    model[3](model[2](x, x, x)[0]).sum().backward()
+    assert sorted(calls) == ["attention", "dense", "low"]
+
+
+def test_marks_on_a_weight_go_on_in_every_conversion():
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(12, 12),
+            "conv": nn.Conv2d(4, 6, 3),
+            "attention": nn.MultiheadAttention(12, 2),
+            "apart": nn.MultiheadAttention(12, 2, kdim=8),
+            "table": nn.Embedding(20, 12),
+        }
+    )
+
+    def weights(m: nn.Module) -> list[nn.Parameter]:
+        return [p for name, p in m.named_parameters() if "bias" not in name]
+
+    for i, p in enumerate(weights(model)):
+        p.no_weight_decay, p.group = True, i
+    rank = {"*": 2}
+    for convert in (
+        lambda m: lrm.factorize(m, rank=rank, include=["*", "table"], keep_larger=True),
+        lrm.densify,
+        lambda m: lrm.factorize(m, rank=rank, include=["*", "table"], keep_larger=True),
+        lrm.fold,
+    ):
+        before = len(list(model.modules()))
+        convert(model)
+        assert len(list(model.modules())) != before  # attentions get projections, pairs two layers
+        assert all(p.no_weight_decay for p in weights(model))
+    assert {p.group for p in model["table"].parameters()} == {8}
+    adapter = LowRankAdapter(model_of_mark(), 2)
+    assert adapter.merge().weight.no_weight_decay
+    adapted = lrm.nn.adapt(nn.Sequential(model_of_mark(), nn.Linear(12, 3)), 2)
+    assert lrm.densify(adapted)[0].weight.no_weight_decay
+
+
+def model_of_mark() -> nn.Linear:
+    layer = nn.Linear(12, 12)
+    layer.weight.no_weight_decay = True
+    return layer
+
+
+def test_a_weight_with_a_tensor_of_its_entries_stays_dense():
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    model[0].weight.main_grad = torch.zeros(12, 12)
+    assert plan_of(model) == {"0": "its weight has tensors as attributes: 'main_grad'", "1": ""}
