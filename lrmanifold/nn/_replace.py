@@ -95,8 +95,10 @@ def replace_low_rank(
     model = replace(model, replacements)
     for adapter in adapters:
         new = replacements.get(id(adapter))
-        if new is not None and adapter.bias is not None:
-            adapter.bias.requires_grad_(True)  # that of `new` now, trainable as its weight is
+        # its weight is trainable again, as `merge` gives it; after `adapt` the model stays frozen
+        single = new is not None and isinstance(adapter, LowRankAdapter)
+        if single and adapter.bias is not None:
+            adapter.bias.requires_grad_(True)
     return model
 
 

@@ -131,7 +131,7 @@ class AdaptedLayer(ComputedWeight):
         self.kept, self.merged = None, None
 
     def to_dense(self) -> nn.Module:
-        """The base's dense layer with the same function; this layer stays as it is.
+        """The base's dense layer with the same function, as frozen as the base; this layer stays.
 
         The bias is the base's own, not a copy.
         """
@@ -144,10 +144,8 @@ class AdaptedLayer(ComputedWeight):
         change = self._change()
         if change is not None:
             bases.add_to_weight(dense.weight, bases.laid_out(base, change.delta()))
-        dense.weight.requires_grad_(True)
         if base.bias is not None:
             dense.bias = base.bias
-            dense.bias.requires_grad_(True)
         return dense.train(self.training)
 
     def _save_to_state_dict(self, *args: Any) -> None:

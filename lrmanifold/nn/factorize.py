@@ -195,7 +195,9 @@ def densify(model: nn.Module) -> nn.Module:
     """Replace every low-rank layer by the dense one with the same function, in place.
 
     An adapter is merged into its dense layer. The inverse of :func:`factorize` for deployment on
-    code that knows torch's layers only.
+    code that knows torch's layers only. What :func:`~lrmanifold.nn.adapt` has frozen stays frozen,
+    the layers with adapters too: ``model.requires_grad_(True)`` to train on. That of a single
+    :class:`~lrmanifold.nn.LowRankAdapter` is trainable again.
 
     Biases are taken themselves, layers with a common weight get a common weight, and hooks, buffers
     and attributes that somebody added go on to the dense layer. A layer that cannot be replaced

@@ -45,7 +45,7 @@ def fold(model: nn.Module) -> nn.Module:
     Biases are taken themselves, layers with a common weight get common factors, and hooks, buffers
     and attributes that somebody added go on to the pair. A layer that cannot be replaced whole (its
     bias is computed by a hook, or a module reads its factors, say) is left alone, and a warning
-    names it.
+    names it. What :func:`~lrmanifold.nn.adapt` has frozen stays frozen.
 
     Parameters
     ----------

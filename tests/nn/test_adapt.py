@@ -346,3 +346,15 @@ def test_hooks_put_on_a_base_after_adapt_keep_it_from_being_merged():
     assert torch.equal(model(x), expected)
     handle.remove()
     torch.testing.assert_close(lrm.nn.merge(model)(x), plain)
+
+
+@pytest.mark.parametrize("convert", [lrm.densify, lrm.fold])
+def test_what_adapt_froze_stays_frozen_and_a_single_adapter_trains_again(convert):
+    model = convert(lrm.nn.adapt(network(), 2))
+    assert not any(p.requires_grad for p in model.parameters())
+    model = lrm.nn.adapt(network(), 2)
+    model[0].base_layer.bias.requires_grad_(True)  # somebody trains it beside the adapter
+    trained = [n for n, p in convert(model).named_parameters() if p.requires_grad]
+    assert trained == ["0.bias"]
+    model = nn.Sequential(lrm.nn.LowRankAdapter(nn.Linear(9, 12), 3), nn.Linear(12, 3))
+    assert all(p.requires_grad for p in convert(model).parameters())
