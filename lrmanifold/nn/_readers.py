@@ -185,9 +185,10 @@ def _chains(code: types.CodeType, this: str = "") -> Iterator[Chain]:
     known: dict[str, Chain] = {this: ()}
     chain: Chain | None = None
     index: str | int | None = None
+    asked = False  # isinstance(this.a.weight, Tensor) has the same answer after a conversion
     for step in dis.get_instructions(code):
         op, value = step.opname, step.argval
-        if op in ("EXTENDED_ARG", "NOP", "CACHE"):
+        if op in ("EXTENDED_ARG", "NOP", "CACHE", "PUSH_NULL"):
             continue
         names = value if isinstance(value, tuple) else (value,)
         before, key = chain, index
@@ -209,8 +210,10 @@ def _chains(code: types.CodeType, this: str = "") -> Iterator[Chain]:
         elif key is not None and before is not None and _takes_an_item(step):
             chain = (*before, key)
             continue
-        if before:
+        if before and not asked:
             yield before
+        if chain is None:
+            asked = op == "LOAD_GLOBAL" and value == "isinstance"
 
 
 def _takes_an_item(step: dis.Instruction) -> bool:

@@ -115,7 +115,9 @@ class Windows(nn.Module):
         return nn.functional.linear(x, self.qkv.weight) + self.start(x)
 
     def forward(self, x):
-        return self.attend(x).to(self.other.weight.dtype) + self.other(x)
+        if isinstance(self.other.weight, torch.Tensor) and self.other.weight.dtype != torch.int8:
+            x = x.to(self.other.weight.dtype)  # as in T5
+        return self.attend(x) + self.other(x)
 
 
 def test_weights_that_a_forward_pass_reads_stay_dense():
