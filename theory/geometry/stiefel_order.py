@@ -13,8 +13,7 @@ polar and cayley are both of order 2, qr of order 1 as a frame, but p = 2 as a s
 with exp(W) X to t², and t ↦ exp(tW)X agrees with the canonical geodesic to t². R of the QR of
 X + tΔ is upper triangular, where the symmetric root I + ½t²ΔᵀΔ would be right.
 
-**Hypothesis.** n > r >= 2, and Δ generic. For r = 1 the three maps coincide up to sign (the
-sphere).
+**Hypothesis.** n > r >= 2, and Δ generic. For r = 1 (the sphere) polar and QR are one map.
 
 The canonical geodesic is computed here (Edelman, Arias, Smith 1998, eq. 2.45); Wen and Yin 2013.
 mathematics 2.

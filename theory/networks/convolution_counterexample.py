@@ -4,14 +4,14 @@ r"""A well-conditioned low-rank kernel does not make a well-conditioned convolut
 badly conditioned as one likes:
 
 * the difference filter K = [1, -1]/√2: rank 1, κ(K) = 1, and T kills every constant image; * any K
-of rank r < C_in (stride 1, circular): T has a kernel by counting dimensions; * K = U Vᵀ of rank
-C_in <= r < C_in k² with orthonormal factors: T is injective for most of them, but κ(T) is larger
-than 1, often by far.
+of rank r < C_in (stride 1, circular): T has a kernel by counting dimensions; * most K = U Vᵀ of
+rank C_in <= r < C_in k² with orthonormal factors: T is injective, but κ(T) >= 1.2, often far more.
+Not all of them: a 3 x 3 kernel with a single 1 has rank 1, and T = I.
 
 **Why.** cond(K) controls what happens to each patch's component in the row space of K. An image
-whose patches all lie near ker K is nearly annihilated. Full column rank excludes that, low rank
-never does. So on convolutions the library's constraint bounds κ(K), and the gain from norm to norm
-(``convolution_norm.py``), but **not** the operator's condition number. mathematics 6 (ours).
+whose patches all lie near ker K is nearly annihilated. Full column rank excludes that, low rank in
+general does not. So on convolutions the library's constraint bounds κ(K), and the gain from norm to
+norm (``convolution_norm.py``), but **not** the operator's condition number. mathematics 6 (ours).
 """
 
 from __future__ import annotations
@@ -47,6 +47,13 @@ def sample(
     return {"kernel": draw.give(K.reshape(c_out, c_in, k, k)), "size": 4, "kind": kind}
 
 
+def single_one(seed: int, dtype: torch.dtype, device: torch.device) -> Sample:
+    """3 x 3, rank 1 of 9, and T = I."""
+    kernel = torch.zeros(1, 1, 3, 3, dtype=dtype, device=device)
+    kernel[0, 0, 1, 1] = 1.0
+    return {"kernel": kernel, "size": 4, "kind": "a single 1"}
+
+
 def check(sample: Sample) -> Evidence:
     kernel = sample["kernel"]
     K, T = matricised(kernel), operator(kernel, sample["size"], "circular")
@@ -68,14 +75,15 @@ CLAIM = Claim(
     title="κ(K) = 1 does not bound κ(T) for low-rank kernels",
     statement=(
         r"\exists K:\ \kappa(K)=1,\ \kappa(T)=\infty;\quad "
-        r"r<C_{in}k^2:\ \kappa(T)\ge1.2\,\kappa(K)"
+        r"\text{random }K\text{ of rank }r<C_{in}k^2:\ \kappa(T)\ge1.2\,\kappa(K)"
     ),
-    hypotheses=("low-rank kernels, stride 1, circular",),
+    hypotheses=("the difference filter, or random low-rank kernels", "stride 1, circular"),
     source=Source("ours", "mathematics 6"),
     sample=sample,
     check=check,
     controls=(
         Control("kernels of full column rank", check, partial(sample, kind="full column rank")),
+        Control("every kernel of low rank: not the one with a single 1", check, single_one),
     ),
     trials=60,
     float32="σ_min(T) below eps σ_max(T) counts as eps σ_max(T)",

@@ -7,8 +7,9 @@ of layer i+1 in f_W (z_0 = x). Then
 
 If the largest entry of f_W(x) exceeds every other by more than √2 B(x), then f_Y has it largest
 too. With biases add Π_{j>i}‖Y_j‖₂ ‖b_i^Y - b_i^W‖; a convolution enters with the norm of its map,
-which is at most ⌈k/s⌉ times that of its matricised kernel (claim ``networks/convolution-norm``);
-max pooling over disjoint windows is 1-Lipschitz.
+which is at most ⌈k/s⌉ times that of its matricised kernel (claim ``networks/convolution-norm``: no
+dilation, and circular padding only if s divides the image size); max pooling over disjoint windows
+is 1-Lipschitz.
 
 **Proof.** With z_i = φ(W_i z_{i-1}) and y_i = φ(Y_i y_{i-1}): y_i - z_i is at most ‖Y_i‖₂‖y_{i-1} -
 z_{i-1}‖ + ‖Y_i - W_i‖₂‖z_{i-1}‖ in norm. Unroll. For the classes: (e_a - e_b)ᵀ(f_Y - f_W) is at
