@@ -175,6 +175,75 @@ def test_the_numbers_are_those_of_dense_algebra():
     assert row["flow/error"] == pytest.approx(float((Y_next - X_next).norm()))
 
 
+def test_every_term_is_that_of_dense_algebra_where_both_models_are_at_the_bound():
+    """As above with cond <= 1.5, at which both models are and stay: normal vectors in the core."""
+    torch.manual_seed(0)
+    h, kappa = 0.1, 1.5 * (1.0 - 64.0 * torch.finfo(torch.float32).eps)  # the monitor's set
+    eye, H = torch.eye(4).double(), torch.rand(5, 4).double()
+    P, Q = (torch.linalg.qr(torch.randn(*size).double()).Q for size in ((5, 4), (4, 4)))
+    spectrum = torch.diag(torch.tensor([3.0, 1.0, 0.3, 0.1]).double())
+    start = P @ spectrum @ Q.mT
+    W = start + 0.1 * torch.randn(5, 4).double()
+    dense = nn.Sequential(nn.Linear(4, 5, bias=False).double())
+    with torch.no_grad():
+        dense[0].weight.copy_(start)
+    model = lrm.factorize(copy.deepcopy(dense), rank=2, tau=0.5, keep_larger=True)
+    with torch.no_grad():
+        dense[0].weight.copy_(W)
+
+    def parts(Z):
+        """U, s, V of the nearest point of rank 2 with cond <= kappa; it, and its outward normal."""
+        P, s, Qh = torch.linalg.svd(Z)
+        (u, v), s = (P[:, :2], Qh[:2].mT), s[:2]
+        assert s[0] > 0.999 * kappa * s[1]
+        t = (kappa * s[0] + s[1]) / (kappa**2 + 1)
+        s = torch.stack((kappa * t, t))
+        out = u @ torch.diag(torch.tensor([1.0, -kappa]).double()) @ v.mT
+        return u, s, v, (u * s) @ v.mT, out
+
+    def tangent(u, v, Z):
+        return Z - (Z - u @ u.mT @ Z) @ (eye - v @ v.mT)
+
+    def share(Z, out):
+        """Of the outward normal in Z."""
+        return float((Z * out).sum()) / (1.0 + kappa**2)
+
+    Y = model[0].dense_weight().detach()
+    A = Y + 2.0 * (parts(Y)[4] + parts(W)[4])  # both are pushed outwards
+    rows = train(
+        model, dense, lambda net: 0.5 * (H * (net(eye).mT - A).square()).sum(), lr=h, steps=1
+    )
+    (U, s, V, X, out_X), (u, s_y, v, Y, _) = parts(W), parts(Y)
+    _, s_next, _, Y_next, out = parts(model[0].dense_weight().detach())
+    X_next = parts(dense[0].weight.detach())[3]
+    F_W, F_X, F_Y = (-H * (Z - A) for Z in (W, X, Y))
+    go_X, go_Y = tangent(U, V, F_W), tangent(u, v, F_Y)
+    normal_X, normal_Y = (torch.linalg.matrix_norm(Z, 2) for Z in (F_W - go_X, F_Y - go_Y))
+    inward, clipped = share(go_X - (X_next - X) / h, out_X), share(go_Y - (Y_next - Y) / h, out)
+    assert inward > 0.01
+    assert clipped > 0.01
+    go_X = go_X - inward * out_X
+    bend = 0.5 * float(normal_Y / s_y[1] + (normal_X + kappa * inward) / s[1])
+    e = float((Y - X).norm())
+    lam = float(((Y - X) * (F_Y - F_X)).sum()) / e**2
+    d, rho = (X_next - X) / h - go_X, (Y_next - Y) / h + clipped * out - go_Y
+    d, rho, turned = (float(Z.norm()) for Z in (d, rho, go_Y - go_X))
+    expected = {
+        "loss": max(-(e**2) * (1 + 2 * h * bend), 2 * h * lam * e**2),
+        "curvature": 2 * h * bend * e**2,
+        "gradient": 2 * h * float((F_X - F_W).norm()) * e,
+        "companion": 2 * h * d * e,
+        "step": 2 * h * rho * e,
+        "square": (h * (turned + d + rho)) ** 2,
+    }
+    reached = e**2 + sum(expected.values())
+    normal, twice_q = h * clipped * float(out.norm()), h * kappa * clipped / float(s_next[1])
+    expected["clip"] = (reached - normal**2) / (1 - twice_q) - reached
+    for name, size in expected.items():
+        assert rows[-1][f"flow/part/{name}"] == pytest.approx(size, rel=1e-6), name
+    assert_bounded(rows)
+
+
 def test_the_growth_is_attained():
     """Rank 1 at σ e₁e₁ᵀ under the force ν e₂e₂ᵀ: deviations grow by exp(νt/σ) exactly."""
     nu, angle = 0.5, 1e-3

@@ -81,7 +81,8 @@ class FlowCertificate:
     """T1 (``theory/training/discrete.py``), with T2 for layers whose condition number is bounded.
 
     With X the nearest point to W in the set of Y, h the step, F_k the gradient field of the batch
-    of step k, N_X normal to the set at X, N₁ at the next Y⁺, and E >= e = ‖Y - X‖:
+    of step k, N_X normal to the set at X, N₁ to that at the next Y⁺ and within the row and column
+    spaces of Y⁺, and E >= e = ‖Y - X‖:
 
         (1 - 2q) E⁺² = max(0, 1 + 2h(λ_k + κ_k)) E² + 2hcE + h²(G + ‖d‖ + ‖ρ‖)² - h²‖N₁‖²,
 
