@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lrmanifold.certify import bounds
+from lrmanifold.nn import LowRankConv2d
 from theory import certification
-from theory.certification import convex_potential, grid
+from theory.certification import _certified, certificates, convex_potential, grid
 from theory.sampling import Entry, taped
 
 seeds = st.integers(0, 2**31 - 1)
@@ -33,6 +37,21 @@ def test_every_wrong_version_is_rejected(device, claim, control):
     # the same samples agree with the claim itself
     kept = [claim.check(sample) for sample in samples]
     assert all(e.holds or not e.hypotheses_met for e in kept)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_convolution_whose_norm_is_understated_is_noticed(device, monkeypatch, seed):
+    """One per cent, at each stride and number of groups of the extremal example."""
+    sample = _certified.constant_image(seed, torch.float64, device)
+    assert certificates.check(sample).holds
+    right = bounds._REGISTRY[LowRankConv2d]
+
+    def short(module, context):
+        bound = right(module, context)
+        return replace(bound, norm=0.99 * bound.norm)
+
+    monkeypatch.setitem(bounds._REGISTRY, LowRankConv2d, short)
+    assert not certificates.check(sample).holds
 
 
 @pytest.mark.parametrize("d", [1, 2, 3])

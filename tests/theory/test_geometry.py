@@ -73,6 +73,21 @@ def test_probe_gradient_does_not_see_the_condition_number(device, m, n, r, seed)
         assert evidence.holds, evidence
 
 
+def test_probe_gradient_looks_at_the_blocks_that_the_library_returns(device, monkeypatch):
+    sample = probe_gradient.sample(0, torch.float32, device)
+    assert probe_gradient.check(sample).holds
+    right = lrm.FixedRank.egrad2rgrad
+    for k in range(3):
+
+        def wrong(M, X, G, k=k):
+            return M.pack(
+                *(0.999 * b if i == k else b for i, b in enumerate(M.unpack(right(M, X, G))))
+            )
+
+        monkeypatch.setattr(lrm.FixedRank, "egrad2rgrad", wrong)
+        assert not probe_gradient.check(sample).holds
+
+
 @given(size=sizes(), seed=seeds)
 def test_every_retraction_has_its_order(device, size, seed):
     sample = retraction_order.sample(seed, torch.float64, device, **size)
@@ -109,10 +124,27 @@ def test_the_true_gram_matrix_does_not_drift(device, dtype, seed):
     assert gram_drift.check(gram_drift.sample(seed, dtype, device)).holds
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_sample_tells_the_known_increment_from_the_true_gram_matrix(device, dtype):
+    samples = [gram_drift.sample(seed, dtype, device) for seed in range(3)]
+    assert not any(gram_drift.check(sample, true=False).holds for sample in samples)
+
+
 def test_the_known_increment_drifts(device):
     sample = gram_drift.sample(0, torch.float32, device)
-    drifted, kept = (gram_drift.history(sample, true=true)[-1] for true in (False, True))
+    drifted, kept = (
+        gram_drift.history(sample["U"], sample["steps"], true=true)[-1] for true in (False, True)
+    )
     assert drifted > 10 * kept
+
+
+@pytest.mark.parametrize("module", [prox_regularity, normal_component])
+def test_points_of_lower_rank_are_drawn(module, device):
+    """X of rank 0 to r: what the statements say of rank X <= r is seen for less than r."""
+    samples = [module.sample(seed, torch.float64, device, m=6, n=5, r=3) for seed in range(60)]
+    X = torch.stack([s["D"] + s["Y"].U @ s["Y"].S @ s["Y"].V.mT for s in samples])
+    ranks = torch.linalg.matrix_rank(X, rtol=1e-8, atol=1e-8)
+    assert set(ranks.tolist()) == {0, 1, 2, 3}
 
 
 # -- controls and sharp constants

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 import lrmanifold as lrm
 from theory import integrators
-from theory.integrators import descent, exactness, order, retractions, small_singular_values
+from theory.integrators import (
+    descent,
+    exactness,
+    order,
+    retractions,
+    schemes,
+    small_singular_values,
+)
 from theory.integrators.schemes import SCHEMES, dense, dlra, from_dense, integrate, orth
 from theory.runner import Settings, verify_control
 
@@ -49,11 +56,34 @@ def test_exactness_on_paths_of_rank_r(device, dtype, size, seed, cond):
     assert evidence.holds or smallest < 1e-2, evidence
 
 
+def test_exactness_of_strang_splitting_needs_the_bases_at_half_a_step(device):
+    """V(t_½) is orthogonal to V(t₀), and both ends overlap: the other schemes are exact."""
+    blocks = {"U0": (1, 0, 0), "U1": (0.1, 0.3, 0), "V0": (1, 0, 0), "V1": (-2, 1, 0)}
+    sample = {k: torch.tensor(v, dtype=F64, device=device)[:, None] for k, v in blocks.items()}
+    sample |= {"S0": torch.ones(1, 1).to(sample["U0"]), "S1": torch.zeros(1, 1).to(sample["U0"])}
+    assert not exactness.check(sample).hypotheses_met
+    others = tuple(name for name in exactness.EXACT if name != "Strang-KSL")
+    assert exactness.check(sample, exact=others).holds
+    assert exactness.check(sample, exact=others).hypotheses_met
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(size=sizes(), seed=seeds, cond=st.floats(1, 10))
 def test_augmented_bug_never_raises_the_loss(device, dtype, size, seed, cond):
     evidence = descent.check(descent.sample(seed, dtype, device, **size, cond=cond))
     assert evidence.holds, evidence
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_a_step_that_loses_less_than_it_should_is_noticed(device, monkeypatch, dtype, share):
+    def shorter(F, t, h, Y, substeps):
+        whole = schemes.augmented(F, t, h, Y, substeps)
+        return schemes._galerkin(F, t, share * h, Y, whole.U, whole.V, substeps)
+
+    monkeypatch.setitem(descent.STEPS, "augmented BUG", shorter)
+    samples = [descent.sample(seed, dtype, device) for seed in range(6)]
+    assert not any(descent.check(sample).holds for sample in samples)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

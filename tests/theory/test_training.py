@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,7 +62,7 @@ def test_momentum_is_transported_for_every_retraction(device, dtype, seed):
         (momentum_one_sided, momentum_one_sided.returning),
         (product, product.one_layer),
         (projected_step, projected_step.attained),
-        (constrained_steps, constrained_steps.attained),
+        *((constrained_steps, extremal.sample) for extremal in constrained_steps.CLAIM.extremal),
         (outputs, outputs.aligned),
         (outputs, outputs.flipped),
     ],
@@ -71,6 +73,29 @@ def test_sharp_constants_are_attained(device, module, extremal):
         evidence = module.check(extremal(seed, F64, device))
         assert evidence.holds
         assert evidence.ratio > 0.99
+
+
+@pytest.mark.parametrize(
+    ("term", "example"),
+    [
+        ("gradient", constrained_steps.resting),
+        ("curvature", constrained_steps.turning),
+        ("companion", partial(constrained_steps.shrinking, twin=True)),
+        ("step", partial(constrained_steps.shrinking, twin=False)),
+    ],
+)
+def test_no_term_of_the_certificate_can_be_left_out(device, term, example):
+    assert not constrained_steps.check(example(0, F64, device), without=(term,)).holds
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+@pytest.mark.parametrize("factor", [0.999, 1.001])
+def test_a_transported_momentum_of_another_length_is_noticed(device, dtype, factor):
+    def other(*args):
+        return factor * transport.transported(*args)
+
+    samples = [transport.sample(seed, dtype, device) for seed in range(6)]
+    assert not any(transport.check(sample, transport=other).holds for sample in samples)
 
 
 def test_copied_momentum_is_far_outside_of_the_bound_on_every_sample(device):

@@ -13,13 +13,15 @@ with the margins of `pairwise-margin`. This is not about them but about what the
 them. ∎
 
 **Checked** on networks of low-rank layers (τ = 0, τ = 1, none), batch norms, residual and convex
-potential layers, convolutions with pooling; f is computed anew in dense float64 algebra. Quotients
-are taken along the largest singular vector of the Jacobian at inputs and away from them; margins
-are attacked by gradient steps within ρ(x) towards each other class, from x and from the sphere. The
-ratio is the larger of (quotient)/L and (fall of a margin within ρ)/(that margin).
+potential layers, convolutions (strides, groups, circular padding) with and without pooling; f is
+computed anew in dense float64 algebra. Quotients are taken along the largest singular vector of the
+Jacobian at inputs and away from them; margins are attacked by gradient steps within ρ(x) towards
+each other class, from x and from the sphere. The ratio is the larger of (quotient)/L and (fall of a
+margin within ρ)/(that margin).
 
 **Sharp**, both, for linear chains of rank 1: L where all logits grow alike and no margin falls, ρ
-where two classes meet and a third lifts L. mathematics 9 (ours).
+where two classes meet and a third lifts L; L too for means over patches of a constant image.
+mathematics 9 (ours).
 """
 
 from __future__ import annotations
@@ -34,7 +36,14 @@ from lrmanifold import certify
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source, violated
 from ..sampling import eps
-from ._certified import contested, forward, network, random_network, stretched
+from ._certified import (
+    constant_image,
+    contested,
+    forward,
+    network,
+    random_network,
+    stretched,
+)
 
 STRETCH = 1.0  # of L
 REACH = 1.0  # divides the radius
@@ -173,7 +182,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 9"),
     sample=random_network,
     check=check,
-    extremal=(Extremal(stretched), Extremal(contested)),
+    extremal=(Extremal(stretched), Extremal(contested), Extremal(constant_image)),
     controls=(
         Control("0.99 of L", partial(check, stretch=0.99), stretched),
         Control("a radius 1.05 times as large", partial(check, reach=1 / 1.05), contested),

@@ -21,7 +21,7 @@ import torch
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, violated
 from ..sampling import Draw, eps
 from .spectra import draw_tau
 
@@ -42,9 +42,12 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
 
 def check(sample: Sample, *, constant: float = CONSTANT) -> Evidence:
     a, b, tau = sample["a"], sample["b"], sample["tau"]
-    moved = linalg.clip_values(a, tau) - linalg.clip_values(b, tau)
+    p, q = linalg.clip_values(a, tau), linalg.clip_values(b, tau)
     tolerance = ROUNDING * eps(a) * float(a.norm() + b.norm())
-    return inequality(moved.norm(), constant * (a - b).norm(), tolerance=tolerance)
+    outside = {name: s.max() - (1.0 + tau) * s.min() for name, s in (("of σ", p), ("of σ'", q))}
+    if (found := violated(outside, (1.0 + tau) * tolerance)) is not None:
+        return found
+    return inequality((p - q).norm(), constant * (a - b).norm(), tolerance=tolerance)
 
 
 def feasible(seed: int, dtype: torch.dtype, device: torch.device) -> Sample:

@@ -90,6 +90,18 @@ def draw_pair(
     return (X, Y) if draw.uniform() < 0.5 else (Y, X)
 
 
+def lowered(draw: Draw, X: Factors) -> Factors:
+    """X, or in a quarter of the cases its best approximation of a lower rank, 0 included.
+
+    For statements about any X of rank at most r. The factors stay those of rank r.
+    """
+    if draw.uniform() >= 0.25:
+        return X
+    P, s, Qh = torch.linalg.svd(X.S)
+    s[draw.integer(0, len(s) - 1) :] = 0.0
+    return X._replace(S=P * s @ Qh)
+
+
 def pair(
     seed: int,
     dtype: torch.dtype,
@@ -97,11 +109,16 @@ def pair(
     *,
     full_rank: bool = False,
     both_sides: bool = False,
+    lower: bool = False,
     **fixed,
 ) -> Sample:
-    """The sample of every claim about two points: ``X``, ``Y`` as factors and ``D = X - Y``."""
+    """The sample of every claim about two points: ``X``, ``Y`` as factors and ``D = X - Y``.
+
+    With `lower` the rank of X may be less than that of Y.
+    """
     draw = Draw(seed, dtype, device, **fixed)
     X, Y = draw_pair(draw, full_rank=full_rank, both_sides=both_sides)
+    X = lowered(draw, X) if lower else X
     # X - Y in float64: what is checked is geometry, not the cancellation of a difference.
     D = draw.give(dense(X) - dense(Y))
     return {"X": draw.give_point(X), "Y": draw.give_point(Y), "D": D}

@@ -13,9 +13,10 @@ The drift is not even a random walk when ‖Δ‖⁴ is below u, as in float32: 
 floating point numbers, so sqrt(1 + x) = 1 + x/2 - x²/8 is, every other time, just below the middle
 between two of them and rounded down. U grows by u/2 a step on average, UᵀU by u (see the picture).
 
-**Checked** twice: the two identities with a planted E of size 10⁻³; and STEPS steps of random
-tangent increments in the working precision, after which the frame of the true Gram matrix must be
-orthonormal within (5/64) δ², the one-step bound. Both cost the same. mathematics 2 (ours).
+**Checked** twice: the two identities with a planted E of size 10⁻³; and STEPS steps from it of
+random tangent increments in the working precision, after each of which the frame of the true Gram
+matrix must be orthonormal within (5/64) δ², the one-step bound. Both cost the same.
+mathematics 2 (ours).
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
     return {"U": draw.give(U), "bent": draw.give(bent), "steps": draw.give(steps)}
 
 
-def history(sample: Sample, *, true: bool) -> list[float]:
-    """‖UᵀU - I‖₂ after each step."""
-    U, sizes = sample["U"], []
-    for Z in sample["steps"]:
+def history(U: Tensor, steps: Tensor, *, true: bool) -> list[float]:
+    """‖UᵀU - I‖₂ after each step from U."""
+    sizes = []
+    for Z in steps:
         U = step(U, increments(U, Z), true=true)
         sizes.append(defect(U))
     return sizes
@@ -92,15 +93,9 @@ def check(sample: Sample, *, true: bool = True) -> Evidence:
         return found
     # cond(A)² <= 1 + ‖Δ‖² up to the defect itself
     bound = CONSTANT * 64.0 * (n * r + r * (r + 1)) * unit * (1.0 + 2.0 * SIZE**2)
-    sizes = history(sample, true=true)
+    # From the planted defect: from a frame, 200 steps in float64 drift too little to be seen.
+    sizes = history(bent, sample["steps"], true=true)
     return inequality(largest(sizes), bound, detail={"last": sizes[-1], "first": sizes[0]})
-
-
-def slow_but_long(seed: int, dtype: torch.dtype, device: torch.device) -> Sample:
-    """A frame that starts with the planted defect: the update must not keep it."""
-    given = dict(sample(seed, dtype, device))
-    given["U"] = given["bent"]
-    return given
 
 
 def figure(dtype: torch.dtype, device: torch.device):
@@ -117,7 +112,7 @@ def figure(dtype: torch.dtype, device: torch.device):
             (False, COLOURS[2], "G = I + ΔᵀΔ"),
             (True, COLOURS[1], "G = (U + Δ)ᵀ(U + Δ)"),
         ):
-            sizes = history({"U": given[start], "steps": given["steps"]}, true=true)
+            sizes = history(given[start], given["steps"], true=true)
             ax.plot(range(1, len(sizes) + 1), sizes, color=colour, lw=1.1, label=label)
         ax.axhline(u, color=COLOURS[0], linestyle=":", lw=1, label="u = 6e-8")
         ax.set(xscale="log", yscale="log", xlabel="steps of size ‖Δ‖ = 0.01")
@@ -140,11 +135,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 2, on Yamamoto et al. 2015"),
     sample=sample,
     check=check,
-    controls=(
-        Control(
-            "I + ΔᵀΔ in place of the true Gram matrix", partial(check, true=False), slow_but_long
-        ),
-    ),
+    controls=(Control("I + ΔᵀΔ in place of the true Gram matrix", partial(check, true=False)),),
     trials=60,
     figure=figure,
     float32="no slack in the one-step bound; identities to 64 eps r",

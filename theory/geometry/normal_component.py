@@ -26,7 +26,7 @@ ROUNDING = 64.0
 
 
 def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Sample:
-    return pair(seed, dtype, device, both_sides=True, **fixed)
+    return pair(seed, dtype, device, both_sides=True, lower=True, **fixed)
 
 
 def check(sample: Sample, *, constant: float = CONSTANT) -> Evidence:

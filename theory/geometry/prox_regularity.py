@@ -26,7 +26,7 @@ import torch
 
 from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, dense, eps
-from ._pairs import circle, draw_pair, smallest, tangent
+from ._pairs import circle, draw_pair, lowered, smallest, tangent
 
 CONSTANT = 0.5
 ROUNDING = 64.0
@@ -36,7 +36,7 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
     """A pair and a normal vector: the worst for the pair, its leading part, or a random one."""
     draw = Draw(seed, dtype, device, **fixed)
     X, Y = draw_pair(draw, both_sides=True)
-    D = dense(X) - dense(Y)
+    D = dense(lowered(draw, X)) - dense(Y)
     Z = draw.normal(*D.shape)
     random, worst = Z - tangent(Y, Z), D - tangent(Y, D)
     # A pair with a common row or column space has no normal part, and every N is as good.

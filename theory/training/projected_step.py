@@ -27,11 +27,9 @@ from functools import partial
 
 import torch
 
-from lrmanifold import linalg
-
 from ..approximation.constrained_flow import project
 from ..conditioning.spectra import draw_tau
-from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, violated
 from ..sampling import Draw, eps
 
 LIFT = 1.0  # of σ_r(Ŷ)/σ_r(Z)
@@ -56,7 +54,7 @@ def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Samp
     else:
         step = draw.normal(m, n) * draw.distance() * float(s[-1])
         X = project(Y + step if kind == "near" else draw.normal(m, n), r, tau)
-    return {"X": draw.give(X), "Y": draw.give(Y), "Z": draw.give(Z), "r": r}
+    return {"X": draw.give(X), "Z": draw.give(Z), "r": r, "tau": tau}
 
 
 def turned(Y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, r: int, angle: float) -> torch.Tensor:
@@ -77,12 +75,22 @@ def attained(seed: int, dtype: torch.dtype, device: torch.device) -> Sample:
     Z = U[:, :r] @ torch.diag(s) @ V[:, :r].mT
     Y = project(Z, r, tau)
     X = turned(Y, U[:, r:], V[:, r:], r, 0.5 * torch.pi)
-    return {"X": draw.give(X), "Y": draw.give(Y), "Z": draw.give(Z), "r": r}
+    return {"X": draw.give(X), "Z": draw.give(Z), "r": r, "tau": tau}
 
 
 def check(sample: Sample, *, lift: float = LIFT, saved: float = SAVED) -> Evidence:
-    X, Y, Z, r = sample["X"], sample["Y"], sample["Z"], sample["r"]
-    quotient = linalg.svdvals(Y)[r - 1] / linalg.svdvals(Z)[r - 1]
+    X, Z, r, tau = sample["X"], sample["Z"], sample["r"], sample["tau"]
+    Y, kappa = project(Z, r, tau), 1.0 + tau
+    # By torch: what the library projects is not judged by the library.
+    x, y, z = (torch.linalg.svdvals(A) for A in (X, Y, Z))
+    outside_K = {
+        "X outside of K": x[0] - kappa * x[r - 1],
+        "Ŷ outside of K": y[0] - kappa * y[r - 1],
+    }
+    inside = ROUNDING * eps(Z) * kappa * float(torch.maximum(x[0], y[0]))
+    if (found := violated(outside_K, inside)) is not None:
+        return found
+    quotient = y[r - 1] / z[r - 1]
     outside = (Z - Y).square().sum()
     bound = lift * quotient * ((Z - X).square().sum() - outside / saved)
     size = float((Z.square().sum() + X.square().sum()) * quotient**2)
@@ -94,7 +102,8 @@ def check(sample: Sample, *, lift: float = LIFT, saved: float = SAVED) -> Eviden
 
 def check_nonexpansive(sample: Sample) -> Evidence:
     """As if K were convex."""
-    X, Y, Z = sample["X"], sample["Y"], sample["Z"]
+    X, Z = sample["X"], sample["Z"]
+    Y = project(Z, sample["r"], sample["tau"])
     return inequality((Y - X).norm(), (Z - X).norm(), tolerance=1e-5 * float(Z.norm()))
 
 

@@ -35,7 +35,7 @@ from ..sampling import Draw, eps
 
 LOSS = 1.0  # of ‖Y⁺ - Y‖‖b‖/σ_r
 BETA, LR = 0.9, 0.05
-ROUNDING = 256.0
+ROUNDING = 16.0
 
 
 def sample(seed: int, dtype: torch.dtype, device: torch.device, **fixed) -> Sample:
@@ -105,10 +105,8 @@ def check(
             moved = (M.to_dense(new) - M.to_dense(Y)).norm()
             deviations.append((found - b).norm() - loss * moved * b.norm() / s)
         Y, b = new, found
-    # The step's own rounding enters through the frames of the new point.
-    tolerance = scale * 10.0
     detail = {"retraction": sample["retraction"]}
-    return identity(largest(deviations), tolerance=tolerance, detail=detail)
+    return identity(largest(deviations), tolerance=scale, detail=detail)
 
 
 CLAIM = Claim(
@@ -124,6 +122,6 @@ CLAIM = Claim(
     check=check,
     controls=(Control("momentum left as it is", partial(check, transport=untransported)),),
     trials=60,
-    float32="2560 eps Σ‖G‖/(1 - β): frames of the new point, and the sum of the momentum",
+    float32="16 eps Σ‖G‖/(1 - β): frames of the new point, and the sum of the momentum",
     kind="identity",
 )
