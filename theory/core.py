@@ -54,7 +54,8 @@ class Evidence:
     hypotheses_met : bool
         False: the sample is outside the claim. It is skipped and counted, never passed.
     independent : int
-        Number of independent problems in the sample (points of one trajectory count once).
+        Number of independent problems in the sample, each of which is judged: points of one
+        trajectory count once, and so does a batch of which only a mean or a slope is judged.
     detail : dict
         Further numbers for pictures and reports.
     ratios : sequence of float
@@ -122,6 +123,11 @@ def violated(defects: Mapping[K, SupportsFloat], tolerance: float) -> Evidence |
     what, size = worst_of(defects)
     # `size > tolerance` would be false for NaN.
     return None if size <= tolerance else inequality(size, tolerance, detail={"what": what})
+
+
+def severest(*found: Evidence) -> Evidence:
+    """Of several inequalities of one claim, the one that is violated, or nearest to it."""
+    return max(found, key=lambda evidence: evidence.severity)
 
 
 def identity(deviation: float, *, tolerance: float, **more: Any) -> Evidence:

@@ -96,7 +96,8 @@ class Verdict:
     ratio : (min, mean, max)
         NaN if nothing was met.
     violations : int
-        Met samples on which the claim does not hold.
+        Independent problems in the met samples on which the claim does not hold: at most as many
+        of them violate it.
     attained : float
         Smallest of the largest ratios at the claim's extremal examples; NaN if it names none.
     searched : float
@@ -130,7 +131,7 @@ class Verdict:
     @property
     def violation_bound(self) -> float:
         """95 % bound on the rate of violations among such problems (Clopper and Pearson)."""
-        return violation_bound(min(self.violations, self.independent), self.independent)
+        return violation_bound(self.violations, self.independent)
 
     def __str__(self) -> str:
         from .report import claims_table, failures
@@ -201,7 +202,7 @@ def verify(claim: Claim, settings: Settings, *, on_step: Callable[[], None] = _n
         independent += found.independent
         ratios.extend(found.ratios or (found.ratio,))
         if not found.holds:
-            violations += 1
+            violations += found.independent
             failures.append(f"seed {seed}: measured {found.measured:.6g}, bound {found.bound:.6g}")
         if not worst or found.severity > worst_rank:
             worst_rank, worst = found.severity, {"seed": seed, **described(found)}

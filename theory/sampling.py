@@ -95,7 +95,8 @@ class Draw:
     # -- numbers
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        fresh = torch.rand((), generator=self.generator)
+        # Of a named dtype: in that of the process a seed would be another problem in float64.
+        fresh = torch.rand((), dtype=torch.float32, generator=self.generator)
         return low + (high - low) * float(_on_tape("uniform", fresh))
 
     def log_uniform(self, low: float, high: float) -> float:

@@ -109,7 +109,7 @@ def _moved(tape: Sequence[Entry], step: float, generator: torch.Generator) -> li
 def _moved_value(entry: Entry, step: float, generator: torch.Generator) -> Tensor:
     x = entry.value
     # About half of the numbers stay: most problems have a few directions that matter.
-    if float(torch.rand((), generator=generator)) < 0.5:
+    if float(torch.rand((), dtype=torch.float32, generator=generator)) < 0.5:
         return x
     noise = torch.randn(x.shape, dtype=x.dtype, generator=generator)
     if entry.kind == "normal":

@@ -114,6 +114,32 @@ def test_all_ratios_of_a_sample_enter_the_statistics():
     assert found.independent == 6
 
 
+def test_a_sample_that_fails_counts_with_all_of_its_problems():
+    """One verdict on a batch says nothing of how many in it violate: at most all of them."""
+
+    def check(sample):
+        return Evidence(float(sample["x"]), 0.5, bool(sample["x"] <= 0.5), independent=8)
+
+    found = verify(claim(check), Settings())
+    failed = len(found.failures)
+    assert 0 < failed < 20
+    assert (found.violations, found.independent) == (8 * failed, 160)
+    assert found.violation_bound == violation_bound(8 * failed, 160)
+
+
+def test_a_seed_is_one_problem_whatever_the_default_dtype_is():
+    def numbers():
+        draw = Draw(3, torch.float64, torch.device("cpu"))
+        return draw.uniform(), draw.integer(1, 100), draw.cond(), draw.normal(2).tolist()
+
+    before = numbers()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert numbers() == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_runs_are_deterministic_and_seeds_differ():
     once, again, other = (verify(claim(), Settings(seed=s)) for s in (3, 3, 4))
     assert dataclasses.replace(once, seconds=0.0) == dataclasses.replace(again, seconds=0.0)
@@ -510,6 +536,22 @@ def test_files_that_are_cited_exist():
         for name in re.findall(r"``([\w/]+\.(?:py|png|json))``", path.read_text("utf-8")):
             places = (root.parent / name, root / name, path.parent / name)
             assert any(place.exists() for place in places), f"{path} cites {name}"
+
+
+def test_the_readme_says_sharp_where_an_extremal_example_shows_it():
+    """Rows of its tables, | `claim`, ... | what it says | sharp? |, of every claim once."""
+    readme = (Path(theory.__file__).parent / "README.md").read_text("utf-8")
+    rows = re.findall(
+        r"^\| (`[^|]*`) \| [^\n]* \| ([^|\n]*) \|$", readme.partition("## Open")[0], re.M
+    )
+    said = {name: sharp for names, sharp in rows for name in re.findall(r"`([\w-]+)`", names)}
+    for known in claims():
+        sharp = said[known.id.split("/")[1]]
+        assert bool(known.extremal) or not sharp.startswith("yes"), (known.id, sharp)
+        assert not known.extremal or not re.match(r"no|–|identity$|order$", sharp), (
+            known.id,
+            sharp,
+        )
 
 
 def test_ids_are_unique():

@@ -49,8 +49,7 @@ def check(sample: Sample, *, order: float = ORDER) -> Evidence:
     rows = errors(sample)
     fitted = slope([r["ε"] for r in rows], [r["e"] for r in rows])
     detail = {"slope": fitted, "e / ε": rows[-1]["e"] / rows[-1]["ε"]}
-    independent = sample["problems"][0].batch
-    return inequality(abs(fitted - order), TOLERANCE, independent=independent, detail=detail)
+    return inequality(abs(fitted - order), TOLERANCE, detail=detail)
 
 
 def figure(dtype: torch.dtype, device: torch.device):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import eps
 from ._networks import aligned, body, norms, random_network
 
@@ -38,6 +38,7 @@ CLAIM = Claim(
     source=Source("classical", "mathematics 9"),
     sample=random_network,
     check=check,
+    extremal=(Extremal(aligned),),
     controls=(
         Control("0.99 of it", partial(check, constant=0.99), aligned),
         Control("one layer larger than 1 forgotten", partial(check, skipped=1), aligned),

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 
 STEP = 2.0
@@ -53,6 +53,7 @@ CLAIM = Claim(
     source=Source("published", "Meunier, Delattre, Araujo, Allauzen 2022; mathematics 9"),
     sample=sample,
     check=check,
+    extremal=(Extremal(open_gates),),
     controls=(Control("a step of 2.1", partial(check, step=2.1), open_gates),),
     # A shorter step is a weaker statement; a longer one is the control.
     loose={"step": 0.0},

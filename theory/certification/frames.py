@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 
 CONSTANT = 1.0
@@ -72,6 +72,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 9"),
     sample=sample,
     check=check,
+    extremal=(Extremal(longer),),
     controls=(
         Control("frames taken for orthonormal", partial(check, frames=False), longer),
         Control("0.99 of it", partial(check, constant=0.99), longer),

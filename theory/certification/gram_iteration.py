@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, severest
 from ..sampling import Draw, eps
 
 EXPONENT = 1.0
@@ -53,10 +53,10 @@ def check(sample: Sample, *, lower: float = 1.0, exponent: float = EXPONENT) -> 
     true = float(torch.linalg.matrix_norm(A, 2))
     above = A.shape[1] ** (exponent * 0.5 ** (T + 1)) * true
     slack = ROUNDING * eps(A)
-    # both inequalities: the larger ratio counts
-    if true / (lower * found) >= found / above:
-        return inequality(true, lower * found, tolerance=slack)
-    return inequality(found, above, tolerance=slack)
+    return severest(
+        inequality(true, lower * found, tolerance=slack),
+        inequality(found, above, tolerance=slack),
+    )
 
 
 CLAIM = Claim(
@@ -67,6 +67,7 @@ CLAIM = Claim(
     source=Source("published", "Delattre, Barthélemy, Araujo, Allauzen 2023; mathematics 9"),
     sample=sample,
     check=check,
+    extremal=(Extremal(rank_one), Extremal(orthogonal)),
     controls=(
         Control("0.99 of it as a bound", partial(check, lower=0.99), rank_one),
         Control("half the exponent", partial(check, exponent=0.5), orthogonal),

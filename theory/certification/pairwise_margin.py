@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality, not_met, smallest
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, not_met, smallest
 from ..sampling import eps
 from ._networks import aligned, body, norms, random_network
 
@@ -77,6 +77,7 @@ CLAIM = Claim(
     source=Source("published", "Leino, Wang, Fredrikson 2021; mathematics 9"),
     sample=random_network,
     check=check,
+    extremal=(Extremal(aligned),),
     controls=(
         Control("a radius 1.05 times as large", partial(check, constant=1 / 1.05), aligned),
         Control("‖a_y‖ in place of ‖a_y - a_j‖", partial(check, pairwise=False), aligned),

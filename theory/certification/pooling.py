@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality
 from ..sampling import Draw, eps
 
 CONSTANT = 1.0
@@ -62,6 +62,7 @@ CLAIM = Claim(
     source=Source("classical", "mathematics 9"),
     sample=sample,
     check=check,
+    extremal=(Extremal(one_pixel),),
     controls=(
         Control("overlap forgotten", partial(check, overlap=False), one_pixel),
         Control("0.99 of it", partial(check, constant=0.99), one_pixel),

@@ -25,7 +25,17 @@ import torch
 
 from lrmanifold import linalg
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality, violated
+from ..core import (
+    Claim,
+    Control,
+    Evidence,
+    Extremal,
+    Sample,
+    Source,
+    inequality,
+    severest,
+    violated,
+)
 from ..sampling import Draw, eps
 
 LARGEST = 2.0
@@ -56,9 +66,10 @@ def check(sample: Sample, *, off: float = OFF_DIAGONAL, largest: float = LARGEST
     }
     if (found := violated(expansions, slack)) is not None:
         return found
-    if not float(qr) <= largest * float(polar) + 2 * slack:
-        return inequality(qr, largest * polar)
-    return inequality(polar, qr, tolerance=slack)
+    return severest(
+        inequality(polar, qr, tolerance=slack),
+        inequality(qr, largest * polar, tolerance=2 * slack),
+    )
 
 
 def symmetric_zero_diagonal(seed: int, dtype: torch.dtype, device: torch.device) -> Sample:
@@ -82,6 +93,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 5"),
     sample=sample,
     check=check,
+    extremal=(Extremal(symmetric_zero_diagonal),),
     controls=(
         Control("QR claimed as near as polar", partial(check, off=0.5)),
         Control("0.9 of the quotient 2", partial(check, largest=1.8), symmetric_zero_diagonal),

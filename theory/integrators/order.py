@@ -95,7 +95,6 @@ def check(sample: Sample, *, orders: dict[str, float] = ORDERS) -> Evidence:
     return inequality(
         largest(deviations),
         TOLERANCE,
-        independent=BATCH,
         detail={name: round(p, 2) for name, p in fitted.items()},
         ratios=tuple(d / TOLERANCE for d in deviations),
     )

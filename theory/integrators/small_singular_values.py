@@ -79,11 +79,11 @@ def check(
     worst = {name: largest(row[name] for row in rows[1:]) / rows[0][name] for name in names}
     measured = largest(worst[name] for name in robust)
     grows = naive is None or rows[-1][naive] >= GROWTH * rows[0][naive]
-    evidence = inequality(measured, 1.0, independent=BATCH)
+    evidence = inequality(measured, 1.0)
     detail = {f"{name}, error at σ_r = 1e-15": rows[-1][name] for name in names}
     detail["error at σ_r = 6e-2, largest"] = largest(rows[0].values())
     ratios = tuple(worst[name] for name in robust)
-    return Evidence(measured, 1.0, evidence.holds and grows, True, BATCH, detail, ratios)
+    return Evidence(measured, 1.0, evidence.holds and grows, True, 1, detail, ratios)
 
 
 def figure(dtype: torch.dtype, device: torch.device):

@@ -22,7 +22,7 @@ from functools import partial
 
 import torch
 
-from ..core import Claim, Control, Evidence, Sample, Source, inequality, largest, not_met
+from ..core import Claim, Control, Evidence, Extremal, Sample, Source, inequality, largest, not_met
 from ..sampling import Draw, eps
 from .convolutions import matricised, operator
 
@@ -85,6 +85,11 @@ def check_any_rank(sample: Sample) -> Evidence:
     return inequality(float(t[0]) / largest((t[-1], floor)), bound)
 
 
+#: Attained for each padding.
+ORTHONORMAL = [
+    Extremal(partial(sample, orthonormal=True, paddings=(padding,)))
+    for padding in ("circular", "full", "same", "valid")
+]
 BORDERS = partial(sample, orthonormal=True, paddings=("same", "valid"), k=3)
 
 CLAIM = Claim(
@@ -98,6 +103,7 @@ CLAIM = Claim(
     source=Source("ours", "mathematics 6"),
     sample=sample,
     check=check,
+    extremal=tuple(ORTHONORMAL),
     controls=(
         Control(
             "0.9 of it, orthonormal K",

@@ -76,7 +76,7 @@ def check(sample: Sample) -> Evidence:
     holds = violated >= LEAST and violated_near == 1.0
     # A violation is "bound < cond": the claim's inequality is the plain product below the truth.
     measured, bound = float(gauss.plain[worst]), float(gauss.measured[worst])
-    return Evidence(measured, bound, holds, True, NETS, detail)
+    return Evidence(measured, bound, holds, True, 1, detail)
 
 
 CLAIM = Claim(
