@@ -82,13 +82,14 @@ def lines(pages: Sequence[tuple[str, Results]]) -> list[Line]:
 def row(line: Line) -> list[str]:
     """Of a table in Markdown under `HEAD`; what belongs together stays on one line."""
     f = line.finding
-    points = f"{f.difference:+.1f} ({f.low:+.1f}\u00a0to\u00a0{f.high:+.1f})".replace("-", "−")
+    interval = f" ({f.low:+.1f}\u00a0to\u00a0{f.high:+.1f})" if f.seeds > 1 else ""
+    count = f"{f.seeds} seed{'' if f.seeds == 1 else 's'}"
     return [
         f"[{line.plan}]({line.plan}/report.md), {line.size}",
         f"{f.better} − {f.than}, {line.column}",
         f"> {f.hypothesis.margin:g}".replace("-", "−"),
-        points,
-        f"{f.seeds} seeds" if f.seeds < LEAST_SEEDS else f"**{f.verdict}**",
+        f"{f.difference:+.1f}{interval}".replace("-", "−"),
+        count if f.seeds < LEAST_SEEDS else f"**{f.verdict}**",
         " / ".join("yes" if rest else "no" for rest in line.at_rest),
     ]
 

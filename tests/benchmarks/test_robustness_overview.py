@@ -52,6 +52,8 @@ def test_the_picture_draws_each_worst_case_of_five_seeds_once():
     (few,) = lines(AHEAD[:4])
     assert not overview.drawn([few])
     assert overview.row(few)[4] == "4 seeds"
+    (single,) = lines(AHEAD[:1])  # no interval, where "−inf to +inf" stood
+    assert overview.row(single)[3:5] == ["+3.0", "1 seed"]
     index = overview.index([("tiny", with_difference(AHEAD[:4]))])
     assert "tiny/report.md" in index
     assert ".png" not in index  # no link to a picture that is not drawn
