@@ -164,7 +164,7 @@ def sharp_corner(seed: int, dtype: torch.dtype, device: torch.device) -> Sample:
     assert at.low_rank_start is not None
     U, S, V = at.low_rank_start[0]
     return _first(
-        at.start[0], U @ S @ V.mT, partial(at.force, zero), r=at.rank, tau=tau, h=2e-3, steps=20
+        at.start[0], U @ S @ V.mT, partial(at.force, zero), r=at.rank, tau=tau, h=2e-3, steps=10
     )
 
 
