@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import shown
+
 
 def check_labels(y: Any, count: int, classes: int, *, wait: bool = True) -> None:
     """Raise ValueError unless `y` holds `count` classes, integers in 0..classes-1.
@@ -15,6 +17,6 @@ def check_labels(y: Any, count: int, classes: int, *, wait: bool = True) -> None
     """
     wrong = not isinstance(y, Tensor) or y.shape != (count,)
     if wrong or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(f"y must hold {count} integer classes")
+        raise ValueError(f"y must hold {count} integer classes, got {shown(y)}")
     if (wait or y.device.type == "cpu") and bool(((y < 0) | (y >= classes)).any()):
         raise ValueError(f"y must be in 0..{classes - 1}, got {int(y.min())}..{int(y.max())}")

@@ -157,32 +157,32 @@ def float64_copy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def own_output(model: nn.Module, x: Tensor) -> Tensor | None:
-    """What the model itself gives for `x`; None where it is not all in float32 or all in float64.
+def gives_the_same(model: nn.Module, graph: fx.GraphModule, x: Tensor) -> bool:
+    """Whether the model's own output is that of its graph in float64, as far as it can be known.
 
-    What copying loses is seen by a comparison with it. In half precision there is nothing that the
-    float64 copy has to be near to, and what torch has compiled would be compiled for this.
+    What copying loses is seen by this. Only a model that is all in float32 or all in float64 is
+    looked at: half precision need not be near to float64, and what torch has compiled would be
+    compiled for it.
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     kinds = {t.dtype for t in tensors}
+    if len(kinds) != 1 or not kinds <= {*_ROUGH}:
+        return True
     if any(getattr(m, "_compiled_call_impl", None) for m in model.modules()):
-        return None
-    if len(kinds) != 1 or not kinds <= {torch.float32, torch.float64}:
-        return None
-    with torch.no_grad(), evaluation_mode(model):
-        found = model(x.detach().to(tensors[0], copy=True))
-    return found if isinstance(found, Tensor) else None
-
-
-def gives_the_same(model: nn.Module, graph: fx.GraphModule, x: Tensor) -> bool:
-    """Whether the model's own output is that of its graph in float64, as far as it can be known."""
-    own = own_output(model, x)
-    if own is None:
         return True
     device = next((p.device for p in graph.parameters()), x.device)
-    with torch.no_grad(), evaluation_mode(graph):
+    with torch.no_grad(), evaluation_mode(model), evaluation_mode(graph):
+        own = model(x.detach().to(tensors[0], copy=True))
         wide = graph(x.detach().to(device, torch.float64, copy=True))
-    return wide.shape == own.shape and bool(_close(wide, own.to(wide), _ROUGH[own.dtype]).all())
+    if not isinstance(own, Tensor) or own.shape != wide.shape:
+        return False
+    return bool(_close(wide, own.to(wide), _ROUGH[own.dtype]).all())
+
+
+def random_samples(input_shape: Sequence[int]) -> Tensor:
+    """Two samples, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(2, *input_shape, generator=generator, device="cpu")
 
 
 def _widened(name: str, value: Tensor, known: dict[int, Any]) -> Tensor:
@@ -241,8 +241,7 @@ class Trial:
         tensors = [*model.parameters(), *model.buffers()]
         none = torch.zeros((), dtype=torch.float64, device="cpu")
         like = next((p for p in tensors if p.is_floating_point()), none)
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.rand(2, *self.size, generator=generator, device="cpu").to(like)
+        self.x = random_samples(self.size).to(like)
         self.recorder = Recorder(graph)
         self.recorder.batch = 2
         self.output: Any = None

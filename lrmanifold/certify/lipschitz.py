@@ -32,6 +32,7 @@ from ._trace import (
     gives_the_same,
     live_nodes,
     no_bound,
+    random_samples,
     refuse_hooks,
     trace,
 )
@@ -107,7 +108,6 @@ class LipschitzBound:
         self.model = model
         self.graph = trace(model)
         trial = None if input_shape is None else Trial(self.graph, model, input_shape)
-        self.trial_input = None if trial is None else trial.x
         self.shapes = {} if trial is None else trial.shapes
         self.input_shape = None if input_shape is None else tuple(input_shape)
         self._memory: dict[str, Tensor] = {}
@@ -425,8 +425,9 @@ def lipschitz(
         refuse_hooks(model)  # of pruned layers no copy can be made
     twin = float64_copy(model) if isinstance(model, nn.Module) else model
     network = LipschitzBound(twin, input_shape)
-    x = network.trial_input
-    if x is not None and not gives_the_same(model, network.graph, x):
+    if input_shape is not None and not gives_the_same(
+        model, network.graph, random_samples(input_shape)
+    ):
         raise BoundError(
             "a copy of the model in float64 does not give what the model gives: its forward "
             "depends on the dtype, or on something that copy.deepcopy does not copy"

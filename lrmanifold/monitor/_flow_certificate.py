@@ -134,11 +134,8 @@ class FlowCertificate:
     def is_current(self) -> bool:
         """Whether the weights are still those of the last step."""
         now, then = self._state(), self.state
-        return all(
-            key in old and torch.equal(value, old[key])
-            for old, new in ((then.W, now.W), (then.Y, now.Y))
-            for key, value in new.items()
-        )
+        pairs = ((now.W, then.W), (now.Y, then.Y))
+        return all(torch.equal(new[key], old[key]) for new, old in pairs for key in old)
 
     def numbers(self) -> dict[str, float]:
         """The bound after the last step; see ``lrmanifold.monitor``."""

@@ -150,7 +150,7 @@ def _reason(
 
 
 def _of_weights(module: nn.Module, obstacles: Obstacles) -> str:
-    """Why a weight is to stay; of an adapter, that of its base or of the change."""
+    """Why one of a layer's weights must stay, or ""; an adapter has two: its base's and its own."""
     reasons = (obstacles.of_weight(m._parameters.get("weight")) for m in module.modules())
     return next(filter(None, reasons), "")
 

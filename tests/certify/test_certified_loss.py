@@ -255,3 +255,26 @@ def test_a_graph_would_keep_a_radius_that_the_host_computes(monkeypatch):
             certify.CertifiedLoss(0.3, schedule)._radius(there)
     assert certify.CertifiedLoss(0.3)._radius(there) == 0.3
     assert certify.CertifiedLoss(0.3, 4)._radius(torch.device("cpu")) == 0.0
+
+
+def test_wrong_labels_radii_and_logits_are_named():
+    model = nn.Sequential(nn.Linear(2, 3))
+    body = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    z, y = torch.zeros(2, 3), torch.tensor([0, 1])
+    for net in (model, body):
+        for bad in (torch.tensor([0, -1]), torch.tensor([0, 3])):
+            with pytest.raises(ValueError, match=r"y must be in 0\.\.2"):
+                certify.worst_case_logits(net, z, bad, 0.1)
+        with pytest.raises(ValueError, match="y must hold 2 integer classes"):
+            certify.worst_case_logits(net, z, y.float(), 0.1)
+        for eps in (-1.0, float("nan")):
+            with pytest.raises(ValueError, match="eps must be at least 0"):
+                certify.worst_case_logits(net, z, y, torch.tensor(eps))
+    with pytest.raises(ValueError, match="the network's 3 classes"):
+        certify.worst_case_logits(model, torch.zeros(2, 5), y, 0.1)
+    with pytest.raises(TypeError, match="for y"):
+        certify.verified_accuracy(model, (torch.rand(2, 2), [0, 1]), 0.1)
+    with pytest.raises(ValueError, match="data holds no samples"):
+        certify.verified_accuracy(model, (torch.rand(0, 2), torch.zeros(0).long()), 0.1)
+    with pytest.raises(ValueError, match="input_shape must be positive integers"):
+        certify.lipschitz(model, (True,))

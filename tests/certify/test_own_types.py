@@ -132,3 +132,38 @@ def test_a_computed_weight_of_the_last_layer_is_that_of_evaluation(seed, trainin
         assert torch.equal(certify.radius(model, x, bound=report), wanted)
     bound = certify.LipschitzBound(model, (4,))
     assert torch.equal(bound.evaluate()[2], model.eval()[1].weight)
+
+
+def test_an_adapter_whose_change_computes_otherwise_has_no_bound():
+    """It was taken for what its weight says, 87 times too small."""
+
+    class Louder(lrm.nn.Change):
+        def forward(self, x):
+            return 100 * super().forward(x)
+
+    def adapted():
+        return lrm.nn.adapt(nn.Sequential(nn.Linear(4, 4).double()), rank=2, include="0")
+
+    by_class, by_object = adapted(), adapted()
+    by_class[0].changes["default"].__class__ = Louder
+    by_object[0].changes["default"].forward = lambda x: 100 * x
+    certify.lipschitz(adapted(), (4,))
+    for model in (by_class, by_object):
+        with pytest.raises(certify.BoundError):
+            certify.lipschitz(model, (4,))
+
+
+def test_a_negative_scale_of_an_adapter_does_not_take_rounding_away():
+    torch.manual_seed(1)
+    layer = nn.Linear(64, 64, bias=False, dtype=D)
+    nn.init.eye_(layer.weight)
+    model = lrm.nn.adapt(nn.Sequential(layer), rank=32, include="0", tau=None)
+    change = model[0].changes["default"]
+    with torch.no_grad():
+        change.update.factors.S.copy_(1e9 * torch.randn(32, 32, dtype=D))
+        change.start.copy_(change.update.weight)
+    bounds = []
+    for scale in (1.0, -1.0):
+        change.change_scale = scale
+        bounds.append(certify.lipschitz(model, (64,)).total)
+    assert bounds[0] == bounds[1] >= 1.0  # the map is the identity

@@ -3,10 +3,10 @@ r"""A well-conditioned low-rank kernel does not make a well-conditioned convolut
 **Statement** (that it fails). There are kernels with κ(K) = 1 whose convolution is singular, or as
 badly conditioned as one likes:
 
-* the difference filter K = [1, -1]/√2: rank 1, κ(K) = 1, and T kills every constant image; * any K
-of rank r < C_in (stride 1, circular): T has a kernel by counting dimensions; * most K = U Vᵀ of
-rank C_in <= r < C_in k² with orthonormal factors: T is injective, but κ(T) >= 1.2, often far more.
-Not all of them: a 3 x 3 kernel with a single 1 has rank 1, and T = I.
+* the difference filter K = [1, -1]/√2: rank 1, κ(K) = 1, and T kills every constant image;
+* any K of rank r < C_in (stride 1, circular): T has a kernel by counting dimensions;
+* most K = U Vᵀ of rank C_in <= r < C_in k² with orthonormal factors: T is injective, but κ(T) >=
+  1.2, often far more. Not all of them: a 3 x 3 kernel with a single 1 has rank 1, and T = I.
 
 **Why.** cond(K) controls what happens to each patch's component in the row space of K. An image
 whose patches all lie near ker K is nearly annihilated. Full column rank excludes that, low rank in
