@@ -69,8 +69,17 @@ def oscillating(net):
     return lambda z: net(z + 0.01 * torch.sin(400 * z))
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("mask", [plain, rounded, backwards])
+@pytest.mark.parametrize(
+    ("mask", "norm"),
+    [
+        (plain, "linf"),
+        (plain, "l2"),
+        (rounded, "linf"),
+        (backwards, "l2"),
+        pytest.param(rounded, "l2", marks=pytest.mark.slow),
+        pytest.param(backwards, "linf", marks=pytest.mark.slow),
+    ],
+)
 def test_masked_gradients_are_noticed_and_sound_ones_pass(mask, norm, device):
     net = network(device)
     x, y = labelled(net, device)
@@ -99,10 +108,10 @@ def test_masked_gradients_are_noticed_and_sound_ones_pass(mask, norm, device):
     ("mask", "norm", "eps"),
     [
         (backwards_in_part, "linf", 0.02),
-        (backwards_in_part, "l2", 0.1),
+        pytest.param(backwards_in_part, "l2", 0.1, marks=pytest.mark.slow),
         (missing_in_part, "linf", 0.02),  # in l2 it costs PGD one sample
-        (oscillating, "linf", 0.02),
         (oscillating, "l2", 0.1),
+        pytest.param(oscillating, "linf", 0.02, marks=pytest.mark.slow),
     ],
 )
 def test_what_only_a_search_without_gradients_can_notice(mask, norm, eps, device):
@@ -124,7 +133,7 @@ def test_what_only_a_search_without_gradients_can_notice(mask, norm, eps, device
 def test_the_budget_of_the_black_box_doubles_until_two_doublings_change_nothing(device):
     net = network(device)
     x, y = labelled(net, device)
-    found = check_masking(net, (x, y), 0.03, steps=10)
+    found = check_masking(net, (x, y), 0.03, steps=10, tolerance=0.05)
     budgets = list(found.black_box)
     assert len(budgets) > 2
     assert budgets == [250 * 2**k for k in range(len(budgets))]
@@ -134,25 +143,28 @@ def test_the_budget_of_the_black_box_doubles_until_two_doublings_change_nothing(
     assert all(a >= b for a, b in itertools.pairwise(values))
 
 
-def test_a_plateau_of_two_budgets_is_no_convergence(device):
+@pytest.fixture(scope="module")
+def measured(device):
+    """What was measured once, for verdicts about other numbers in its place."""
     net = network(device)
-    found = check_masking(net, labelled(net, device), 0.02, steps=10, queries=1000)
+    return check_masking(net, labelled(net, device), 0.02, steps=10, queries=1000)
+
+
+def test_a_plateau_of_two_budgets_is_no_convergence(measured):
     for box, converged in (
         ({250: 0.8, 500: 0.8}, False),
         ({250: 0.9, 500: 0.8, 1000: 0.8}, False),
         ({250: 0.9, 500: 0.8, 1000: 0.8, 2000: 0.79}, True),
     ):
-        other = dataclasses.replace(found, black_box=box)
+        other = dataclasses.replace(measured, black_box=box)
         assert other.verdicts["the black box has converged"] == converged
 
 
-def test_as_many_samples_as_are_tolerated_pass_whatever_their_difference_rounds_to(device):
-    net = network(device)
-    found = check_masking(net, labelled(net, device), 0.02, steps=10, queries=1000)
+def test_as_many_samples_as_are_tolerated_pass_whatever_their_difference_rounds_to(measured):
     for many in range(10, 100):
         for lost in (2, 3):
             other = dataclasses.replace(
-                found, many_steps=many / 100, climbed=(many - lost) / 100, tolerance=0.02
+                measured, many_steps=many / 100, climbed=(many - lost) / 100, tolerance=0.02
             )
             assert other.verdicts["no search improves on many steps"] == (lost == 2)
 

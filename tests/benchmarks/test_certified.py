@@ -118,7 +118,7 @@ def map_norm(module, x):
     """Largest singular value of an affine map at images like `x`, by power iteration."""
     zero = module(torch.zeros_like(x))
     v = torch.randn_like(x)
-    for _ in range(300):
+    for _ in range(80):
         v = (v / v.norm()).requires_grad_()
         y = module(v) - zero
         (u,) = torch.autograd.grad(y, v, y.detach())

@@ -43,30 +43,34 @@ def test_processes_share_a_plan_and_its_tables(tmp_path, monkeypatch):
     assert read(folder) is not None  # the report finds all families
 
 
-def test_the_script_for_a_gpu_starts_them_and_ends_in_time(tmp_path):
+@pytest.fixture
+def gpu_script(tmp_path):
+    """Runs the script for a GPU with these words, on the CPU."""
     write(tmp_path / "plans" / "tiny", SMALL)
-    script = ["bash", "benchmarks/robustness/gpu.sh"]
-    settings = {
-        "DEVICE": "cpu", "PYTHON": sys.executable, "OUT": str(tmp_path / "out"),
-        "PLANS": str(tmp_path / "plans"),
-    }  # fmt: skip
+    folders = {"OUT": str(tmp_path / "out"), "PLANS": str(tmp_path / "plans")}
 
-    def run(*words):
-        return subprocess.run(
-            [*script, *words], env={**os.environ, **settings}, capture_output=True, text=True
-        )
+    def run(*words, python=sys.executable):
+        settings = {**os.environ, **folders, "DEVICE": "cpu", "PYTHON": python}
+        command = ["bash", "benchmarks/robustness/gpu.sh", *words]
+        return subprocess.run(command, env=settings, capture_output=True, text=True)
 
-    assert run().returncode == 2
-    found = tmp_path / "out" / "tiny"
-    assert run("0", "tiny:1").returncode == 0
-    assert not (found / "runs.jsonl").exists()
-    done = run("5", "tiny:2")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert read(found) is not None
-    settings["PYTHON"] = "false"  # breaks as soon as it is started
-    broken = run("5", "tiny:1")
+    return run
+
+
+def test_the_script_for_a_gpu_ends_in_time_and_says_what_broke(tmp_path, gpu_script):
+    assert gpu_script().returncode == 2
+    assert gpu_script("0", "tiny:1").returncode == 0
+    assert not (tmp_path / "out" / "tiny" / "runs.jsonl").exists()
+    broken = gpu_script("5", "tiny:1", python="false")  # breaks as soon as it is started
     assert broken.returncode == 1
     assert broken.stderr.startswith("tiny: process 1 broke three times")
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_starts_as_many_as_it_is_told(tmp_path, gpu_script):
+    done = gpu_script("5", "tiny:2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read(tmp_path / "out" / "tiny") is not None
 
 
 def test_rows_of_many_processes_stay_whole(tmp_path):

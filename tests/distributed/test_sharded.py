@@ -43,7 +43,7 @@ def fsdp_worker(rank, world, folder, kind, steps, spoil):
     [
         ("CondLR", 2, 30, None),
         pytest.param("CondLR", 2, 200, None, marks=pytest.mark.slow),
-        ("CondLR", 4, 15, None),
+        pytest.param("CondLR", 4, 15, None, marks=pytest.mark.slow),
         ("CondLRAdam", 2, 30, None),
         ("CondLRMuon", 2, 30, None),
         ("CondLR", 2, 10, 4),
@@ -176,7 +176,12 @@ def dcp_load_worker(rank, world, folder, sharded, kind):
 
 @pytest.mark.parametrize(
     ("world", "sharded", "kind"),
-    [(1, True, "CondLR"), (1, False, "CondLR"), (4, True, "CondLR"), (4, True, "CondLRAdam")],
+    [
+        (1, True, "CondLR"),
+        (1, False, "CondLR"),
+        (4, True, "CondLRAdam"),
+        pytest.param(4, True, "CondLR", marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_of_2_processes_goes_on_in_1_and_in_4(tmp_path, world, sharded, kind):
     launch(dcp_save_worker, 2, tmp_path, True, kind)

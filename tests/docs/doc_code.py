@@ -33,9 +33,13 @@ def python(path: Path) -> str:
     return CELL if blocks(path, CELL) else "python"
 
 
-def run(path: Path, language: str) -> dict:
-    """Execute the blocks one after the other; the names that they define."""
+def run(path: Path, language: str, changes: dict[str, str] | None = None) -> dict:
+    """Execute the blocks one after the other, with words replaced; the names that they define."""
     names: dict = {"__name__": path.stem}
-    for i, block in enumerate(blocks(path, language)):
+    written = blocks(path, language)
+    for old, new in (changes or {}).items():
+        assert old in "".join(written), old
+        written = [block.replace(old, new) for block in written]
+    for i, block in enumerate(written):
         exec(compile(block, f"{path.name}, block {i + 1}", "exec"), names)
     return names

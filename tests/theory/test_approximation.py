@@ -43,7 +43,7 @@ from theory.runner import Settings, verify_control
 F64 = torch.float64
 seeds = st.integers(0, 2**31 - 1)
 # A share of the examples of the profile: one of them is 8 problems, up to seconds long.
-A_FEW = settings(max_examples=max(2, settings().max_examples // 4))
+A_FEW = settings(max_examples=max(2, settings().max_examples // 8))
 ONE = settings(max_examples=max(2, settings().max_examples // 12))
 
 
