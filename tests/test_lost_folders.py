@@ -23,6 +23,8 @@ from lrmanifold.experiments import runs
 
 FILES = ["accuracy.png", "model.pt", "results.json", "spectra.png"]
 DEMO = ("demo", "--epochs", 1, "--seeds", 1, "--rank", 8)
+# they share the rescue; a demo takes three times as long
+COMMANDS = ["train", pytest.param("demo", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +70,7 @@ def test_the_folder_of_a_demo_that_was_removed_is_made_again(tmp_path, monkeypat
     assert names(folder) == FILES
 
 
-@pytest.mark.parametrize("command", ["train", "demo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_results_go_elsewhere_when_a_file_is_in_the_place_of_the_folder(
     tmp_path, monkeypatch, command, elsewhere
 ):
@@ -86,7 +88,7 @@ def test_results_go_elsewhere_when_a_file_is_in_the_place_of_the_folder(
     assert folder.read_text() == "mine"
 
 
-@pytest.mark.parametrize("command", ["train", "demo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_results_go_elsewhere_when_the_folder_has_become_read_only(
     tmp_path, monkeypatch, command, elsewhere
 ):

@@ -47,7 +47,7 @@ def test_acceleration_of_a_geodesic_is_normal_and_twice_u_p_s_inverse_v_p(p):
 
 
 @given(points(**mild))
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_a_geodesic_has_constant_speed(p):
     M, xi, h = p.manifold, 0.5 * p.xi, 1e-4
     speed = M.norm(p.X, xi)
@@ -58,7 +58,7 @@ def test_a_geodesic_has_constant_speed(p):
 
 
 @given(points(**mild))
-@settings(max_examples=4)
+@settings(max_examples=2)
 def test_a_geodesic_run_backwards_returns_to_its_start(p):
     """The arriving velocity, measured and projected, reversed, leads back to W."""
     M, xi, h = p.manifold, 0.3 * p.xi, 1e-3
@@ -71,7 +71,7 @@ def test_a_geodesic_run_backwards_returns_to_its_start(p):
 
 
 @given(points(**mild))
-@settings(max_examples=8)
+@settings(max_examples=3)
 def test_half_way_twice_is_the_whole_way(p):
     """Exp is the flow of its own velocity: geodesics are determined by point and velocity."""
     M, xi, h = p.manifold, 0.3 * p.xi, 1e-3

@@ -241,7 +241,7 @@ def test_moments_forget_neither_decay_nor_penalty_because_they_never_see_them():
 
 
 @pytest.mark.parametrize("retraction", ["factored", "bug"])
-@pytest.mark.parametrize("rank", [8, 30, 45])
+@pytest.mark.parametrize("rank", [8, 30, pytest.param(45, marks=pytest.mark.slow)])
 def test_a_matrix_of_low_rank_is_found_at_any_rank(rank, retraction):
     # With a second moment for each block the moments of U_p and V_p are tiny near the minimum, and
     # what the transport brings there is divided by them: "bug" ends at 0.1, or above 1e6 without
