@@ -390,6 +390,33 @@ def rates(optimizer, blobs, **options):
     return found
 
 
+@pytest.mark.parametrize("options", [{}, {"warmup": 0.5}, {"schedule": "linear"}], ids=str)
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
+def test_a_second_training_begins_with_the_rates_that_the_optimizer_has(options, kind, blobs):
+    """Not with what the first schedule, or one that was cut off, had come down to."""
+    found = []
+
+    def stop():
+        if len(found) == 3:
+            raise KeyboardInterrupt
+
+    settings = Settings(epochs=2, batch_size=16, **options)
+    model = Normalized(build(), blobs)
+    optimizer = torch.optim.SGD(model.parameters(), kind(0.25))
+    group = optimizer.param_groups[0]
+    optimizer.register_step_pre_hook(lambda *_: found.append(float(group["lr"])))
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, optimizer, blobs, settings, on_step=stop)
+    whole = [fit(model, optimizer, blobs, settings) and found[-10:] for _ in range(2)]
+    assert whole[0] == whole[1]
+    assert max(whole[0]) == group["lr"] == 0.25
+    assert found[:3] == whole[0][:3]
+    group["lr"] = kind(0.125)  # what a user sets is what the next one begins with
+    fit(model, optimizer, blobs, settings)
+    assert max(found[-10:]) == 0.125
+    assert "initial_lr" not in group
+
+
 def test_rates_rise_linearly_and_fall_to_zero(blobs):
     """20 steps, 5 of them rising: lr k / 5, then down by lr / 15 a step; the last one is not 0."""
     linear = rates(torch.optim.SGD, blobs, schedule="linear", warmup=0.25)

@@ -18,6 +18,8 @@ from .._sealed import checksum
 from ..checkpoint import CheckpointError
 from .data import Dataset
 
+RATES = "largest rates of the optimizer"
+
 
 @dataclasses.dataclass
 class Position:
@@ -176,7 +178,10 @@ def identity(
     optimizer: torch.optim.Optimizer,
     objective: str,
 ) -> dict[str, Any]:
-    """What two runs must have in common for one to go on where the other stopped."""
+    """What two runs must have in common for one to go on where the other stopped.
+
+    The optimizer's rates are those at the beginning: it has a schedule already.
+    """
     return {
         **settings.to_dict(),
         "data": data.name,
@@ -185,6 +190,7 @@ def identity(
         "labels (CRC-32)": checksum(data.train_y),
         "objective": objective,
         "optimizer": type(optimizer).__name__,
+        RATES: [float(group["initial_lr"]) for group in optimizer.param_groups],
         "options of the optimizer": [_options(group) for group in optimizer.param_groups],
         "network": str(model),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,8 +27,9 @@ from ..checkpoint import CheckpointError
 from .adversarial import AdversarialLoss
 from .data import Dataset, check_dataset
 from .factors import spectrum
+from .rates import scheduled
 from .replay import Replay, check_rates
-from .resume import Keeper, Position, identity
+from .resume import RATES, Keeper, Position, identity
 from .stream import AUGMENTATIONS, Stream
 
 Objective = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
@@ -214,7 +214,8 @@ def fit(
     model : nn.Module
         Takes images in [0, 1].
     optimizer : torch.optim.Optimizer
-        Its rates are scheduled as `settings` say; its other options count, not those there.
+        Its rates, not ``settings.lr``, are the largest of the schedule, and it has them again at
+        the end; its other options count, too, not those of `settings`.
     data : Dataset
     settings : Settings
     on_step : callable, optional
@@ -282,97 +283,83 @@ def fit(
     drawn: Any = objective if captured else None
     if captured:
         check_rates(optimizer, device)
-    schedule = _schedule(optimizer, settings, settings.steps(data))
-    stream = Stream(data, settings, device, done)
-    history, keeper, at = History(), None, None
-    if checkpoint is not None:
-        same = identity(settings, data, model, optimizer, about)
-        keeper = Keeper(checkpoint, save_every, model, optimizer, schedule, same, vars(Settings()))
-        at = keeper.resume(history)
-    if at is None:
-        history.record(model)
-        at = Position(0, 0, stream.order, torch.zeros((), device=device), 0)
-    else:
-        if on_resume is not None:
-            on_resume(schedule.last_epoch)
-        for _ in range(schedule.last_epoch if on_step is not None else 0):
-            on_step()  # type: ignore[misc]
-    stream.go_to(at, schedule.last_epoch)
-    smoothing = settings.label_smoothing
-
-    def draws(x: Tensor) -> tuple[Tensor, ...]:
-        if drawn is None:
-            return ()
-        place = schedule.last_epoch
-        radius = torch.tensor(drawn.radius(place), dtype=x.dtype)
-        return radius.to(x.device, non_blocking=True), drawn.start(x, place)
-
-    def loss_of(x: Tensor, y: Tensor, *given: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
-            if drawn is not None:
-                loss = drawn.loss(model, x, y, *given)
-            elif objective is not None:
-                loss = objective(model, x, y, schedule.last_epoch)
-            else:
-                loss = F.cross_entropy(model(x).float(), y, label_smoothing=smoothing)
-        optimizer.zero_grad()
-        loss.backward()
-        return loss.detach()
-
-    def step_on(*inputs: Tensor) -> Tensor:
-        loss = loss_of(*inputs)
-        optimizer.step()
-        return loss
-
-    step = Replay(step_on, device, enabled=captured)
-
-    def next_by(function: Callable[..., Tensor | None]) -> Tensor:
-        x, y = next(stream)
-        loss = function(x, y, *draws(x))
-        assert loss is not None
-        at.total += loss * len(y)
-        at.count += len(y)
-        return loss
-
-    model.train()
-    while at.epoch < settings.epochs:
-        before = schedule.last_epoch
-        if closure:
-            optimizer.step(lambda: next_by(loss_of))  # type: ignore[arg-type, return-value]
-        else:
-            next_by(step)
-        for _ in range(stream.taken - before):
-            schedule.step()
-        ended, (at.epoch, at.batch, at.order) = at.epoch, stream.place()
-        if at.epoch > ended:
-            history.loss += [float(at.total) / at.count] * (at.epoch - ended)
-            _check_loss(at, ended, settings)  # before the spectra: those of NaN do not exist
-            _check_weights(ended, model, settings)
+    with scheduled(optimizer, settings, settings.steps(data)) as schedule:
+        stream = Stream(data, settings, device, done)
+        history, keeper, at = History(), None, None
+        if checkpoint is not None:
+            same = identity(settings, data, model, optimizer, about)
+            # files from before rates were noted are taken
+            known = {**vars(Settings()), RATES: same[RATES]}
+            keeper = Keeper(checkpoint, save_every, model, optimizer, schedule, same, known)
+            at = keeper.resume(history)
+        if at is None:
             history.record(model)
-            at.total, at.count = torch.zeros_like(at.total), 0
-        if keeper is not None and before // save_every < stream.taken // save_every:
+            at = Position(0, 0, stream.order, torch.zeros((), device=device), 0)
+        else:
+            if on_resume is not None:
+                on_resume(schedule.last_epoch)
+            for _ in range(schedule.last_epoch if on_step is not None else 0):
+                on_step()  # type: ignore[misc]
+        stream.go_to(at, schedule.last_epoch)
+        smoothing = settings.label_smoothing
+
+        def draws(x: Tensor) -> tuple[Tensor, ...]:
+            if drawn is None:
+                return ()
+            place = schedule.last_epoch
+            radius = torch.tensor(drawn.radius(place), dtype=x.dtype)
+            return radius.to(x.device, non_blocking=True), drawn.start(x, place)
+
+        def loss_of(x: Tensor, y: Tensor, *given: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
+                if drawn is not None:
+                    loss = drawn.loss(model, x, y, *given)
+                elif objective is not None:
+                    loss = objective(model, x, y, schedule.last_epoch)
+                else:
+                    loss = F.cross_entropy(model(x).float(), y, label_smoothing=smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            return loss.detach()
+
+        def step_on(*inputs: Tensor) -> Tensor:
+            loss = loss_of(*inputs)
+            optimizer.step()
+            return loss
+
+        step = Replay(step_on, device, enabled=captured)
+
+        def next_by(function: Callable[..., Tensor | None]) -> Tensor:
+            x, y = next(stream)
+            loss = function(x, y, *draws(x))
+            assert loss is not None
+            at.total += loss * len(y)
+            at.count += len(y)
+            return loss
+
+        model.train()
+        while at.epoch < settings.epochs:
+            before = schedule.last_epoch
+            if closure:
+                optimizer.step(lambda: next_by(loss_of))  # type: ignore[arg-type, return-value]
+            else:
+                next_by(step)
+            for _ in range(stream.taken - before):
+                schedule.step()
+            ended, (at.epoch, at.batch, at.order) = at.epoch, stream.place()
+            if at.epoch > ended:
+                history.loss += [float(at.total) / at.count] * (at.epoch - ended)
+                _check_loss(at, ended, settings)  # before the spectra: those of NaN do not exist
+                _check_weights(ended, model, settings)
+                history.record(model)
+                at.total, at.count = torch.zeros_like(at.total), 0
+            if keeper is not None and before // save_every < stream.taken // save_every:
+                _save(keeper, at, history, settings)
+            for _ in range(stream.taken - before if on_step is not None else 0):
+                on_step()  # type: ignore[misc]
+        if keeper is not None:
             _save(keeper, at, history, settings)
-        for _ in range(stream.taken - before if on_step is not None else 0):
-            on_step()  # type: ignore[misc]
-    if keeper is not None:
-        _save(keeper, at, history, settings)
-    return history
-
-
-def _schedule(
-    optimizer: torch.optim.Optimizer, settings: Settings, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    if settings.schedule == "cosine" and not settings.warmup:
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    rise = min(round(settings.warmup * steps), steps - 1)  # one step at least has the whole rate
-
-    def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        left = max(0.0, (steps - step) / (steps - rise))
-        return left if settings.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return history
 
 
 def _name(objective: Objective) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import lrmanifold as lrm
+from lrmanifold._sealed import write_torch
 from lrmanifold.checkpoint import CheckpointError
 from lrmanifold.experiments.data import Dataset
 from lrmanifold.experiments.methods import KINDS, Method, train
@@ -173,6 +174,11 @@ def test_the_file_of_another_run_is_refused_and_named(tmp_path):
     other = lrm.optim.CondLR(model.parameters(), SETTINGS.lr, momentum=0.25)
     with pytest.raises(CheckpointError, match=r"options of the optimizer .*0\.5.* instead .*0\.25"):
         fit(model, other, few_images(), SETTINGS, checkpoint=path)
+    other = lrm.optim.CondLR(model.parameters(), 1e-6, momentum=SETTINGS.momentum)
+    with pytest.raises(
+        CheckpointError, match=r"rates of the optimizer \[0\.1\] instead of \[1e-06\]"
+    ):
+        fit(model, other, few_images(), SETTINGS, checkpoint=path)
     lrm.checkpoint.save(path, model)
     with pytest.raises(CheckpointError, match="is not the checkpoint of a training run"):
         fit(model, optimizer, few_images(), SETTINGS, checkpoint=path)
@@ -182,6 +188,15 @@ def test_the_file_of_another_run_is_refused_and_named(tmp_path):
     assert_same(dict(model.state_dict()), before)
     with pytest.raises(ValueError, match="save_every must be an integer >= 1, got 0"):
         fit(model, optimizer, few_images(), SETTINGS, checkpoint=path, save_every=0)
+
+
+def test_a_file_from_before_rates_were_noted_is_taken_up(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    *_, history = run(path)
+    saved = torch.load(path, weights_only=True)
+    del saved["extra"]["identity"]["largest rates of the optimizer"]
+    write_torch(path, saved)
+    assert_same(vars(run(path)[2]), vars(history))
 
 
 @pytest.mark.parametrize("stop", [10, 20])
