@@ -388,3 +388,28 @@ def test_steps_in_l2_are_not_used_up_by_what_points_out_of_the_images():
             z = loss.attacked(model, x, y, 0.1, torch.zeros_like(x))
             gain = (z - x).flatten(1) @ w
             torch.testing.assert_close(gain, (0.1 * w[380:].norm()).expand(2), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_with_a_gradient_and_a_model_that_writes_into_them(kind):
+    """Nothing reaches the images: no gradient of what was found, nor what the model writes."""
+
+    class Shifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = mlp(12, 2, (8,))
+
+        def forward(self, x):
+            return self.network(x.sub_(0.5))
+
+    torch.manual_seed(0)
+    model, y = Shifting(), torch.arange(10) % 2
+    loss, x = AdversarialLoss(Adversarial(0.1, kind=kind), 1), torch.rand(10, 1, 3, 4)
+    start, before = loss.start(x, 0), x.clone()
+    found = loss.attacked(model, x.requires_grad_(), y, 0.1, start)
+    assert not found.requires_grad
+    assert torch.equal(x, before)
+    shifted = Shifting()
+    shifted.network = model.network
+    shifted.forward = lambda x: model.network(x - 0.5)
+    assert torch.equal(found, loss.attacked(shifted, before, y, 0.1, start))

@@ -11,6 +11,7 @@ from torch import nn
 
 pytest.importorskip("sklearn")
 
+import lrmanifold as lrm
 from lrmanifold.experiments import data, methods, models, runs, training
 from lrmanifold.experiments.methods import Method
 from lrmanifold.experiments.training import Settings
@@ -94,6 +95,9 @@ DAMAGES = {
         lambda y: y.where(y > 0, -100),
         r"train_y must be classes in 0..9, got -100..9",
     ),
+    "no spread": ("std", lambda _: (0.0,), r"std\[0\] must be a finite number > 0, got 0.0"),
+    "no mean": ("mean", lambda _: (NAN,), r"mean\[0\] must be a finite number, got nan"),
+    "colours": ("mean", lambda m: 3 * m, "mean must be 1 finite numbers"),
     "shares": ("train_y", lambda y: y.float(), "train_y must be a tensor of dtype int64"),
 }
 
@@ -101,7 +105,9 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_data_that_contradict_themselves_are_refused_before_the_training(damage, device):
     part, change, words = DAMAGES[damage]
-    images = dataclasses.replace(DIGITS, **{part: change(getattr(DIGITS, part)).to(device)})
+    value = change(getattr(DIGITS, part))
+    value = value.to(device) if isinstance(value, torch.Tensor) else value
+    images = dataclasses.replace(DIGITS, **{part: value})
     model = dense().to(device)
     before = [p.clone() for p in model.parameters()]
     with pytest.raises((TypeError, ValueError), match=f"data.{words}"):
@@ -109,3 +115,35 @@ def test_data_that_contradict_themselves_are_refused_before_the_training(damage,
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     with pytest.raises((TypeError, ValueError), match=words):
         methods.train(Method("d", "dense"), dense, images, 4, SETTINGS)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = dense()
+
+    def forward(self, x):
+        return self.network(x), x
+
+
+def test_a_model_that_cannot_be_trained_is_named():
+    model = Pair()
+    with pytest.raises(TypeError, match=r"model must return a tensor of logits .* class tuple"):
+        training.fit(model, sgd(model), DIGITS, SETTINGS)
+    with pytest.raises(ValueError, match=r"model must have parameters, got .* Flatten without any"):
+        training.fit(nn.Flatten(), sgd(model), DIGITS, SETTINGS)
+
+
+def test_an_optimizer_of_weights_that_the_model_no_longer_has_is_refused():
+    model = dense()
+    before = sgd(model)
+    lrm.factorize(model, rank=4, exclude="fc3")
+    for optimizer, name in ((before, r"fc1\.weight"), (sgd(dense()), r"fc1\.weight")):
+        with pytest.raises(ValueError, match=rf"optimizer must hold .* place of '{name}', .*"):
+            training.fit(model, optimizer, DIGITS, SETTINGS)
+    # on purpose: a part of the model, or an objective with weights of its own
+    images = dataclasses.replace(DIGITS, train_x=DIGITS.train_x[:8], train_y=DIGITS.train_y[:8])
+    training.fit(model, sgd(model.fc3), images, SETTINGS)
+    model = dense()
+    optimizer = sgd(nn.ModuleList((model, nn.Linear(2, 2))))
+    training.fit(model, optimizer, images, SETTINGS)

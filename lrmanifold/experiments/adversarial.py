@@ -122,6 +122,12 @@ class AdversarialLoss:
         self.done = check_integer("done", done, low=0)
         self._seen = False
 
+    def __repr__(self) -> str:
+        return (
+            f"AdversarialLoss({self.how}, {self.steps}, seed={self.seed}, "
+            f"label_smoothing={self.smoothing}, done={self.done})"
+        )
+
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
         """Mean loss of images (B, C, H, W) after `step` batches.
 
@@ -177,8 +183,8 @@ class AdversarialLoss:
         how = self.how
         z = self.attacked(model, x, y, eps, start)
         if how.kind != "trades":
-            return F.cross_entropy(_logits(model, z), y, label_smoothing=self.smoothing)
-        clean, found = _logits(model, torch.cat((x, z))).chunk(2)
+            return F.cross_entropy(logits_of(model, z), y, label_smoothing=self.smoothing)
+        clean, found = logits_of(model, torch.cat((x, z))).chunk(2)
         apart = _divergence(found, clean.log_softmax(1))
         return F.cross_entropy(clean, y, label_smoothing=self.smoothing) + how.beta * apart
 
@@ -191,7 +197,7 @@ class AdversarialLoss:
         are attacked in float32, and what is found is rounded.
         """
         how, given = self.how, x.dtype
-        x, start = (t.to(compute_dtype(given)) for t in (x, start))
+        x, start = (t.detach().to(compute_dtype(given)) for t in (x, start))
         count = 1 if how.kind == "single" else how.steps
         length = (1.25 if how.kind == "single" else 2.5 / count) * eps
         with torch.inference_mode(False), evaluation_mode(model):
@@ -199,12 +205,13 @@ class AdversarialLoss:
             x, y, start = (t.clone() if t.is_inference() else t for t in (x, y, start))
             target = None
             if how.kind == "trades":
-                target = _logits(model, x.to(given)).log_softmax(1).detach()
+                target = logits_of(model, x.to(given).clone()).log_softmax(1).detach()
             z = _project(x, start * eps, eps, how.norm)
             for _ in range(count):
                 with torch.enable_grad():
                     z.requires_grad_()
-                    logits = _logits(model, z.to(given))
+                    # a copy: a model may write into what it is given
+                    logits = logits_of(model, z.to(given).clone())
                     # sums: each image's gradient is its own
                     loss = (
                         F.cross_entropy(logits, y, reduction="sum")
@@ -219,7 +226,8 @@ class AdversarialLoss:
         return z.to(given)
 
 
-def _logits(model: nn.Module, x: Tensor) -> Tensor:
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """What a model gives, if it is logits alone, in float32."""
     instead = "wrap it in an nn.Module that returns the logits alone"
     return check_output(model(x), instead=instead).float()
 

@@ -33,6 +33,7 @@ from .._arguments import (
     check_instance,
     check_integer,
     check_number,
+    check_numbers,
     check_path,
     check_tensor,
 )
@@ -89,7 +90,7 @@ class Dataset:
 
 
 def check_dataset(name: str, value: Any) -> Dataset:
-    """Refuse what is no :class:`Dataset`, and training images that no training would refuse."""
+    """Refuse what is no :class:`Dataset`, and training data that no training would refuse."""
     check_instance(name, value, Dataset, "a Dataset, as experiments.data.load gives")
     x, y, top = value.train_x, value.train_y, value.classes - 1
     check_tensor(f"{name}.train_x", x, shape=(None,) * 4)
@@ -100,6 +101,8 @@ def check_dataset(name: str, value: Any) -> Dataset:
     low, high = (int(v) for v in y.aminmax())
     if low < 0 or high > top:  # torch leaves out examples of class -100
         raise ValueError(f"{name}.train_y must be classes in 0..{top}, got {low}..{high}")
+    check_numbers(f"{name}.mean", value.mean, x.shape[1])
+    check_numbers(f"{name}.std", value.std, x.shape[1], low=0.0, open_low=True)
     return value
 
 

@@ -196,6 +196,15 @@ def identity(
     }
 
 
+def objective_name(objective: Any) -> str:
+    """What stands for an objective in an identity: its settings, too, where its repr has them."""
+    text = repr(objective)
+    if " at 0x" not in text:  # an address is another one in the next process
+        return text
+    kind = objective if hasattr(objective, "__qualname__") else type(objective)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def checksums(data: Dataset) -> dict[str, list[int]]:
     """Of training and test part: files that have changed are other data of the same name."""
     return {

@@ -21,15 +21,16 @@ from .._arguments import (
     check_module,
     check_number,
     check_text,
+    shown,
 )
 from .._worst import worst
 from ..checkpoint import CheckpointError
-from .adversarial import AdversarialLoss
+from .adversarial import AdversarialLoss, logits_of
 from .data import Dataset, check_dataset
 from .factors import spectrum
 from .rates import scheduled
 from .replay import Replay, check_rates
-from .resume import RATES, Keeper, Position, identity
+from .resume import RATES, Keeper, Position, identity, objective_name
 from .stream import AUGMENTATIONS, Stream
 
 Objective = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
@@ -233,8 +234,8 @@ def fit(
         From the model, images, classes and the number of batches done to the loss, in place of
         cross entropy.
     about : str
-        The objective in words, its name by default: a checkpoint of a run with another one is
-        refused.
+        The objective in words: a checkpoint of a run with another one is refused. By default its
+        ``repr``, if it has one of its own, else its name, which says nothing of its settings.
     closure : bool
         For optimizers that evaluate several batches a step: ``step`` gets a function that draws the
         next one. The number of batches is the same, so they make fewer steps.
@@ -263,7 +264,8 @@ def fit(
     OSError
         If it cannot be written before the training has ended; at the end that is a warning.
     ValueError
-        If a step is to be captured and a rate of the optimizer is no tensor on the device.
+        If the optimizer was built before layers were replaced, so that it holds old weights; if a
+        step is to be captured and a rate of the optimizer is no tensor on the device.
     CaptureError
         If the step cannot be captured. The model is a few steps further; a new process goes on
         from `checkpoint` with the same options of the optimizer and without `replay`.
@@ -272,11 +274,12 @@ def fit(
     check_settings(settings)
     check_dataset("data", data)
     if about is None:
-        about = "cross entropy" if objective is None else _name(objective)
+        about = "cross entropy" if objective is None else objective_name(objective)
     check_text("about", about)
     if check_integer("done", done, low=0):
         about += f", after {done} epochs"
-    device = next(check_module("model", model).parameters()).device
+    _check_moves(check_module("model", model), optimizer)
+    device = next(model.parameters()).device
     captured = check_flag("replay", replay) and device.type == "cuda" and not closure
     captured &= objective is None or type(objective) is AdversarialLoss
     # what an objective draws for a step is an input of the captured step, not a part of it
@@ -317,7 +320,7 @@ def fit(
                 elif objective is not None:
                     loss = objective(model, x, y, schedule.last_epoch)
                 else:
-                    loss = F.cross_entropy(model(x).float(), y, label_smoothing=smoothing)
+                    loss = F.cross_entropy(logits_of(model, x), y, label_smoothing=smoothing)
             optimizer.zero_grad()
             loss.backward()
             return loss.detach()
@@ -362,9 +365,19 @@ def fit(
         return history
 
 
-def _name(objective: Objective) -> str:
-    kind = objective if hasattr(objective, "__qualname__") else type(objective)
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _check_moves(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer of other weights than the model has: these would stay as they are."""
+    own = dict(model.named_parameters())
+    if not own:
+        raise ValueError(f"model must have parameters, got {shown(model)} without any")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left = [name for name, p in own.items() if p.requires_grad and id(p) not in held]
+    # weights left out on purpose are fine, and so are an objective's own ones
+    if left and held - {id(p) for p in own.values()}:
+        raise ValueError(
+            f"optimizer must hold the weights of the model, got others in the place of {left[0]!r}"
+            f"{', ...' if len(left) > 1 else ''}: factorize first, then build the optimizer"
+        )
 
 
 def _save(keeper: Keeper, at: Position, history: History, settings: Settings) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 import lrmanifold as lrm
 from lrmanifold._sealed import write_torch
 from lrmanifold.checkpoint import CheckpointError
+from lrmanifold.experiments.adversarial import Adversarial, AdversarialLoss
 from lrmanifold.experiments.data import Dataset
 from lrmanifold.experiments.methods import KINDS, Method, train
 from lrmanifold.experiments.training import Normalized, Settings, fit
@@ -188,6 +189,19 @@ def test_the_file_of_another_run_is_refused_and_named(tmp_path):
     assert_same(dict(model.state_dict()), before)
     with pytest.raises(ValueError, match="save_every must be an integer >= 1, got 0"):
         fit(model, optimizer, few_images(), SETTINGS, checkpoint=path, save_every=0)
+
+
+def test_an_objective_with_other_settings_is_another_run(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    options = {"steps": STEPS, "seed": 1}
+    losses = [AdversarialLoss(Adversarial(eps, steps=1), **options) for eps in (0.1, 0.1, 0.3)]
+    *_, history = run(path, objective=losses[0])
+    assert_same(vars(run(path, objective=losses[1])[2]), vars(history))
+    with pytest.raises(CheckpointError, match=r"objective .*0\.1.* instead of .*0\.3"):
+        run(path, objective=losses[2])
+    options["seed"] = 2
+    with pytest.raises(CheckpointError, match=r"objective .*seed=1.* instead of .*seed=2"):
+        run(path, objective=AdversarialLoss(losses[0].how, **options))
 
 
 def test_a_file_from_before_rates_were_noted_is_taken_up(tmp_path):
