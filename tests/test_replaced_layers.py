@@ -149,3 +149,31 @@ def test_networks_in_place_of_functions_and_results_are_named(noise):
         train(Method("svd", "svd"), build, noise, 5, SETTINGS, dense=build())
     with pytest.raises(TypeError, match=r"network must be a torch\.nn\.Module, got functools"):
         Normalized(build, noise)
+
+
+@pytest.mark.parametrize("replace", [orthogonalize, functools.partial(two_factors, rank=2)])
+def test_frozen_weights_stay_frozen(replace):
+    """As in factorize: a part that somebody froze is not trained for being replaced."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(72, 20), nn.Linear(20, 9)
+    )
+    network[0].requires_grad_(False)
+    network[3].requires_grad_(False).bias.requires_grad_(True)
+    replace(network)
+    kinds = [[(p.ndim, p.requires_grad) for p in layer.parameters()] for layer in network]
+    assert {free for _, free in kinds[0]} == {False}
+    assert {free for _, free in kinds[1] + kinds[4]} == {True}
+    assert dict(kinds[3]) == {2: False, 1: True}
+
+
+def test_a_trained_network_is_in_evaluation_mode(noise):
+    """A look at images afterwards gives what is measured, and changes no averages."""
+
+    def norms():
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    for kind in ("dense", "svd", "finetuned"):
+        model = train(Method(kind, kind), norms, noise, 2, SETTINGS).model
+        before = copy.deepcopy(model.state_dict())
+        model(noise.test_x)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -94,6 +94,9 @@ def _pair(module: Any, rank: int) -> TwoFactors:
         second.weight.copy_((U[:, :rank] * root).reshape(second.weight.shape))
         if biased:
             second.bias.copy_(module.bias)
+            second.bias.requires_grad_(module.bias.requires_grad)
+    for part in (first, second):  # what is frozen stays so, as in factorize
+        part.weight.requires_grad_(module.weight.requires_grad)
     return TwoFactors(first, second)
 
 

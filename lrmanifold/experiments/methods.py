@@ -125,7 +125,7 @@ class Trained:
     Attributes
     ----------
     model : nn.Module
-        Takes images in [0, 1].
+        Takes images in [0, 1]; in evaluation mode.
     history : History
     weights_kept : float
         Trained parameters as a share of the dense network's (for "svd": stored ones).
@@ -212,12 +212,14 @@ def train(
     if checkpoint is not None:
         checkpoint = Path(check_path("checkpoint", checkpoint))
     layers: dict[str, Any] = {"exclude": exclude, "keep_larger": keep_larger}
-    return _trained(
+    trained = _trained(
         method, build, data, rank, settings, layers, (0, settings.steps(data)), dense=dense,
         device=device, on_step=on_step, on_resume=on_resume, checkpoint=checkpoint,
         save_every=save_every, certified=certified, adversarial=adversarial,
         replay=check_flag("replay", replay),
     )  # fmt: skip
+    trained.model.eval()  # or a look at test images would change averages of batch norm
+    return trained
 
 
 def _trained(

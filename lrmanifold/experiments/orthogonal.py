@@ -30,7 +30,9 @@ class OrthogonalConv2d(nn.Module):
         self.padding_mode, self.around = conv.padding_mode, _around(conv)
         self.bias, self.shape = conv.bias, conv.weight.shape
         matrix = nn.Linear(conv.weight[0].numel(), conv.out_channels, bias=False)
-        matrix.weight = nn.Parameter(conv.weight.detach().flatten(1))
+        matrix.weight = nn.Parameter(
+            conv.weight.detach().flatten(1), requires_grad=conv.weight.requires_grad
+        )
         self.matrix: Any = orthogonal(matrix, orthogonal_map=MAP)
 
     def forward(self, x: Tensor) -> Tensor:
