@@ -81,3 +81,15 @@ def test_the_margin_loss_wants_a_class_for_each_row(device):
     z = torch.zeros(3, 4, device=device)
     with pytest.raises(ValueError, match="y shape"):
         margin_loss(z, torch.tensor([1], device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32], ids=str)
+def test_classes_come_in_any_dtype_of_integers(dtype):
+    """uint8 holds 0..255, so that 300 classes, the bound, have no place in it."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(8, 300)
+    x = torch.rand(40, 8)
+    y = net(x).argmax(1)
+    x, y = x[y < 256], y[y < 256]
+    expected = accuracy_under_attack(net, (x, y), fgsm, [0.0, 0.02])
+    assert accuracy_under_attack(net, (x, y.to(dtype)), fgsm, [0.0, 0.02]) == expected

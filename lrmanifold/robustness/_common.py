@@ -91,7 +91,7 @@ def check_batch(x: Tensor, y: Tensor) -> None:
 def batches(
     data: Data, size: int, model: Model, device: torch.device | str | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Checked pairs (x, y) on the device of the model, of two tensors or of batches."""
+    """Checked pairs (x, y) on the device of the model, y in int64, of two tensors or of batches."""
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
         raise TypeError(f"data must be (x, y) or batches of it, got {shown(data)}")
     module = module_of(model)
@@ -106,7 +106,7 @@ def batches(
             raise TypeError(f"data must give pairs (x, y), got {shown(batch)}")
         x, y = batch
         check_batch(x, y)
-        yield x.to(device), y.to(device)
+        yield x.to(device), y.to(device).long()  # uint8 knows no class 256
 
 
 def normalized(model: Model, x: Tensor, mean: PerChannel, std: PerChannel) -> Model:
