@@ -511,3 +511,16 @@ def test_empty_history_of_a_dense_model():
     history = History()
     history.record(build())
     assert history == History()
+
+
+def test_the_demo_compares_at_the_strengths_it_was_given():
+    dense, *_, ours = (demo.Outcome(method) for method in comparison())
+    for outcome, accuracy in ((dense, 0.5), (ours, 0.625)):
+        outcome.clean, outcome.fgsm, outcome.pgd = [0.9], {0.1: [accuracy]}, {0.1: [0.5]}
+    given = demo.Demo(strengths=(0.1,))
+    found = demo.Comparison(given, None, [dense, ours], 0.0)
+    assert found.verdicts() == ["CondLR tau=0.5, of 2 attack columns ahead of: dense 1 (+6.2)"]
+    found.demo = demo.Demo(strengths=(0.3,))
+    assert found.verdicts() == []
+    with pytest.raises(ValueError, match="seeds must hold at least one integer"):
+        demo.Demo(seeds=())

@@ -67,6 +67,10 @@ class Demo:
     lr: float | None = None
     strengths: tuple[float, ...] = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2)
 
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("seeds must hold at least one integer, got none")
+
     def settings(self, method: Method, seed: int) -> Settings:
         """The training settings of one seed; truncation takes those of the dense network."""
         lr, decay = CHOSEN[method.name if method.kind != "svd" else "dense"]
@@ -178,14 +182,14 @@ class Comparison:
         """In words, for each tau: in how many attack columns it is ahead of each other method."""
         twins = [o for o in self.outcomes if o.method.kind != "condlr" and o.clean]
         lines = []
-        for ours in (o for o in self.outcomes if o.method.kind == "condlr" and o.clean):
+        columns = 2 * sum(eps in self.demo.strengths for eps in SHOWN)
+        for ours in (o for o in self.outcomes if o.method.kind == "condlr" and o.clean and columns):
             counts = []
             for twin in twins:
                 pairs = list(zip(ours.cells(), twin.cells(), strict=True))[1:]
-                gaps = [statistics.fmean(a) - statistics.fmean(b) for a, b in pairs]
+                gaps = [statistics.fmean(a) - statistics.fmean(b) for a, b in pairs if a and b]
                 ahead = sum(gap > 0 for gap in gaps)
                 counts.append(f"{twin.method.name} {ahead} ({100 * statistics.fmean(gaps):+.1f})")
-            columns = 2 * len(SHOWN)
             lines.append(
                 f"{ours.method.name}, of {columns} attack columns ahead of: " + "; ".join(counts)
             )
