@@ -26,8 +26,9 @@ its constructor factorizes it: the mixin keeps the arguments of the constructor:
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,11 +55,13 @@ def from_pretrained(
     Parameters
     ----------
     cls : class
-        The model's class, or one of transformers' ``AutoModel`` classes.
+        The model's class, or one of transformers' ``AutoModel`` classes. A configuration of
+        generation that was saved beside the weights is loaded with them.
     name_or_path : str
         A folder, or a repository of the hub.
     dtype : torch.dtype, optional
-        Of the weights; torch's default by default. ``torch_dtype`` is its older name.
+        Of the weights, whatever dtype they were saved in; torch's default by default.
+        ``torch_dtype`` is its older name.
     **options
         For the files, as ``revision`` or ``cache_dir``, and attributes of the configuration.
 
@@ -74,7 +77,8 @@ def from_pretrained(
     TypeError
         For options that are neither, as ``device_map``: move the model afterwards.
     ValueError
-        If the configuration holds no ranks, or the weights do not fit it.
+        If the configuration holds no ranks or is of another class, or if the weights do not fit it,
+        are off their manifold, or their file is damaged.
 
     Examples
     --------
@@ -84,7 +88,8 @@ def from_pretrained(
     >>> model.save_pretrained("small")
     >>> model = huggingface.from_pretrained(GPT2LMHeadModel, "small")
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
 
     if "torch_dtype" in options:
         older = options.pop("torch_dtype")
@@ -106,11 +111,23 @@ def from_pretrained(
             f"{KEY!r}: load it by {cls.__name__}.from_pretrained, or, if a part of it was "
             "factorized, load its weights into a model with that part factorized as it was"
         )
-    model: Any = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    kind = getattr(cls, "config_class", None)
+    if isinstance(kind, type) and not isinstance(config, kind):
+        raise ValueError(
+            f"cls must be a class for {type(config).__name__}, as {name_or_path!r} has, got "
+            f"{cls.__name__}"
+        )
+    with _default_dtype(dtype or torch.get_default_dtype()) as wanted:
+        if getattr(config, "dtype", None) is not None:  # in which from_config builds
+            config.dtype = wanted
+        model: Any = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
     restructure(_owner(model, found), found)
     mark(model)
     state = _state(name_or_path, files)
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"the weights of {name_or_path!r} cannot be loaded: {error}") from error
     model.tie_weights()
     parameters = model.state_dict(keep_vars=True)
     loaded = {id(parameters[key]) for key in state if key in parameters}
@@ -120,7 +137,20 @@ def from_pretrained(
             f"the weights of {name_or_path!r} must be those of a {type(model).__name__}, but "
             f"{lost[:3]} are missing and {list(unexpected)[:3]} are none of it"
         )
-    return (model if dtype is None else model.to(dtype)).eval()
+    if model.can_generate() and _file(name_or_path, GENERATION_CONFIG_NAME, files) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path, **files)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[torch.dtype]:
+    """Build in a dtype: a later cast would round what stays float32, as angles of positions."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield dtype
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _owner(model: Any, found: Any) -> nn.Module:
@@ -132,21 +162,33 @@ def _owner(model: Any, found: Any) -> nn.Module:
     return model if first <= {name for name, _ in model.named_children()} else model.base_model
 
 
-def _state(place: str, options: dict[str, Any]) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+def _file(place: str, name: str, options: dict[str, Any]) -> str | None:
     from transformers.utils import cached_file
 
-    single, index = (
-        cached_file(place, name, _raise_exceptions_for_missing_entries=False, **options)
-        for name in _FILES
-    )
+    return cached_file(place, name, _raise_exceptions_for_missing_entries=False, **options)
+
+
+def _state(place: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    single, index = (_file(place, name, options) for name in _FILES)
     if single is not None:
-        return load_file(single)
+        return _tensors(single)
     if index is None:
         raise ValueError(f"{place!r} must hold {_FILES[0]}, which is not there")
     with open(index, encoding="utf-8") as file:
         names = sorted(set(json.load(file)["weight_map"].values()))
     state: dict[str, Tensor] = {}
     for name in names:
-        state.update(load_file(cached_file(place, name, **options)))
+        if (part := _file(place, name, options)) is None:
+            raise ValueError(f"{place!r} must hold {name}, which is not there")
+        state.update(_tensors(part))
     return state
+
+
+def _tensors(path: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is damaged ({error})") from error

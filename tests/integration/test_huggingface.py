@@ -181,3 +181,48 @@ def test_a_model_with_the_hub_mixin_factorizes_in_its_constructor(tmp_path):
     layers = [m for m in again.modules() if isinstance(m, LowRankLayer)]
     assert [layer.rank for layer in layers] == [4, 4]
     assert all(layer.weight.manifold is layer.manifold for layer in layers)
+
+
+def test_how_a_model_generates_comes_back_with_it(tmp_path):
+    model = lrm.factorize(gpt2(), 8)
+    model.generation_config.max_new_tokens = 3
+    model.generation_config.eos_token_id = 7
+    saved(model, tmp_path)
+    again = huggingface.from_pretrained(type(model), str(tmp_path))
+    assert again.generation_config.max_new_tokens == 3
+    assert again.generation_config.eos_token_id == 7
+    (tmp_path / "generation_config.json").unlink()
+    assert huggingface.from_pretrained(type(model), str(tmp_path)).can_generate()
+
+
+def test_the_dtype_is_that_of_torch_whatever_was_saved_and_angles_stay_float32(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 60}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    angles = model.model.rotary_emb.inv_freq
+    saved(lrm.factorize(model, 0.25).to(torch.bfloat16), tmp_path)
+    for cls in (type(model), transformers.AutoModelForCausalLM):
+        again = huggingface.from_pretrained(cls, str(tmp_path))
+        assert {p.dtype for p in again.parameters()} == {torch.float32}
+        half = huggingface.from_pretrained(cls, str(tmp_path), dtype=torch.bfloat16)
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        assert torch.equal(half.model.rotary_emb.inv_freq, angles)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_what_does_not_fit_is_one_kind_of_error(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = lrm.factorize(gpt2(), 8)
+    saved(model, tmp_path)
+
+    def load(match, cls=None, **options):
+        with pytest.raises(ValueError, match=match):
+            huggingface.from_pretrained(cls or type(model), str(tmp_path), **options)
+
+    load("cls must be a class for GPT2Config, .*, got BertModel", transformers.BertModel)
+    load("(?s)cannot be loaded: .*size mismatch for transformer.wte", n_embd=64)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    load(r"model.safetensors: is damaged \(")
