@@ -20,8 +20,10 @@ by default, leave the manifold, and the result is refused when it is saved.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import peft
@@ -36,6 +38,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, regis
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
+from .._arguments import check_integer
 from ..errors import GeometryError
 from ..nn import bases
 from ..nn.change import Change
@@ -44,8 +47,12 @@ from ..precision import storage_tolerance
 __all__ = ["LowRankConfig", "LowRankTuner", "LowRankTunerLayer"]
 
 NAME = "lrmanifold"
-# What PEFT filters by when it saves one of several adapters: names of an adapter's own parts.
-_TAKEN = ("update", "start", "weight")
+# PEFT saves one of several adapters without all whose name is a part of the key: so no adapter has
+# the name of a part that is in the keys of others, these or those of the model.
+_TAKEN = (
+    "update", "start", "weight", "bias", "_extra_state", "model", "base_layer",
+    "lrmanifold_changes", "modules_to_save", "original_module",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -135,10 +142,11 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
         """Give the layer an adapter of this name."""
         base = self.get_base_layer()
         device, own = bases.place_of(base)
+        rank = check_integer("r", config.r, low=1)
         change = Change(
             self.in_features,
             self.out_features,
-            min(config.r, self.in_features, self.out_features),
+            min(rank, self.in_features, self.out_features),
             weight=bases.matrix(base),
             tau=config.tau,
             alpha=config.alpha,
@@ -251,9 +259,15 @@ class LowRankTuner(BaseTuner):
 
     def _check_new_adapter_config(self, config: LowRankConfig) -> None:
         super()._check_new_adapter_config(config)
+        part = LowRankTunerLayer.adapter_layer_names[0]
+        names = (key.partition(f".{part}")[0] for key, _ in self.model.named_modules())
+        taken = {*_TAKEN, *(word for name in names for word in name.split("."))}
         for name, other in self.peft_config.items():
-            if other is config and name in _TAKEN:
-                raise ValueError(f"the adapter's name must be none of {_TAKEN}, got {name!r}")
+            if other is config and name in taken:
+                raise ValueError(
+                    "the adapter's name must be none of those of layers and parts of adapters, "
+                    f"or PEFT saves others without their weights, got {name!r}"
+                )
 
     def _create_and_replace(
         self,
@@ -286,6 +300,16 @@ class LowRankTuner(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops the argument without a word where a method does not know it.
+        if (names := kwargs.get("adapter_names")) is not None:
+            raise ValueError(
+                "adapter_names must be None: these adapters act on whole batches, got "
+                f"{names!r}; choose one by set_adapter"
+            )
+        yield
+
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
@@ -305,11 +329,14 @@ class LowRankTuner(BaseTuner):
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        why_tied = bases.tied(self.model)
         for name, layer in self.model.named_modules():
             if not isinstance(layer, LowRankTunerLayer):
                 continue
             with onload_layer(layer):
                 reason = layer.why_not_merge(safe_merge, adapter_names)
+            if not reason and layer._names(adapter_names):
+                reason = why_tied(layer.get_base_layer())
             if reason:
                 raise ValueError(f"layer {name!r} cannot be merged: {reason}")
 

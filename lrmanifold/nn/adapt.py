@@ -14,9 +14,8 @@ from torch import nn
 from .._arguments import check_flag, check_integer, check_module, check_patterns, check_text
 from .._replaced import note_frozen
 from . import bases
-from ._obstacles import Obstacles, check_model, has_hooks, listed
+from ._obstacles import Obstacles, check_model, has_hooks
 from ._replace import after_replacing
-from ._ties import ties
 from .adapted import AdaptedLayer
 from .attention import LowRankMultiheadAttention
 from .candidates import output_layer
@@ -188,14 +187,11 @@ def merge(model: nn.Module, *, keep: bool = True) -> nn.Module:
     _refuse_merged(model)
     if all(layer.active is None for layer in layers):
         raise ValueError("an adapter of model must be active to be merged, got none: set_adapter")
-    shared = ties(model)
+    why_tied = bases.tied(model)
     for name, layer in _adapted(model):
         if layer.active is None:
             continue
-        reason = layer.why_not_merge()
-        if not reason and (others := shared.get((id(layer.base_layer), "weight"))):
-            reason = f"its weight is tied to {listed(others)}, which would change with it"
-        if reason:
+        if reason := layer.why_not_merge() or why_tied(layer.base_layer):
             raise ValueError(f"layer {name!r} cannot be merged: {reason}")
     for layer in layers:
         layer.fold(keep)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..precision import STORAGE_DTYPES
-from ._obstacles import has_hooks
+from ._obstacles import has_hooks, listed
+from ._ties import ties
 from .kinds import is_quantized
 from .layer import LowRankLayer
 from .linear import LowRankLinear
@@ -55,6 +57,19 @@ def why_not_added(module: nn.Module) -> str:
     if not _multiplies_only(module):
         return f"its base has a forward of its own ({type(module).__name__})"
     return "its base has hooks" if has_hooks(module) else ""
+
+
+def tied(model: nn.Module) -> Callable[[nn.Module], str]:
+    """For a layer of `model`: why to change its weight changes others, too, in words; or ""."""
+    shared = ties(model)
+
+    def why(module: nn.Module) -> str:
+        others = shared.get((id(module), "weight"))
+        return (
+            f"its weight is tied to {listed(others)}, which would change with it" if others else ""
+        )
+
+    return why
 
 
 def _multiplies_only(module: nn.Module) -> bool:

@@ -352,3 +352,54 @@ def test_lora_of_twice_the_rank_is_the_same_change(device):
 def test_the_library_does_not_import_peft_by_itself():
     code = "import sys, lrmanifold; assert not {'peft', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def with_points(model):
+    """Every adapter somewhere else than at its start."""
+    with torch.no_grad():
+        for change in changes(model):
+            X = change.update.weight
+            X.copy_(change.update.manifold.random(*X.shape, device=X.device))
+    return model
+
+
+@pytest.mark.parametrize("name", ["0", "q_proj", "model"])
+def test_a_name_that_would_cost_another_adapter_its_weights_is_refused(name, device):
+    config = LowRankConfig(r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(llama(device), config)
+    with pytest.raises(ValueError, match=f"name must be none of .*, got '{name}'"):
+        model.add_adapter(name, LowRankConfig(r=2, target_modules=["q_proj"]))
+    assert list(model.peft_config) == ["default"]
+    assert len(peft.get_peft_model_state_dict(model)) == 6
+
+
+def test_adapters_for_rows_of_a_batch_are_refused_and_not_ignored(device):
+    x = words(device)
+    model = peft.get_peft_model(llama(device).eval(), LowRankConfig(r=2), "a")
+    model.add_adapter("b", LowRankConfig(r=2))
+    for call in (model, lambda ids, **names: model.generate(input_ids=ids, **names)):
+        with pytest.raises(ValueError, match=r"adapter_names must be None: .*, got \['a', 'b'"):
+            call(x, adapter_names=["a", "b", "a", "b"])
+    model(x, adapter_names=None)
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_a_tied_weight_is_not_merged_into_the_embeddings(device):
+    base = llama(device).eval()
+    base.lm_head.weight = base.model.embed_tokens.weight
+    targets = ["lm_head", "q_proj"]
+    model = with_points(peft.get_peft_model(base, LowRankConfig(r=2, target_modules=targets)))
+    x = words(device)
+    expected = model(x).logits
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"'lm_head' .*tied to 'model.embed_tokens.weight'"):
+            merge()
+    assert torch.equal(model(x).logits, expected)
+    model.add_adapter("b", LowRankConfig(r=2, target_modules=["q_proj"]))
+    model.merge_adapter(["b"])
+
+
+@pytest.mark.parametrize("r", ["4", None, 2.5])
+def test_a_rank_of_another_type_is_named(r, device):
+    with pytest.raises(TypeError, match="r must be an integer >= 1, got"):
+        peft.get_peft_model(llama(device), LowRankConfig(r=r))
