@@ -23,9 +23,10 @@ from pymanopt.manifolds.fixed_rank import _FixedRankPoint, _FixedRankTangentVect
 from pymanopt.manifolds.manifold import RiemannianSubmanifold
 from torch import Tensor
 
-from .._arguments import check_instance, check_tensor
+from .._arguments import check_instance, check_tensor, shown
 from ..linalg import svd
 from ..manifolds import FixedRank
+from ..precision import storage_tolerance
 
 Array = np.ndarray[Any, Any]
 
@@ -125,7 +126,19 @@ def _generator() -> torch.Generator:
 
 
 def _torch(array: Any) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
+    found = np.asarray(array)
+    if found.dtype.kind not in "fiu":
+        raise TypeError(f"points and vectors must be arrays of real numbers, got {found.dtype}")
+    # float64, or a start in float32 would not go with its gradients; a copy, to have one to write
+    return torch.from_numpy(np.array(found, dtype=np.float64, order="C"))
+
+
+def _three(name: str, parts: Any, words: str) -> list[Tensor]:
+    try:
+        u, s, v = parts
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a triple {words}, got {shown(parts)}") from None
+    return [_torch(array) for array in (u, s, v)]
 
 
 def _numpy(X: Tensor) -> Array:
@@ -137,6 +150,11 @@ def point_to_pymanopt(manifold: FixedRank, X: Tensor) -> _FixedRankPoint:
     """The point (u, s, vt) of pymanopt's ``FixedRankEmbedded`` for a packed point, one matrix.
 
     Shapes (m, r), (r,), (r, n), float64.
+
+    Raises
+    ------
+    ValueError
+        If `X` is no point of `manifold`, to the rounding of its dtype.
     """
     (U, _, V), s, P, Qh = _gauge(manifold, X)
     return _FixedRankPoint(_numpy(U @ P), _numpy(s), _numpy((V @ Qh.mT).mT))
@@ -153,7 +171,7 @@ def point_from_pymanopt(manifold: FixedRank, point: Any) -> Tensor:
         Convert it for a :class:`~lrmanifold.FixedRank` then, and project: ``manifold.projx(X)``.
     """
     check_instance("manifold", manifold, FixedRank, "an lrmanifold.FixedRank")
-    u, s, vt = (_torch(a).double() for a in point)
+    u, s, vt = _three("point", point, "(u, s, vt)")
     X = manifold.pack(u, torch.diag(s), vt.mT)
     ok, why = manifold.check_point_on_manifold(X, explain=True)
     if not ok:
@@ -165,9 +183,25 @@ def point_from_pymanopt(manifold: FixedRank, point: Any) -> Tensor:
 
 
 def tangent_to_pymanopt(manifold: FixedRank, X: Tensor, xi: Tensor) -> _FixedRankTangentVector:
-    """The tangent vector (Up, M, Vp) at ``point_to_pymanopt(manifold, X)``."""
+    """The tangent vector (Up, M, Vp) at ``point_to_pymanopt(manifold, X)``.
+
+    Raises
+    ------
+    ValueError
+        If `xi` is not tangent at `X`, to the rounding of its dtype: ``manifold.proju`` makes it so.
+    """
     _, _, P, Qh = _gauge(manifold, X)
-    U_p, M, V_p = manifold.unpack(xi.double())
+    check_tensor("xi", xi)
+    if xi.shape != X.shape:
+        raise ValueError(f"xi must have the shape of X, {tuple(X.shape)}, got {tuple(xi.shape)}")
+    tol = max(storage_tolerance(xi.dtype), storage_tolerance(X.dtype))
+    wide, at = xi.detach().double(), X.detach().double()
+    ok, why = manifold.check_vector_on_tangent(
+        at, wide, ok_point=True, explain=True, atol=tol, rtol=tol
+    )
+    if not ok:
+        raise ValueError(f"xi must be tangent at X, but {why}")
+    U_p, M, V_p = manifold.unpack(wide)
     return _FixedRankTangentVector(_numpy(U_p @ Qh.mT), _numpy(P.mT @ M @ Qh.mT), _numpy(V_p @ P))
 
 
@@ -180,7 +214,7 @@ def tangent_from_pymanopt(manifold: FixedRank, X: Tensor, vector: Any) -> Tensor
         If it is not tangent there, as one at another point is not.
     """
     _, _, P, Qh = _gauge(manifold, X)
-    Up, M, Vp = (_torch(a).double() for a in vector)
+    Up, M, Vp = _three("vector", vector, "(Up, M, Vp)")
     xi = manifold.pack(Up @ Qh, P @ M @ Qh, Vp @ P.mT)
     ok, why = manifold.check_vector_on_tangent(X.detach().double(), xi, ok_point=True, explain=True)
     if not ok:
@@ -195,5 +229,9 @@ def _gauge(manifold: FixedRank, X: Tensor):
     if X.ndim != 2:
         raise ValueError(f"X must be one point, without batch dimensions, got {tuple(X.shape)}")
     factors = manifold.unpack(X.detach().double())
+    tol = storage_tolerance(X.dtype)
+    ok, why = manifold.check_point_on_manifold(X.detach(), explain=True, atol=tol, rtol=tol)
+    if not ok:
+        raise ValueError(f"X must be on {manifold.name}, but {why}")
     P, s, Qh = svd(factors.S)
     return factors, s, P, Qh

@@ -245,3 +245,50 @@ def test_the_inverse_retraction_does_not_depend_on_the_gauge_of_the_other_point(
     A, B = orthonormal(3, 3, seed=1), orthonormal(3, 3, seed=2)
     other = M.pack(U @ A, A.mT @ S @ B, V @ B)
     torch.testing.assert_close(M.inverse_retr(X, Y), M.inverse_retr(X, other))
+
+
+def test_points_and_vectors_off_their_place_are_refused_on_the_way_there():
+    M = lrm.FixedRank(6, 5, 2)
+    X = M.random(dtype=torch.float64)
+    with pytest.raises(ValueError, match="X must be on FixedRank, but factor U"):
+        point_to_pymanopt(M, 2 * X)
+    for xi, why in ((gaussian(13, 2, seed=1), "xi must be tangent at X"), (X[:5], "shape of X")):
+        with pytest.raises(ValueError, match=why):
+            tangent_to_pymanopt(M, X, xi)
+    with pytest.raises(TypeError, match="xi must be a real floating point tensor"):
+        tangent_to_pymanopt(M, X, np.zeros(M.point_shape))
+    for dtype in (torch.float32, torch.bfloat16):  # to the rounding of what is stored
+        low = X.to(dtype)
+        xi = M.proju(X, gaussian(13, 2, seed=1)).to(dtype)
+        assert len(tangent_to_pymanopt(M, low, xi)) == len(point_to_pymanopt(M, low)) == 3
+
+
+def test_what_is_no_triple_of_real_arrays_is_named():
+    M = lrm.FixedRank(6, 5, 2)
+    X = M.random(dtype=torch.float64)
+    u, s, vt = point_to_pymanopt(M, X)
+    for wrong in ((u, s), 5, None):
+        with pytest.raises(ValueError, match=r"point must be a triple \(u, s, vt\), got"):
+            point_from_pymanopt(M, wrong)
+        with pytest.raises(ValueError, match=r"vector must be a triple \(Up, M, Vp\), got"):
+            tangent_from_pymanopt(M, X, wrong)
+    with pytest.raises(TypeError, match="arrays of real numbers, got complex128"):
+        point_from_pymanopt(M, (u + 1j * u, s, vt))
+    u.flags.writeable = False  # torch warns of such arrays
+    assert M.check_point_on_manifold(point_from_pymanopt(M, (u, s, vt)))
+
+
+def test_a_start_in_float32_is_taken():
+    manifold = lrm.FixedRank(6, 5, 2)
+    space, A = PackedFixedRank(manifold), gaussian(6, 5, seed=0)
+
+    @pymanopt.function.pytorch(space)
+    def cost(X):
+        return 0.5 * (manifold.to_dense(X) - A).square().sum()
+
+    start = manifold.random(generator=torch.Generator().manual_seed(0))
+    optimizer = pymanopt.optimizers.ConjugateGradient(max_iterations=50, verbosity=0)
+    problem = pymanopt.Problem(space, cost)
+    result = optimizer.run(problem, initial_point=start.as_subclass(Tensor).numpy())
+    best = 0.5 * float(torch.linalg.svdvals(A)[2:].square().sum())
+    assert float(result.cost) == pytest.approx(best, rel=1e-6)
