@@ -28,7 +28,7 @@ from ..experiments.data import Dataset, load
 from ..experiments.folder import certificate_files, refuse_folders
 from ._failures import one_line_errors, write_somewhere
 from ._output import describe, progress_bar
-from ._words import check_reach, parse_path
+from ._words import check_apart, check_reach, parse_path
 
 # l2 radii for images in [0, 1]: the usual ones of each data set
 RADII = {
@@ -58,6 +58,7 @@ def parse_radii(
         found = []
     if not found or not all(0 < eps < float("inf") for eps in found):
         raise ValueError(f'eps must be positive numbers, as "0.3 1.58", got {" ".join(words)!r}')
+    check_apart(found, 6)
     return tuple(found)
 
 

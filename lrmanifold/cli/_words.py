@@ -152,7 +152,20 @@ def parse_strengths(text: str) -> tuple[float, ...]:
         found = ()
     if not found or not all(0 < eps < float("inf") for eps in found):
         raise ValueError(f'eps must be positive numbers, as "0.02,0.04", got {text!r}')
+    check_apart(found, 4)
     return found
+
+
+def check_apart(radii: Sequence[float], digits: int) -> None:
+    """Refuse radii that results would keep under one name, so that one would be lost."""
+    names: dict[str, float] = {}
+    for eps in radii:
+        other = names.setdefault(f"{eps:.{digits}g}", eps)
+        if other != eps:
+            raise ValueError(
+                f"eps must be numbers that differ in {digits} digits, got {other:.17g} and "
+                f"{eps:.17g}"
+            )
 
 
 def check_reach(radii: Sequence[float], norm: str, image_shape: Sequence[int]) -> None:

@@ -134,6 +134,7 @@ def test_other_data_have_a_certificate_of_their_own(folder, tmp_path, monkeypatc
     [
         ("--eps -1", "eps"), ("--eps 0", "eps"), ("--eps large", "eps"), ("--eps inf", "eps"),
         ("--data letters", "data"), ("--root nowhere", "root"),
+        ("--eps 0.1234567 --eps 0.1234568", "eps must be numbers that differ in 6 digits"),
     ],
 )  # fmt: skip
 def test_wrong_words_are_one_line(folder, words, said, capsys):
