@@ -163,8 +163,7 @@ def check_apart(radii: Sequence[float], digits: int) -> None:
         other = names.setdefault(f"{eps:.{digits}g}", eps)
         if other != eps:
             raise ValueError(
-                f"eps must be numbers that differ in {digits} digits, got {other:.17g} and "
-                f"{eps:.17g}"
+                f"eps must be numbers that differ in {digits} digits, got {other} and {eps}"
             )
 
 
