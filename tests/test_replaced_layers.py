@@ -14,7 +14,7 @@ from lrmanifold.experiments.data import Dataset
 from lrmanifold.experiments.factors import TwoFactors, two_factors
 from lrmanifold.experiments.methods import Method, train
 from lrmanifold.experiments.models import mlp
-from lrmanifold.experiments.orthogonal import orthogonalize
+from lrmanifold.experiments.orthogonal import orthogonalize, plain_layers
 from lrmanifold.experiments.training import Normalized, Settings
 
 SETTINGS = Settings(epochs=2, batch_size=16, lr=0.1, seed=3)
@@ -78,6 +78,9 @@ def test_orthogonal_convolutions_keep_every_option(mode, options):
         plain.weight.copy_(network[0].matrix.weight.reshape(plain.weight.shape))
     x = torch.randn(2, 3, 11, 10, dtype=torch.float64)
     torch.testing.assert_close(network[0](x), plain(x))
+    again = plain_layers(copy.deepcopy(network))[0]
+    assert type(again) is nn.Conv2d
+    assert torch.equal(again(x), network[0](x))  # and the original is as it was
 
 
 def shared():

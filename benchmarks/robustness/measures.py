@@ -17,7 +17,7 @@ from lrmanifold import robustness
 from lrmanifold.experiments.data import Dataset
 from lrmanifold.experiments.factors import TwoFactors
 from lrmanifold.experiments.methods import Trained
-from lrmanifold.experiments.orthogonal import OrthogonalConv2d
+from lrmanifold.experiments.orthogonal import OrthogonalConv2d, plain_layers
 from lrmanifold.nn import LowRankLayer
 
 from . import bound
@@ -114,11 +114,12 @@ def at_once(model: nn.Module) -> int:
 
 
 def laid_out(model: nn.Module) -> nn.Module:
-    """The same function for attacks, as a processor runs it nearly twice as fast: the cores folded,
-    convolutions with the channels last. A copy; on an accelerator the model itself."""
+    """The same function for attacks, as a processor runs it nearly twice as fast: cores folded,
+    orthogonal matrices as they stand, convolutions with the channels last. A copy; on an
+    accelerator the model itself."""
     if next(model.parameters()).device.type != "cpu":
         return model
-    copied = copy.deepcopy(model)
+    copied = plain_layers(copy.deepcopy(model))
     if any(isinstance(layer, LowRankLayer) for layer in copied.modules()):
         copied = lrm.fold(copied)
     return copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]

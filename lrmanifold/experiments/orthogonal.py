@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal
+from torch.nn.utils.parametrize import is_parametrized
 
 from .. import linalg
 from .._arguments import check_module
@@ -102,6 +103,32 @@ def orthogonalize(network: nn.Module) -> nn.Module:
             new[id(chosen)] = OrthogonalConv2d(chosen)
         else:
             orthogonal(chosen, orthogonal_map=MAP)
+    return exchanged(network, new)
+
+
+def plain_layers(network: nn.Module) -> nn.Module:
+    """Ordinary layers, in place, for the orthogonal ones, with copies of their matrices.
+
+    The same function without the map from coordinates to matrices. torch's
+    ``remove_parametrizations`` would spoil all copies of a network, as they share their classes.
+    """
+    new: dict[int, nn.Module] = {}
+    for layer in check_module("network", network).modules():
+        plain: Any
+        if isinstance(layer, OrthogonalConv2d):
+            weight = layer.matrix.weight.reshape(layer.shape)
+            options = {
+                key: getattr(layer, key)
+                for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+            }
+            plain = nn.Conv2d(layer.in_channels, layer.shape[0], bias=False, **options)
+        elif isinstance(layer, nn.Linear) and is_parametrized(layer, "weight"):
+            weight = layer.weight
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        else:
+            continue
+        plain.weight, plain.bias = nn.Parameter(weight.detach().clone()), layer.bias
+        new[id(layer)] = plain.train(layer.training)
     return exchanged(network, new)
 
 

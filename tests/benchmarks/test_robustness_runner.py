@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_plan import START, TINY, changed, write
+from torch.nn.utils.parametrize import is_parametrized
 
 import lrmanifold as lrm
 from benchmarks import models
@@ -371,11 +372,11 @@ def test_attacks_see_the_same_function_in_a_faster_layout(kind):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     faster = measures.laid_out(network)
     assert not any(isinstance(layer, LowRankLayer) for layer in faster.modules())
-    if kind != "orthogonal":
-        last = torch.channels_last
-        kernels = [p for p in faster.parameters() if p.ndim == 4 and p.shape[1] > 1]
-        assert kernels
-        assert all(p.is_contiguous(memory_format=last) for p in kernels)
+    assert not any(is_parametrized(layer) for layer in faster.modules())
+    last = torch.channels_last
+    kernels = [p for p in faster.parameters() if p.ndim == 4 and p.shape[1] > 1]
+    assert kernels
+    assert all(p.is_contiguous(memory_format=last) for p in kernels)
     torch.testing.assert_close(faster(images), network(images), rtol=1e-5, atol=1e-5)
     assert all(torch.equal(network.state_dict()[name], before[name]) for name in before)
 
