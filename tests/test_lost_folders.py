@@ -61,6 +61,7 @@ def test_the_folder_of_a_training_that_was_removed_is_made_again(tmp_path, monke
     assert runs.load_results(folder)["settings"]["rank"] == 5
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_demo_that_was_removed_is_made_again(tmp_path, monkeypatch):
     folder = tmp_path / "demo"
     after(monkeypatch, demos, "run", lambda: shutil.rmtree(folder))

@@ -18,6 +18,7 @@ from benchmarks.robustness.runner import Runner
 from benchmarks.robustness.table import Table
 
 
+@pytest.mark.slow
 def test_processes_share_a_plan_and_its_tables(tmp_path, monkeypatch):
     write(tmp_path / "one" / "tiny", SMALL)
     one = Runner(tmp_path / "one" / "tiny", tmp_path / "one", unregistered=True, log=lambda _: None)

@@ -21,6 +21,7 @@ def small_layers(monkeypatch):
     return importlib.import_module("benchmarks.small_layers")
 
 
+@pytest.mark.slow
 def test_both_networks_are_measured(monkeypatch, small_layers):
     monkeypatch.setattr(small_layers, "ROUNDS", 2)
     seen = []

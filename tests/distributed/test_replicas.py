@@ -44,7 +44,7 @@ def assert_ranks_agree_and_equal(folder, world, model, optimizer, tol) -> None:
 
 @pytest.mark.parametrize(
     ("world", "distribute", "steps"),
-    [(2, False, 200), (2, True, 200), (4, False, 50)]
+    [(2, False, 200), (2, True, 200), pytest.param(4, False, 50, marks=pytest.mark.slow)]
     + [pytest.param(4, share, 200, marks=pytest.mark.slow) for share in (False, True)],
 )
 def test_replicas_agree_to_the_bit_and_with_one_process(tmp_path, world, distribute, steps):

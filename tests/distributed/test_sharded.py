@@ -45,7 +45,7 @@ def fsdp_worker(rank, world, folder, kind, steps, spoil):
         pytest.param("CondLR", 2, 200, None, marks=pytest.mark.slow),
         pytest.param("CondLR", 4, 15, None, marks=pytest.mark.slow),
         ("CondLRAdam", 2, 30, None),
-        ("CondLRMuon", 2, 30, None),
+        pytest.param("CondLRMuon", 2, 30, None, marks=pytest.mark.slow),
         ("CondLR", 2, 10, 4),
     ],
 )

@@ -169,7 +169,9 @@ def test_a_core_that_turns_half_around_keeps_its_rank():
     assert relative(M.to_dense(M.expmap(X, xi)), expected) <= 1e-13
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_low_precision_points_are_integrated_in_float64(dtype):
     M = lrm.FixedRank(6, 5, 2)
     X = torch.Tensor(M.random(dtype=torch.float32)).to(dtype)

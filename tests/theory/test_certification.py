@@ -31,7 +31,7 @@ CONTROLS = [(c, k) for c in certification.CLAIMS for k in c.controls]
 
 @pytest.mark.parametrize(("claim", "control"), CONTROLS, ids=lambda v: getattr(v, "name", ""))
 def test_every_wrong_version_is_rejected(device, claim, control):
-    samples = [(control.sample or claim.sample)(seed, torch.float64, device) for seed in range(12)]
+    samples = [(control.sample or claim.sample)(seed, torch.float64, device) for seed in range(6)]
     found = [control.check(sample) for sample in samples]
     assert any(e.hypotheses_met and not e.holds for e in found)
     # the same samples agree with the claim itself
