@@ -123,6 +123,14 @@ def test_wrong_batches_are_refused_at_once():
         batches(x, x, 0)
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("size", [3, 4, 10**30])
+def test_a_batch_of_more_than_there_are_is_all_of_them(size, shuffle):
+    x = torch.arange(3)
+    ((found, _),) = batches(x, x, size, shuffle=shuffle)
+    assert torch.equal(found.sort().values, x)
+
+
 # ---------------------------------------------------------------------------------------- models
 
 

@@ -135,7 +135,7 @@ def test_the_budget_of_the_black_box_doubles_until_two_doublings_change_nothing(
     x, y = labelled(net, device)
     found = check_masking(net, (x, y), 0.03, steps=10, tolerance=0.05)
     budgets = list(found.black_box)
-    assert len(budgets) > 2
+    assert len(budgets) > 3  # or the last check but one would be about nothing
     assert budgets == [250 * 2**k for k in range(len(budgets))]
     values = list(found.black_box.values())
     assert values[-3] - values[-1] <= found.tolerance

@@ -13,7 +13,6 @@ import torch
 import typer
 
 from .. import viz
-from .._arguments import check_integer
 from ..experiments import demo as demos
 from ..experiments import models, runs
 from ..experiments.data import Dataset, load
@@ -189,7 +188,6 @@ def train_command(
             raise ValueError(
                 f"label_smoothing must be 0 with certified, whose loss has none: {label_smoothing}"
             )
-        check_integer("batch_size", batch_size, low=1, high=2**63 - 1)  # that torch takes
         where = parse_device(device)
         images = load(data, None if root is None else parse_path("root", root))
         network = models.build(model, images)

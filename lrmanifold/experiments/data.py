@@ -167,7 +167,8 @@ def batches(
         raise ValueError("x and y must have a first dimension, of examples")
     if len(x) != len(y):
         raise ValueError(f"x and y must be equally long, got {len(x)} and {len(y)}")
-    batch_size = check_integer("batch_size", batch_size, low=1)
+    # all examples at most: torch splits by no integer beyond 64 bits
+    batch_size = min(check_integer("batch_size", batch_size, low=1), max(1, len(x)))
     if generator is not None:
         check_instance("generator", generator, torch.Generator, "a torch.Generator or None")
     if not shuffle:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 from torch.nn.utils.parametrizations import orthogonal
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -121,10 +122,11 @@ def plain_layers(network: nn.Module) -> nn.Module:
                 key: getattr(layer, key)
                 for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
             }
-            plain = nn.Conv2d(layer.in_channels, layer.shape[0], bias=False, **options)
+            size = (layer.in_channels, layer.shape[0])
+            plain = skip_init(nn.Conv2d, *size, bias=False, **options)
         elif isinstance(layer, nn.Linear) and is_parametrized(layer, "weight"):
             weight = layer.weight
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            plain = skip_init(nn.Linear, layer.in_features, layer.out_features, bias=False)
         else:
             continue
         plain.weight, plain.bias = nn.Parameter(weight.detach().clone()), layer.bias

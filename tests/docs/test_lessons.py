@@ -171,13 +171,16 @@ def mistaken(lesson, solution):
 
 # A lesson of half a minute; as it stands it runs among the slow tests and when the site is built.
 SHORTER = {"5-robust-training": {"epochs, steps = 12, 12 * 46": "epochs, steps = 2, 2 * 46"}}
-SLOW = [pytest.param(p, {}, id=f"{p.stem}-whole", marks=pytest.mark.slow) for p in LESSONS]
 
 
 @pytest.mark.parametrize(
     ("lesson", "changes"),
     [pytest.param(p, SHORTER.get(p.stem, {}), id=p.stem) for p in LESSONS]
-    + [p for p in SLOW if p.values[0].stem in SHORTER],
+    + [
+        pytest.param(p, {}, id=f"{p.stem}-whole", marks=pytest.mark.slow)
+        for p in LESSONS
+        if p.stem in SHORTER
+    ],
 )
 def test_all_cells_run(lesson, changes, capsys):
     names = run(lesson, CELL, changes)
