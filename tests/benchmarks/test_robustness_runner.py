@@ -348,7 +348,8 @@ def test_an_attack_computes_an_orthogonal_matrix_once():
     images, calls = (torch.rand(12, 6), torch.randint(3, (12,))), []
     network[0].parametrizations.weight[0].register_forward_hook(lambda *_: calls.append(1))
     asked = SimpleNamespace(attacks=("pgd", "square"), restarts=2, steps=5, queries=20)
-    found = measures.worst_case(network, images, 0.1, asked, "linf")
+    attacked = measures.laid_out(network)
+    found = measures.worst_case(attacked, images, 0.1, asked, "linf")
     assert len(calls) == 1
     options = {"attacks": asked.attacks, "restarts": 2, "steps": 5, "queries": 20}
     assert found["after"] == robustness.worst_case(network, images, 0.1, **options).after
