@@ -443,9 +443,9 @@ class FixedRank(geoopt.Manifold):
         """Geodesic of the embedded metric after unit time, integrated to roundoff.
 
         There is no closed form. The ODE of mathematics 3 (Ẅ = 2 U_p S⁻¹ V_pᵀ) is solved in the
-        2r-dimensional spaces that the geodesic never leaves, by RK4 in float64, steps doubled until
-        nothing changes. M_r is not complete: a geodesic that loses rank on its way raises
-        :class:`~lrmanifold.GeometryError`.
+        2r-dimensional spaces that the geodesic never leaves, by the extrapolated midpoint rule in
+        float64, steps doubled until nothing changes. M_r is not complete: a geodesic that loses
+        rank on its way raises :class:`~lrmanifold.GeometryError`.
         """
         y = geodesic(self.unpack(x), self.unpack(u))
         return pack(y.U, self.project_core(y.S), y.V)

@@ -169,8 +169,12 @@ def mistaken(lesson, solution):
         yield solution.replace(right, wrong)
 
 
-# A lesson of half a minute; as it stands it runs among the slow tests and when the site is built.
-SHORTER = {"5-robust-training": {"epochs, steps = 12, 12 * 46": "epochs, steps = 2, 2 * 46"}}
+# Long training, cut short; as they stand these run among the slow tests and when the site is built.
+SHORTER = {
+    "5-robust-training": {"epochs, steps = 12, 12 * 46": "epochs, steps = 2, 2 * 46"},
+    "6-attacks": {"epochs=10": "epochs=2"},
+    "8-certificates": {"epochs=20": "epochs=4"},
+}
 
 
 @pytest.mark.parametrize(
