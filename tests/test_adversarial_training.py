@@ -130,7 +130,7 @@ def test_training_makes_the_network_harder_to_fool(kind, stripes):
     assert max(hardened.history.cond) <= 1.1 * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["pgd", "single", pytest.param("trades", marks=pytest.mark.slow)])
 def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(kind, stripes, tmp_path):
     class CutOffError(Exception):
         pass

@@ -101,9 +101,9 @@ STEPS = {
     ("retraction", "dtype"),
     [
         ("factored", torch.float32),
-        ("factored", torch.float64),
         ("factored", torch.bfloat16),
         ("orthographic", torch.float32),
+        pytest.param("factored", torch.float64, marks=pytest.mark.slow),
         pytest.param("orthographic", torch.float64, marks=pytest.mark.slow),
         pytest.param("orthographic", torch.bfloat16, marks=pytest.mark.slow),
     ],

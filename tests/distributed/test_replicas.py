@@ -44,7 +44,7 @@ def assert_ranks_agree_and_equal(folder, world, model, optimizer, tol) -> None:
 
 @pytest.mark.parametrize(
     ("world", "distribute", "steps"),
-    [(2, False, 200), (2, True, 200), pytest.param(4, False, 50, marks=pytest.mark.slow)]
+    [(2, False, 80), (2, True, 80), pytest.param(4, False, 50, marks=pytest.mark.slow)]
     + [pytest.param(4, share, 200, marks=pytest.mark.slow) for share in (False, True)],
 )
 def test_replicas_agree_to_the_bit_and_with_one_process(tmp_path, world, distribute, steps):
@@ -64,9 +64,9 @@ def test_replicas_agree_to_the_bit_and_with_one_process(tmp_path, world, distrib
     ],
 )
 def test_other_options_do_so_too(tmp_path, kind, options):
-    launch(ddp_worker, 2, tmp_path, kind, options, 40, None)
+    launch(ddp_worker, 2, tmp_path, kind, options, 20, None)
     alone = {key: value for key, value in options.items() if key != "distribute"}
-    assert_ranks_agree_and_equal(tmp_path, 2, *single(kind, 40, **alone), 1e-6)
+    assert_ranks_agree_and_equal(tmp_path, 2, *single(kind, 20, **alone), 1e-6)
 
 
 @pytest.mark.parametrize("distribute", [False, True])

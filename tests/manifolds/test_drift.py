@@ -31,7 +31,7 @@ NAMES = lrm.retractions.available()
 
 @pytest.mark.parametrize(
     ("name", "steps"),
-    [(name, 2000) for name in NAMES]
+    [(name, 1000) for name in NAMES]
     + [pytest.param(name, 10_000, marks=pytest.mark.slow) for name in NAMES],
 )
 def test_fixed_rank_drifts_less_than_1e5_in_float32(name, steps):

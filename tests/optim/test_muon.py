@@ -367,7 +367,7 @@ def run(model, optimizer, steps, *, forced=False, start=0, after=None) -> list[f
 
 @pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize("lr", [3e-3, 0.05, 0.5])
+@pytest.mark.parametrize("lr", [pytest.param(3e-3, marks=pytest.mark.slow), 0.05, 0.5])
 def test_the_certificate_holds_after_every_step(tau, lr, forced):
     torch.manual_seed(0)
     model = network(tau)

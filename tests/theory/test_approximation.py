@@ -214,9 +214,18 @@ def test_velocity_of_a_prescribed_path_is_its_derivative(device):
 
 
 @pytest.mark.parametrize(
-    "module", [constrained, constrained_defect], ids=lambda m: m.__name__.split(".")[-1]
+    ("module", "tau"),
+    [(constrained, 0.0), (constrained, 0.1), (constrained_defect, 1.0)]
+    + [
+        pytest.param(module, tau, marks=pytest.mark.slow)
+        for module, tau in (
+            (constrained, 1.0),
+            (constrained_defect, 0.0),
+            (constrained_defect, 0.1),
+        )
+    ],
+    ids=lambda x: getattr(x, "__name__", str(x)).rpartition(".approximation.")[2],
 )
-@pytest.mark.parametrize("tau", [0.0, 0.1, 1.0])
 @ONE
 @given(seed=st.integers(0, 10**6))
 def test_constrained_flow_is_certified(device, module, tau, seed):

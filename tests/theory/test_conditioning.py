@@ -123,7 +123,7 @@ def test_no_box_holds_for_a_wrong_closed_form(control, k):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("module", [stability, stability_linear])
 @pytest.mark.parametrize("r", [2, 3, 6])
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("seed", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_regularised_flow_stays_inside_its_estimate(module, dtype, device, r, seed):
     evidence = module.check(module.sample(seed, dtype, device, r=r))
     assert evidence.holds, evidence

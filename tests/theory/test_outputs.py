@@ -145,7 +145,7 @@ def test_a_reader_that_leaves_gets_silence_and_the_files_their_content(tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no process groups")
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_an_interrupt_is_one_line(jobs, tmp_path):
     # Minutes of work, and long before its end the terminal's Ctrl-C, which all processes get.
     options = ("--only", "geometry/[st]*", "--trials", "3000", "--jobs", jobs)

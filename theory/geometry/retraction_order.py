@@ -15,7 +15,7 @@ factors add -½ U(U̇ᵀU̇S + SV̇ᵀV̇)Vᵀ, so that `factored` is first orde
 
 **Hypotheses.** r < min(m, n), so that there is curvature at all; W well inside M_r. Absil and
 Malick 2012; Absil and Oseledets 2015; mathematics 2 and 7. The geodesic is ``FixedRank.expmap``,
-RK4 of its ODE to roundoff.
+integrated to roundoff.
 """
 
 from __future__ import annotations
