@@ -68,6 +68,8 @@ def metric_threshold(s: Tensor, kappa: float) -> Tensor:
     """
     wide = s.double()
     rows = wide.detach().flip(-1).reshape(-1, s.shape[-1]).tolist()
+    if not differentiated(s):
+        return wide.new_tensor([_threshold(row, kappa) for row in rows]).reshape(s.shape[:-1])
     inside = wide.new_tensor([_point_of_piece(row, kappa) for row in rows]).reshape(s.shape[:-1])
     above, below = wide > kappa * inside[..., None], wide < inside[..., None]
     p, q = above.sum(-1, dtype=wide.dtype), below.sum(-1, dtype=wide.dtype)
