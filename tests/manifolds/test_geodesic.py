@@ -83,6 +83,17 @@ def test_half_way_twice_is_the_whole_way(p):
     assert float(M.dist(whole, halves).max()) <= 1e-8
 
 
+def test_the_end_of_a_geodesic_has_derivatives():
+    M = lrm.FixedRank(5, 4, 2)
+    X = packed_point(5, 4, 2, (), 3.0, 0)
+    xi = 0.05 * M.proju(X, gaussian(*X.shape, seed=1))
+
+    def end(u):
+        return M.to_dense(M.expmap(X, M.proju(X, u)))
+
+    assert torch.autograd.gradcheck(end, xi.requires_grad_(), fast_mode=True)
+
+
 def test_at_full_rank_geodesics_are_straight_lines():
     M = lrm.FixedRank(4, 7, 4)
     X = M.pack(orthonormal(4, 4, seed=0), torch.eye(4).double(), orthonormal(7, 4, seed=1))
