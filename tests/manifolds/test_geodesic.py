@@ -171,14 +171,14 @@ def test_a_core_that_loses_two_singular_values_at_once_raises_though_det_s_keeps
 
 
 def test_few_evaluations_reach_roundoff(monkeypatch):
-    """Of a rule of order 4, thousands: the extrapolation is what makes geodesics cheap."""
+    """RK4 with as many doublings takes 2,032: the extrapolation is what makes geodesics cheap."""
     M, velocity, calls = lrm.FixedRank(20, 15, 5), _geodesic._velocity, []
     X = packed_point(20, 15, 5, (), 3.0, 0)
     xi = M.proju(X, gaussian(*X.shape, seed=1))
     xi = 0.5 * M.svdvals(X)[-1] * xi / M.norm(X, xi)
     monkeypatch.setattr(_geodesic, "_velocity", lambda s: calls.append(1) or velocity(s))
     M.expmap(X, xi)
-    assert len(calls) <= 256
+    assert len(calls) <= 128
 
 
 def test_a_run_with_too_few_steps_that_overflows_leaves_no_trace(monkeypatch):
