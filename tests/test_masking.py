@@ -73,7 +73,7 @@ def oscillating(net):
     ("mask", "norm"),
     [
         (plain, "linf"),
-        (plain, "l2"),
+        pytest.param(plain, "l2", marks=pytest.mark.slow),
         (rounded, "linf"),
         pytest.param(rounded, "l2", marks=pytest.mark.slow),
         *(pytest.param(backwards, norm, marks=pytest.mark.slow) for norm in ("linf", "l2")),

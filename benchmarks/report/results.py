@@ -280,7 +280,7 @@ def half_width(differences: Any, error: float) -> float:
     chance of `error` / 2: where hardly any differ, as in clean accuracy, t intervals are far too
     short. One column: only the seeds are drawn. Infinite for one seed.
     """
-    from scipy import stats
+    from scipy.special import stdtrit  # the quantile of t; scipy.stats adds its price
 
     count, images = differences.shape
     if count < 2:
@@ -293,7 +293,7 @@ def half_width(differences: Any, error: float) -> float:
     if not whole:
         return least
     freedom = whole**2 / sum(v**2 / n for v, n in parts)
-    widths = [stats.t.ppf(1 - error / 2, n) * math.sqrt(v) for v, n in ((whole, freedom), parts[0])]
+    widths = [stdtrit(n, 1 - error / 2) * math.sqrt(v) for v, n in ((whole, freedom), parts[0])]
     return max(least, *map(float, widths))
 
 

@@ -60,8 +60,15 @@ def assert_untouched(one, other) -> None:
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-@pytest.mark.parametrize("gradient", ["factors", "probe"])
-@pytest.mark.parametrize("low", list(DTYPES))
+@pytest.mark.parametrize(
+    ("low", "gradient"),
+    [
+        ("bf16", "factors"),
+        ("bf16", "probe"),
+        ("fp16", "factors"),
+        pytest.param("fp16", "probe", marks=pytest.mark.slow),
+    ],
+)
 def test_autocast_trains_and_keeps_the_weights_in_float32(device, low, gradient, optimizer):
     model = network(device, gradient=gradient)
     steps = OPTIMIZERS[optimizer](model.parameters())
@@ -178,7 +185,7 @@ def test_drift_of_short_dtypes_is_that_of_storage_and_does_not_grow(optimizer, l
     if optimizer == "CondLR":
         steps.param_groups[0]["lr"] = 0.05  # batches are small here
     measured, losses = [], []
-    for _ in range(2000):
+    for _ in range(1200):
         x, y = batch(dtype=DTYPES[low], size=8)
         steps.zero_grad()
         loss = loss_of(model, x, y)
@@ -190,7 +197,7 @@ def test_drift_of_short_dtypes_is_that_of_storage_and_does_not_grow(optimizer, l
     assert {p.dtype for p in model.parameters()} == {DTYPES[low]}
     bound = {"bf16": 2e-2, "fp16": 3e-3}[low]
     assert max(measured) <= bound
-    late, early = sum(measured[200:]) / 200, sum(measured[:200]) / 200
+    late, early = sum(measured[120:]) / 120, sum(measured[:120]) / 120
     assert late <= 1.1 * early  # a random walk would have grown by a factor of 1.7
     if tau is not None:
         assert cond(model) <= (1 + tau) * (1 + bound)

@@ -180,8 +180,16 @@ def test_a_budget_that_the_smallest_ranks_exceed_is_refused():
 # -- the certificate
 
 
-@pytest.mark.parametrize("steps", [200, pytest.param(500, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("tau", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("tau", "steps"),
+    [
+        (0.5, 200),
+        *(
+            pytest.param(t, k, marks=pytest.mark.slow)
+            for t, k in ((0.0, 200), (0.0, 500), (0.5, 500))
+        ),
+    ],
+)
 def test_the_certificate_holds_at_every_step_of_an_adaptive_run(tau, steps):
     targets = [target(16, 12, rank) for rank in (2, 6, 1, 4)]
     problem, found = Regression(targets[0], 3, tau=tau), []
