@@ -130,7 +130,9 @@ def test_training_makes_the_network_harder_to_fool(kind, stripes):
     assert max(hardened.history.cond) <= 1.1 * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["pgd", "single", pytest.param("trades", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k == "trades" else k for k in KINDS]
+)
 def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(kind, stripes, tmp_path):
     class CutOffError(Exception):
         pass

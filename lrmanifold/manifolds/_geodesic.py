@@ -116,11 +116,9 @@ def geodesic(X: Factors, xi: Factors, *, tol: float = 1e-13, max_steps: int = 40
         # Steps that are far too long overflow, and their NaN would stay in the table.
         sound = all(bool(x.isfinite().all()) for x in new)
         row = _extrapolated(coarse, new) if sound else []
-        if sound and coarse:
-            settled = bool((_gap(row[-1], coarse[-1], X.S) <= allowed).all())
-            if settled:
-                _check_sign(cores)
-            if settled and _is_apart(cores):
+        if sound and coarse and bool((_gap(row[-1], coarse[-1], X.S) <= allowed).all()):
+            _check_sign(cores)
+            if _is_apart(cores):
                 U, S, V = linalg.polar(row[-1][0]), row[-1][1], linalg.polar(row[-1][2])
                 return Factors((Q_u @ U).to(dtype), S.to(dtype), (Q_v @ V).to(dtype))
         steps *= 2
